@@ -1,0 +1,1 @@
+"""Architectures, their names and sizes, and their weights."""
