@@ -1,0 +1,31 @@
+"""What all tests share: where JAX runs, where it keeps compiled programs, where the data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Set before any test imports jax. Environment variables, not jax.config: child processes (the command line, notebooks,
+# pytest-xdist workers) inherit them, and whoever runs the tests can override each one. Workers may share the cache:
+# an entry is one checksummed file, and jax answers one that it meets half-written by compiling again.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real weights and photographs that lies beside the repository; without it the test is skipped."""
+    folder = Path(os.environ.get("CPTV_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared folder at {folder}; set CPTV_SHARED to run this test")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of arrays recorded from published code that the repository carries."""
+    return REPOSITORY / "tests" / "golden"
