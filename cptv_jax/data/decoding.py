@@ -1,0 +1,52 @@
+"""Encoded image files -> one preallocated uint8 array, for every source that stores encoded images."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from cptv_jax.data.preprocessing import preprocess
+from cptv_jax.errors import InputError
+from cptv_jax.models.preprocessing import Preprocessing
+
+_THREADS = 2  # Pillow decodes and resizes outside the interpreter lock
+
+
+def decode(file: Path | BytesIO, name: str) -> Image.Image:
+    """A decoded image in RGB. Raises InputError, naming `name`, for anything Pillow cannot read to the end."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise almost any type on damaged data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name} is not a readable image ({reason}); replace or remove it.") from error
+
+
+def decode_all(
+    names: Sequence[str],
+    open_file: Callable[[int], Path | BytesIO],
+    preprocessing: Preprocessing,
+    *,
+    progress: bool,
+) -> npt.NDArray[np.uint8]:
+    """Every image decoded and preprocessed: uint8 [N, size, size, 3].
+
+    names: N strings for messages. open_file: what Pillow opens for image i; called from two threads, once for each i.
+    Memory beyond the result is that of two decoded photographs. Raises InputError for the first unreadable image.
+    """
+    size = preprocessing.image_size
+    pixels = np.empty((len(names), size, size, 3), np.uint8)
+
+    def fill(index: int) -> None:
+        pixels[index] = preprocess(decode(open_file(index), names[index]), preprocessing)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        done = pool.map(fill, range(len(names)))
+        for _ in tqdm(done, total=len(names), desc="images", unit="image", disable=not progress):
+            pass
+    return pixels

@@ -1,0 +1,135 @@
+"""Images held in memory: the one form in which every source hands pixels to the rest of the package."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cptv_jax.errors import InputError
+from cptv_jax.models.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Model inputs held in memory: preprocessed pixels, with labels when they are known.
+
+    pixels: [N, H, W, C], uint8 (still to be normalised by mean and std) or float32 (already normalised).
+    labels: [N] int32 class indices, or None when they are unknown or were not asked for.
+    names: N strings, where each image came from; only messages use them.
+    mean, std: C numbers each, of pixels scaled to [0, 1].
+    """
+
+    pixels: npt.NDArray[Any]
+    labels: npt.NDArray[np.int32] | None
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def normalized(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Images start..stop-1 as the model reads them, float32 [stop - start, H, W, C].
+
+        Float pixels are returned as they are. For uint8 the order is pixels / 255, minus mean, over std, every step
+        rounded to float32: torchvision computes exactly this, and fusing the steps would change last bits.
+        """
+        pixels = self.pixels[start:stop]
+        if pixels.dtype == np.float32:
+            return pixels
+        values = pixels.astype(np.float32)
+        values /= np.float32(255)
+        values -= np.asarray(self.mean, np.float32)
+        values /= np.asarray(self.std, np.float32)
+        return values
+
+    def take(self, indices: slice | Sequence[int] | npt.NDArray[np.integer]) -> "Images":
+        """The images at these positions, in this order. A slice shares memory with this object."""
+        where = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.intp)
+        chosen = range(len(self))[where] if isinstance(where, slice) else where
+        return replace(
+            self,
+            pixels=self.pixels[where],
+            labels=None if self.labels is None else self.labels[where],
+            names=tuple(self.names[i] for i in chosen),
+        )
+
+    def without_labels(self) -> "Images":
+        """The same images with labels=None: what calibration and search are given."""
+        return replace(self, labels=None)
+
+    def require_labels(self) -> npt.NDArray[np.int32]:
+        """The labels, [N] int32. Raises InputError when there are none."""
+        if self.labels is None:
+            first = f" (the first is {self.names[0]})" if self.names else ""
+            raise InputError(f"these {len(self)} images have no labels{first}; accuracy needs a labelled source.")
+        return self.labels
+
+
+def from_arrays(images: Any, labels: Any = None, *, preprocessing: Preprocessing | None = None) -> Images:
+    """Images from arrays that are already resized and cropped.
+
+    images: [N, H, W, C] with C 1 or 3, uint8 (needs `preprocessing`, for mean and std) or float32 (already
+        normalised, finite).
+    labels: None or N integers >= 0.
+    Raises InputError for any other rank, type, shape or value.
+    """
+    pixels = np.asarray(images)
+    if pixels.ndim != 4:
+        raise InputError(f"images have shape {pixels.shape}; pass a 4-dimensional array [N, height, width, channels].")
+    if len(pixels) == 0:
+        raise InputError("images hold no image (the first dimension is 0); pass at least one.")
+    channels = pixels.shape[3]
+    if channels not in (1, 3):
+        hint = "; transpose NCHW arrays with .transpose(0, 2, 3, 1)" if pixels.shape[1] in (1, 3) else ""
+        raise InputError(f"images have shape {pixels.shape}, with {channels} channels last; pass 1 or 3{hint}.")
+    if pixels.dtype not in (np.uint8, np.float32):
+        raise InputError(
+            f"images have dtype {pixels.dtype}; pass uint8 (0..255) or float32 (already normalised), "
+            "for instance with .astype(np.float32)."
+        )
+    if pixels.dtype == np.float32:
+        _check_finite(pixels)
+    elif preprocessing is None:
+        raise InputError(
+            "uint8 images need the model's mean and std; pass preprocessing=, or normalised float32 images."
+        )
+    if preprocessing is not None:
+        _check_fits(pixels.shape, preprocessing)
+    count = len(pixels)
+    return Images(
+        pixels=pixels,
+        labels=None if labels is None else _checked_labels(labels, count),
+        names=tuple(f"image {i}" for i in range(count)),
+        mean=(0.0,) * channels if preprocessing is None else preprocessing.mean,
+        std=(1.0,) * channels if preprocessing is None else preprocessing.std,
+    )
+
+
+def _check_finite(pixels: npt.NDArray[Any]) -> None:
+    for index, image in enumerate(pixels):  # one at a time: a mask of all pixels would double the memory
+        if not np.isfinite(image).all():
+            raise InputError(f"image {index} holds NaN or infinite values; remove or repair it.")
+
+
+def _check_fits(shape: tuple[int, ...], preprocessing: Preprocessing) -> None:
+    size, channels = preprocessing.image_size, len(preprocessing.mean)
+    if shape[1:] != (size, size, channels):
+        raise InputError(
+            f"images have shape {shape}, but the model expects [N, {size}, {size}, {channels}]; "
+            "resize and crop them first."
+        )
+
+
+def _checked_labels(labels: Any, count: int) -> npt.NDArray[np.int32]:
+    array = np.asarray(labels)
+    if array.shape != (count,):
+        raise InputError(f"labels have shape {array.shape} for {count} images; pass one integer an image, [{count}].")
+    if array.dtype.kind not in "iu":
+        raise InputError(f"labels have dtype {array.dtype}; pass integer class indices.")
+    bad = np.flatnonzero((array < 0) | (array > np.iinfo(np.int32).max))
+    if bad.size:
+        raise InputError(f"label {bad[0]} is {array[bad[0]]}; class indices are at least 0 and fit 32 bits.")
+    return array.astype(np.int32)

@@ -1,0 +1,56 @@
+"""Photograph -> model input: timm's evaluation transform on Pillow images, without torchvision."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from cptv_jax.errors import InputError
+from cptv_jax.models.preprocessing import Preprocessing
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) after the short side becomes `short_side`; the long side is rounded down, as torchvision does."""
+    if width <= height:
+        return short_side, int(short_side * height / width)
+    return int(short_side * width / height), short_side
+
+
+def crop_start(length: int, size: int) -> int:
+    """Where the centre `size` of a side of `length` >= size starts; halves go to the even number (torchvision)."""
+    return round((length - size) / 2)
+
+
+def padding(length: int, size: int) -> tuple[int, int]:
+    """Zeros (before, after) that bring a side of `length` up to `size`; the odd one goes after."""
+    missing = max(size - length, 0)
+    return missing // 2, (missing + 1) // 2
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """One photograph as the model's input before normalisation: uint8 [size, size, 3].
+
+    Converts to RGB (alpha dropped, EXIF orientation ignored: both as timm does), resizes the short side to
+    floor(size / crop_fraction), pads with black where still smaller, crops the centre.
+    Raises InputError for an interpolation that is not in the table.
+    """
+    if preprocessing.interpolation not in _RESAMPLING:
+        raise InputError(
+            f"interpolation {preprocessing.interpolation!r} is unknown; choose one of {', '.join(_RESAMPLING)}."
+        )
+    size = preprocessing.image_size
+    image = image.convert("RGB")
+    target = resized_size(*image.size, math.floor(size / preprocessing.crop_fraction))
+    image = image.resize(target, _RESAMPLING[preprocessing.interpolation])
+    (left, right), (top, bottom) = (padding(length, size) for length in image.size)
+    if left or top or right or bottom:
+        image = ImageOps.expand(image, (left, top, right, bottom), fill=0)
+    x, y = (crop_start(length, size) for length in image.size)
+    return np.asarray(image.crop((x, y, x + size, y + size)))

@@ -1,0 +1,65 @@
+"""The one way from a source, written as text, to images."""
+
+import re
+
+from cptv_jax.data.digits import IMAGE_SIZE, load_digits
+from cptv_jax.data.folder import load_folder
+from cptv_jax.data.images import Images
+from cptv_jax.data.selection import choose
+from cptv_jax.data.tfds import load_tfds
+from cptv_jax.errors import InputError
+from cptv_jax.models.preprocessing import Preprocessing
+
+# A split may hold colons inside brackets: tfds:mnist:test[:500]:/data/tfds
+_TFDS = re.compile(r"tfds:(?P<name>[^:]+):(?P<split>(?:[^:\[]|\[[^\]]*\])+)(?::(?P<data_dir>.+))?")
+
+
+def load(
+    source: str,
+    preprocessing: Preprocessing,
+    *,
+    labels: bool,
+    limit: int | None = None,
+    need: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Images:
+    """Images of a source, ready for a model that expects `preprocessing`.
+
+    source: a directory; "tfds:name:split" or "tfds:name:split:data_dir"; "digits:train", ":calibration" or ":test".
+    labels: True demands labels, False leaves them out (calibration images must not carry any).
+    limit: use at most so many, chosen by `seed`; need: fewer are an error. progress: show a bar on stderr.
+    Raises InputError for a source that is missing, malformed, too small or unreadable.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "digits":
+        return _digits(rest, preprocessing, labels=labels, limit=limit, need=need, seed=seed)
+    if kind != "tfds":
+        return load_folder(source, preprocessing, labels=labels, limit=limit, need=need, seed=seed, progress=progress)
+    parts = _TFDS.fullmatch(source)
+    if parts is None:
+        raise InputError(f"the source {source!r} is malformed; write tfds:name:split or tfds:name:split:data_dir.")
+    return load_tfds(
+        parts["name"],
+        parts["split"],
+        preprocessing,
+        data_dir=parts["data_dir"],
+        labels=labels,
+        limit=limit,
+        need=need,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _digits(
+    split: str, preprocessing: Preprocessing, *, labels: bool, limit: int | None, need: int, seed: int
+) -> Images:
+    if preprocessing.image_size != IMAGE_SIZE:
+        raise InputError(
+            f"digits:{split} are {IMAGE_SIZE} x {IMAGE_SIZE} pixels but the model expects {preprocessing.image_size}; "
+            "give a folder or tfds: source."
+        )
+    images = load_digits(split)
+    images = images.take(choose(len(images), limit=limit, need=need, seed=seed, source=f"digits:{split}"))
+    return images if labels else images.without_labels()
