@@ -1,0 +1,215 @@
+"""Reading pretrained weights from files and from the Hugging Face hub, whatever format they come in."""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from cptv_jax.errors import InputError
+
+_HUB_PREFIXES = ("hub:", "hf:")
+_HUB_ID = re.compile(r"(?:hub|hf):(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_INSTALL_TORCH = "install torch (pip install 'cptv-jax[torch]') or convert the file to .safetensors"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The tensors of one file of weights and where they came from.
+
+    tensors: float32, contiguous, finite, under the file's own keys and in its own shapes (timm's keys, torch's shapes).
+    source: the path as given, or "hub:org/name@revision/file".
+    sha256: of the file's bytes, in hexadecimal.
+    """
+
+    tensors: dict[str, np.ndarray]
+    source: str
+    sha256: str
+
+
+def read_weights(source: str) -> WeightFile:
+    """Reads weights from a .safetensors, .npz, .pth, .pt or .bin file or from "hub:org/name[@revision]" ("hf:" too).
+
+    float16, bfloat16 and float64 tensors become float32. Nothing is ever unpickled but by torch's weights_only loader.
+    Raises InputError for a file that is missing, damaged, of another kind or in need of a torch that is not installed,
+    and for tensors that are not floating point or not finite.
+    """
+    if source.startswith(_HUB_PREFIXES):
+        path, source = _download(source)
+    else:
+        path = Path(source)
+    reader = _reader_for(path, source)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # in pieces: the file need not fit in memory twice
+    tensors = reader(path, source)
+    if not tensors:
+        raise InputError(f"{source} holds no tensors; give a file of pretrained weights")
+    return WeightFile(tensors, source, sha256)
+
+
+def _reader_for(path: Path, source: str) -> Callable[[Path, str], dict[str, np.ndarray]]:
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_dir():
+        raise InputError(f"{source} is a folder; give the file of weights inside it")
+    if not path.is_file():
+        raise InputError(f"{source} does not exist; give the path of a file of weights or a hub:org/name id")
+    if reader is None:
+        raise InputError(f"{source} has an unknown extension; weights are read from {', '.join(_READERS)} files")
+    if path.stat().st_size == 0:
+        raise InputError(f"{source} is empty; download or export it again")
+    return reader
+
+
+def _read_safetensors(path: Path, source: str) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                dtype = file.get_slice(key).get_dtype()
+                # Asked first: for a type that NumPy lacks (8-bit floats), get_tensor fails with an AttributeError.
+                if dtype not in ("F16", "BF16", "F32", "F64"):
+                    raise _not_floating_point(source, key, dtype)
+                tensors[key] = _as_float32(file.get_tensor(key), key, source)
+    except InputError:
+        raise
+    except Exception as error:  # SafetensorError derives from nothing narrower
+        raise _damaged(source, "a readable safetensors file", error) from error
+    return tensors
+
+
+def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{source} is a single array, not an .npz archive; save the weights with numpy.savez")
+        with archive:
+            for key in archive.files:
+                tensors[key] = _as_float32(_npz_member(archive, key, source), key, source)
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
+        raise _damaged(source, "a readable .npz archive", error) from error
+    return tensors
+
+
+def _npz_member(archive: Any, key: str, source: str) -> np.ndarray:
+    try:
+        member = archive[key]
+    except ValueError as error:  # an object array, or a damaged header: NumPy's own words say which
+        raise InputError(
+            f"{source}: array {key!r} cannot be read ({error}); save it again as a plain float array"
+        ) from error
+    if not isinstance(member, np.ndarray):  # NumPy hands out other files in the archive as bytes
+        raise InputError(f"{source}: {key!r} is not an array; save the weights with numpy.savez")
+    return member
+
+
+def _read_torch(path: Path, source: str) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{source} can be read only with torch; {_INSTALL_TORCH}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(
+            f"{source} is damaged or holds more than plain tensors, which is never unpickled; "
+            "save the model's state dict again with safetensors or torch.save"
+        ) from error
+    tensors: dict[str, np.ndarray] = {}
+    for key, tensor in _state_dict(content, source).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{source}: {key!r} is a {type(tensor).__name__}, not a tensor; save only the state dict")
+        if tensor.layout != torch.strided or tensor.dtype not in _torch_floats(torch):
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            raise _not_floating_point(source, key, kind)
+        # NumPy has no bfloat16 of its own, so torch converts.
+        tensors[str(key)] = _as_float32(tensor.detach().to(torch.float32).numpy(), key, source)
+    return tensors
+
+
+def _torch_floats(torch: Any) -> tuple[Any, ...]:
+    return (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _state_dict(content: object, source: str) -> Mapping[str, object]:
+    """The mapping of keys to tensors in a checkpoint: the content itself, or what stands under a usual name."""
+    if isinstance(content, Mapping):
+        for name in ("model", "state_dict"):
+            if isinstance(content.get(name), Mapping):
+                return content[name]
+        return content
+    raise InputError(f"{source} holds a {type(content).__name__}, not a state dict; save model.state_dict()")
+
+
+def _download(source: str) -> tuple[Path, str]:
+    """The local path of a hub id's weights, from the hub or its cache, and the id completed by revision and file."""
+    match = _HUB_ID.fullmatch(source)
+    if match is None:
+        raise InputError(f"{source} is not a hub id; write hub:org/name or hub:org/name@revision")
+    # Imported here: it brings an HTTP client, of which local files have no need.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, revision = match["repository"], match["revision"] or "main"
+    files = ["model.safetensors"]
+    remedy = "check the id and the network, or download the file and give its path"
+    if importlib.util.find_spec("torch") is not None:
+        files.append("pytorch_model.bin")
+    else:
+        remedy += "; a pytorch_model.bin is looked for only where torch is installed"
+    reason: Exception | None = None
+    for file in files:
+        try:
+            path = hf_hub_download(repository, file, revision=revision)
+        except EntryNotFoundError as error:  # the repository lacks this file (offline: the cache does); try the next
+            reason = error
+        except Exception as error:  # what the network raises depends on the hub library's HTTP client
+            reason = error
+            break
+        else:
+            return Path(path), f"hub:{repository}@{revision}/{file}"
+    raise InputError(
+        f"hub:{repository}@{revision}: no {' or '.join(files)} could be had ({type(reason).__name__}); {remedy}"
+    ) from reason
+
+
+def _as_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        raise _not_floating_point(source, key, array.dtype)
+    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes infinite and is reported below
+        tensor = np.array(array, dtype=np.float32, order="C")  # a copy of its own, which no file mapping backs
+    bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+    if bad:
+        raise InputError(
+            f"{source}: tensor {key!r} holds {bad} values that are NaN or infinite in float32; "
+            "export the weights again from an intact model"
+        )
+    return tensor
+
+
+def _not_floating_point(source: str, key: str, dtype: object) -> InputError:
+    return InputError(
+        f"{source}: tensor {key!r} is {dtype}, but weights must be float16, bfloat16, float32 or float64; "
+        "remove it from the file or export the float model"
+    )
+
+
+def _damaged(source: str, kind: str, error: Exception) -> InputError:
+    return InputError(f"{source} is not {kind} ({error}); download or export it again")
+
+
+_READERS: dict[str, Callable[[Path, str], dict[str, np.ndarray]]] = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    ".bin": _read_torch,
+}
