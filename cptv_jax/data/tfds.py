@@ -90,7 +90,7 @@ def _prepared(tfds: Any, name: str, data_dir: str | None) -> Any:
 
 
 def _check_features(tfds: Any, builder: Any, name: str, labels: bool) -> None:
-    features = builder.info.features
+    features = dict(builder.info.features.items())
     image = features.get("image")
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
         raise InputError(

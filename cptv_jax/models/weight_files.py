@@ -86,10 +86,11 @@ def _read_safetensors(path: Path, source: str) -> dict[str, np.ndarray]:
 def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{source} is a single array, not an .npz archive; save the weights with numpy.savez")
-        with archive:
+        # Opened here: given a path, numpy.load leaves a damaged archive open.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{source} is a single array, not an .npz archive; save the weights with numpy.savez")
             for key in archive.files:
                 tensors[key] = _as_float32(_npz_member(archive, key, source), key, source)
     except InputError:

@@ -1,1 +1,8 @@
+"""Quantizers: pure maps between values and integer codes, each a pytree of its parameters."""
 
+from cptv_jax.quantizers.base import Quantizer
+from cptv_jax.quantizers.bias_correction import BiasCorrected
+from cptv_jax.quantizers.logarithmic import Log2
+from cptv_jax.quantizers.uniform import Uniform, grid
+
+__all__ = ["BiasCorrected", "Log2", "Quantizer", "Uniform", "grid"]

@@ -1,0 +1,81 @@
+"""LayerNorm and softmax in FQ-ViT's integer arithmetic, on tensors measured in steps."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Second-order polynomial of I-BERT (equation 11) for exp on (-ln 2, 0], and its number of fractional bits.
+_EXP_COEFFICIENTS = (0.35815147, 0.96963238, 1.0)
+_MINUS_LN2 = -0.6931
+_EXP_BITS = 30
+_MULTIPLIER_BITS = 8
+
+
+def _power_of_two(exponent: Float[Array, "..."]) -> Float[Array, "..."]:
+    """2^exponent for integral exponents, exactly (XLA's exp2 rounds)."""
+    return jnp.ldexp(1.0, exponent.astype(jnp.int32))
+
+
+def _floor_log2(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """floor(log2 x) for x > 0, exactly, from the exponent bits."""
+    return (jnp.frexp(x)[1] - 1).astype(jnp.float32)
+
+
+def integer_layer_norm(
+    steps: Float[Array, "... channels"],
+    scale: Float[Array, "..."],
+    weight: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+    out_scale: Float[Array, "..."],
+) -> Float[Array, "... channels"]:
+    """LayerNorm of `steps * scale` in units of `out_scale`, by multiply and shift (FQ-ViT, section 3.2, equation 8).
+
+    scale: per channel, each a power-of-two multiple of the smallest (power-of-two factor), or a scalar.
+    Returns integral steps of out_scale, not clamped: the quantizer that owns out_scale clamps.
+    A token whose channels are all equal has no deviation; the published code divides by zero there. Here it
+    normalizes to zero, so only the bias remains.
+    """
+    channels = steps.shape[-1]
+    smallest = jnp.min(scale)
+    shifted = jnp.round(steps) * jnp.round(scale / smallest)
+    total = jnp.sum(shifted, -1, keepdims=True)
+    mean = total / channels * smallest
+    spread = channels * jnp.sum(shifted**2, -1, keepdims=True) - total**2
+    constant = spread <= 0
+    deviation = smallest / channels * jnp.sqrt(jnp.where(constant, 1.0, spread))
+
+    multiplier = jnp.where(constant, 0.0, smallest / deviation) * weight / out_scale
+    magnitude = jnp.abs(multiplier)
+    # frexp of zero has no meaningful exponent; a zero multiplier stays zero whatever the shift.
+    exponent = _floor_log2(jnp.where(magnitude > 0, magnitude, 1.0))
+    shift = _power_of_two(jnp.clip(_MULTIPLIER_BITS - 1 - exponent, 0, 31))
+    mantissa = jnp.clip(jnp.floor(magnitude * shift), 0, 2**_MULTIPLIER_BITS - 1)
+    offset = jnp.where(constant, 0.0, mean / deviation) * weight
+    intercept = jnp.round((bias - offset) / out_scale * shift)
+    return jnp.round((jnp.sign(multiplier) * mantissa * shifted + intercept) / shift)
+
+
+def _integer_exp(steps: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, "..."]:
+    """exp(steps * scale) for steps <= 0, up to a common factor (I-BERT, algorithm 2)."""
+    a, b, c = _EXP_COEFFICIENTS
+    ln2 = jnp.floor(_MINUS_LN2 / scale)
+    steps = jnp.maximum(steps, _EXP_BITS * ln2)
+    quotient = jnp.floor(steps / ln2)
+    remainder = steps - ln2 * quotient
+    polynomial = remainder * (remainder + jnp.floor((b / a) / scale)) + jnp.floor((c / a) / scale**2)
+    return jnp.maximum(jnp.floor(polynomial * _power_of_two(_EXP_BITS - quotient)), 0.0)
+
+
+def log_int_softmax_exponents(steps: Float[Array, "... keys"], scale: Float[Array, ""]) -> Float[Array, "... keys"]:
+    """-log2 of softmax(steps * scale), rounded to integers (FQ-ViT, section 3.3, equation 13).
+
+    The quotient sum / exp is rounded, then its logarithm is rounded by the bit below the leading one.
+    Intermediate "integers" reach 2^40, beyond float32's 24 bits, exactly as in the published code.
+    """
+    exponentials = _integer_exp(steps - jnp.max(steps, -1, keepdims=True), scale)
+    quotient = jnp.round(jnp.sum(exponentials, -1, keepdims=True) / exponentials)
+    finite = jnp.isfinite(quotient)
+    safe = jnp.where(finite, quotient, 1.0)
+    floor = _floor_log2(safe)
+    round_up = safe - _power_of_two(floor) >= _power_of_two(floor - 1)
+    # An exponential of zero has quotient infinity: softmax zero, an exponent past every grid.
+    return jnp.where(finite, floor + round_up, jnp.inf)

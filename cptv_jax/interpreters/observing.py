@@ -1,0 +1,63 @@
+"""Float execution that collects calibration statistics beside the output."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Array
+
+from cptv_jax import observers
+from cptv_jax.interpreters.fake_quant import FakeQuant
+from cptv_jax.interpreters.integer_functions import log_int_softmax_exponents
+from cptv_jax.interpreters.tensor import Tensor
+from cptv_jax.observers import Range
+from cptv_jax.quantizers import Log2, Quantizer
+from cptv_jax.recipe import SiteSpec
+
+
+class Observing(FakeQuant):
+    """Runs one calibration batch in float; `ranges` and `fitted` hold what it found.
+
+    specs: the sites to observe. ranges: their statistics so far (empty on the first batch).
+    fit: this is the last batch, so quantizers are fitted as the sites are passed.
+    log_int_softmax: reproduce FQ-ViT's calibration, where the integer softmax acts as soon as its input has a scale,
+        that is from the last batch on, so that later sites of that batch see its output.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, SiteSpec], ranges: Mapping[str, Range], *, fit: bool, log_int_softmax: bool = False
+    ) -> None:
+        super().__init__({}, rounding=False)
+        self.specs = specs
+        self.ranges = dict(ranges)
+        self.fitted: dict[str, Quantizer] = {}
+        self.fit = fit
+        self.tag_scores = fit and log_int_softmax
+
+    def emit(self, site: str, kind: str, values: Array) -> Tensor:
+        quantizer = self._observe(site, values)
+        if quantizer is not None and self.tag_scores and kind == "matmul":
+            return Tensor(values / quantizer.scale, quantizer.scale)
+        return Tensor(values)
+
+    def operand(self, site: str, x: Tensor) -> Tensor:
+        self._observe(site, x.values)
+        return x
+
+    def weight(self, site: str, kernel: Array) -> tuple[Tensor, Array | None, Array | None]:
+        self._observe(site, kernel)
+        return Tensor(kernel), None, None
+
+    def softmax(self, site: str, x: Tensor) -> Tensor:
+        if not self.tag_scores or x.scale is None:
+            return super().softmax(site, x)
+        quantizer = self.fitted[site] = observers.fit(self.specs[site], self.ranges[site], x.values)
+        assert isinstance(quantizer, Log2)
+        return Tensor(quantizer.values(quantizer.clip_exponents(log_int_softmax_exponents(x.steps, x.scale))))
+
+    def _observe(self, site: str, values: Array) -> Quantizer | None:
+        spec = self.specs.get(site)
+        if spec is None:
+            return None
+        self.ranges[site] = observers.update(spec, self.ranges.get(site), values)
+        if self.fit:
+            self.fitted[site] = observers.fit(spec, self.ranges[site], values)
+        return self.fitted.get(site)

@@ -1,0 +1,173 @@
+"""Vision Transformer and DeiT, written once against an interpreter's operations, as Flax NNX modules.
+
+Every module is called as module(operations, x). The stages are Embed, then a Block for each layer, then Head.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+
+from cptv_jax.interpreters import Operations, Tensor
+from cptv_jax.stages import Output
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a ViT (Dosovitskiy et al. 2021) or DeiT (Touvron et al. 2021).
+
+    image_size, patch_size: in pixels, square. width: embedding size. distilled: DeiT's distillation token and second
+    head, whose logits are averaged with the first's.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    num_classes: int = 1000
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    layer_norm_epsilon: float = 1e-6
+    distilled: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches + (2 if self.distilled else 1)
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+
+class Linear(nnx.Module):
+    """Weights of a linear layer: kernel [inputs, outputs], bias [outputs]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(nnx.initializers.truncated_normal(0.02)(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, ops: Operations, site: str, x: Tensor, *, hidden: bool = False) -> Tensor:
+        bias = None if self.bias is None else self.bias[...]
+        return ops.linear(site, self.kernel[...], bias, x, hidden=hidden)
+
+
+class LayerNorm(nnx.Module):
+    """Weights of a LayerNorm over `width` channels."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        self.weight = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, ops: Operations, site: str, x: Tensor) -> Tensor:
+        return ops.layer_norm(site, self.weight[...], self.bias[...], self.epsilon, x)
+
+
+class Embed(nnx.Module):
+    """Image [batch, height, width, channels] -> tokens [batch, tokens, width]."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        normal = nnx.initializers.truncated_normal(0.02)
+        self.proj = Linear(config.patch_size**2 * config.in_channels, config.width, rngs=rngs)
+        self.cls_token = nnx.Param(normal(rngs.params(), (1, 1, config.width)))
+        self.dist_token = nnx.Param(normal(rngs.params(), (1, 1, config.width))) if config.distilled else None
+        self.pos_embed = nnx.Param(normal(rngs.params(), (1, config.num_tokens, config.width)))
+
+    def __call__(self, ops: Operations, images: Tensor) -> Tensor:
+        x = ops.tensor("input", images)
+        batch, height, width, channels = x.steps.shape
+        side = self.config.patch_size
+        grid = (height // side, width // side)
+        x = x.move(lambda a: a.reshape(batch, grid[0], side, grid[1], side, channels).swapaxes(2, 3))
+        # From here the last axis is the patch, in the order (row, column, channel).
+        x = self.proj(ops, "proj", x.move(lambda a: a.reshape(batch, grid[0] * grid[1], -1)))
+        prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]
+        prefix = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in prefix]
+        x = ops.tensor("tokens", Tensor(jnp.concatenate([*prefix, x.values], 1)))
+        return ops.add("sum", x, ops.tensor("pos_embed", Tensor(self.pos_embed[...])))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.heads = config.heads
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, rngs=rngs)
+        self.proj = Linear(config.width, config.width, rngs=rngs)
+
+    def __call__(self, ops: Operations, site: str, x: Tensor) -> Tensor:
+        batch, tokens, width = x.steps.shape
+        head = width // self.heads
+        qkv = self.qkv(ops, f"{site}.qkv", x)
+        # [batch, tokens, 3 * width] -> three of [batch, heads, tokens, head]
+        qkv = qkv.move(lambda a: a.reshape(batch, tokens, 3, self.heads, head).transpose(2, 0, 3, 1, 4))
+        query, key, value = (
+            ops.operand(f"{site}.{name}", qkv.move(lambda a, i=i: a[i]))  # type: ignore[misc]
+            for i, name in enumerate(("query", "key", "value"))
+        )
+        scores = ops.matmul(f"{site}.scores", query, key.move(lambda a: a.swapaxes(-1, -2)), head**-0.5)
+        context = ops.matmul(f"{site}.context", ops.softmax(f"{site}.softmax", scores), value)
+        return self.proj(ops, f"{site}.proj", context.move(lambda a: a.swapaxes(1, 2).reshape(batch, tokens, width)))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.norm1 = LayerNorm(config.width, config.layer_norm_epsilon)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = LayerNorm(config.width, config.layer_norm_epsilon)
+        self.fc1 = Linear(config.width, config.hidden, rngs=rngs)
+        self.fc2 = Linear(config.hidden, config.width, rngs=rngs)
+
+    def __call__(self, ops: Operations, x: Tensor) -> Tensor:
+        x = ops.add("residual1", x, self.attn(ops, "attn", self.norm1(ops, "norm1", x)))
+        hidden = ops.gelu("mlp.gelu", self.fc1(ops, "mlp.fc1", self.norm2(ops, "norm2", x), hidden=True))
+        return ops.add("residual2", x, self.fc2(ops, "mlp.fc2", hidden))
+
+
+class Head(nnx.Module):
+    """Tokens -> class logits, from the class token (and DeiT's distillation token)."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.norm = LayerNorm(config.width, config.layer_norm_epsilon)
+        self.fc = Linear(config.width, config.num_classes, rngs=rngs)
+        self.fc_dist = Linear(config.width, config.num_classes, rngs=rngs) if config.distilled else None
+
+    def __call__(self, ops: Operations, x: Tensor) -> Output:
+        prefix = 1 if self.fc_dist is None else 2
+        tokens = self.norm(ops, "norm", x.move(lambda a: a[:, :prefix]))
+        logits = self.fc(ops, "fc", tokens.move(lambda a: a[:, 0])).values
+        if self.fc_dist is not None:
+            logits = (logits + self.fc_dist(ops, "fc_dist", tokens.move(lambda a: a[:, 1])).values) / 2
+        return Output(features=tokens.values.reshape(logits.shape[0], -1), logits=logits)
+
+
+class VisionTransformer(nnx.Module):
+    """A whole ViT; `stages` lists its parts in order."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = Embed(config, rngs=rngs)
+        for i in range(config.depth):
+            setattr(self, f"block{i}", Block(config, rngs=rngs))
+        self.head = Head(config, rngs=rngs)
+
+    def stages(self) -> dict[str, nnx.Module]:
+        """The stages by name, in the order they run."""
+        blocks = {f"blocks.{i}": getattr(self, f"block{i}") for i in range(self.config.depth)}
+        return {"embed": self.embed, **blocks, "head": self.head}
+
+    def __call__(self, ops: Operations, images: Tensor) -> Output:
+        x: Tensor | Output = images
+        for stage in self.stages().values():
+            x = stage(ops, x)  # type: ignore[operator]
+        assert isinstance(x, Output)
+        return x

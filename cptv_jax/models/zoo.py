@@ -1,0 +1,54 @@
+"""Known models: timm names, sizes, preprocessing, and where their weights live."""
+
+from cptv_jax.errors import InputError
+from cptv_jax.models.architecture import Architecture
+from cptv_jax.models.preprocessing import Preprocessing
+from cptv_jax.models.vit import ViTConfig
+from cptv_jax.suggest import did_you_mean
+
+_IMAGENET = Preprocessing()
+_AUGREG = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # crop 0.9, as timm's augreg ViTs
+
+_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+def _vit(name: str, size: str, preprocessing: Preprocessing, distilled: bool = False) -> Architecture:
+    width, depth, heads = _SIZES[size]
+    return Architecture(
+        name, "vit", ViTConfig(width=width, depth=depth, heads=heads, distilled=distilled), preprocessing
+    )
+
+
+ZOO: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        *(_vit(f"deit_{size}_patch16_224", size, _IMAGENET) for size in ("tiny", "small", "base")),
+        *(
+            _vit(f"deit_{size}_distilled_patch16_224", size, _IMAGENET, distilled=True)
+            for size in ("tiny", "small", "base")
+        ),
+        *(_vit(f"vit_{size}_patch16_224", size, _AUGREG) for size in ("tiny", "small", "base", "large")),
+    )
+}
+
+
+def architecture_named(name: str) -> Architecture:
+    """The architecture with this timm name (a pretraining tag such as `.fb_in1k` is ignored).
+
+    Raises InputError for a name that is not in the zoo.
+    """
+    plain = name.split(".", 1)[0]
+    if plain not in ZOO:
+        raise InputError(f"unknown architecture '{name}'{did_you_mean(plain, ZOO)}")
+    return ZOO[plain]
+
+
+def guess_architecture(source: str) -> Architecture:
+    """The architecture whose name is part of a file name or hub id; the longest such name wins.
+
+    Raises InputError when there is none: the tensors alone do not tell DeiT from ViT, whose preprocessing differs.
+    """
+    matches = [name for name in ZOO if name in source]
+    if not matches:
+        raise InputError(f"cannot tell the architecture of '{source}'; name it with --arch (one of {', '.join(ZOO)})")
+    return ZOO[max(matches, key=len)]

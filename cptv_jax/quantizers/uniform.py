@@ -1,0 +1,48 @@
+"""Uniform (affine) quantizer, symmetric or asymmetric, per tensor or per channel."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Uniform:
+    """code = clamp(round(x / scale + zero_point), low, high); value = (code - zero_point) * scale.
+
+    scale: input units per step; () per tensor or (channels,) along the last axis.
+    zero_point: broadcasts with scale; the code of the value 0. An integer for every method but RepQ-ViT.
+    low, high: bounds of the codes. They are arrays, not static, so that sites of different bit widths share one
+        compiled program. Keeping them (and scale) out of compile-time constants also makes XLA divide truly instead
+        of multiplying by a reciprocal, which moves values that lie on a rounding tie.
+
+    Rounding is half to even, after the zero point is added (FQ-ViT, section 3.1).
+    """
+
+    scale: Float[Array, "..."]
+    zero_point: Float[Array, "..."]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+
+    def with_scale(self, scale: Float[Array, "..."]) -> "Uniform":
+        return replace(self, scale=scale)
+
+    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.clip(jnp.round(values / self.scale + self.zero_point), self.low, self.high)
+
+    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        return (codes - self.zero_point) * self.scale
+
+    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.codes(values) - self.zero_point
+
+    def clip_steps(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Steps already on this grid, limited to the range of the codes (an integer LayerNorm emits such)."""
+        return jnp.clip(steps + self.zero_point, self.low, self.high) - self.zero_point
+
+
+def grid(bits: int, signed: bool) -> tuple[float, float]:
+    """Bounds of an integer grid: (0, 2^bits - 1), or (-2^(bits-1), 2^(bits-1) - 1) when signed."""
+    return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)

@@ -1,0 +1,190 @@
+"""Recipes: for every site its quantizer, bits and granularity. Data only; presets name the published ones."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from cptv_jax.errors import InputError
+from cptv_jax.sites import Site
+from cptv_jax.suggest import did_you_mean
+
+ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf"]
+OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf")
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """How one tensor is quantized.
+
+    quantizer: "uniform" or "log2".
+    bits: width of the codes, 2 to 8.
+    signed: codes from -2^(bits-1) instead of from 0.
+    symmetric: zero point 0 and a range mirrored around zero.
+    per_channel: one scale for each entry of the last axis (a weight's output channels, a token's features).
+    observer: the calibration statistic that sets scale and zero point.
+    bias_correction: restore each output channel's mean and deviation (weights only).
+    """
+
+    quantizer: Literal["uniform", "log2"] = "uniform"
+    bits: int = 8
+    signed: bool = False
+    symmetric: bool = False
+    per_channel: bool = False
+    observer: ObserverName = "minmax"
+    bias_correction: bool = False
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What a user writes; `resolve` turns it into a table of sites.
+
+    preset: a name in PRESETS; it fixes which kinds of site are quantized and how.
+    weight_bits, activation_bits, softmax_bits: widths, 2 to 8; softmax_bits null means activation_bits
+        (FQ-ViT's preset: 4).
+    weight_observer, activation_observer: null means the preset's.
+    weight_signed: signed symmetric weights; null means the preset's.
+    bias_correction, power_of_two_factor, integer_layer_norm, log_int_softmax, quantize_input: null means the preset's.
+    overrides: by site name or pattern (`blocks.*.mlp.fc1.weight`), fields of SiteSpec to change, or `null` to leave
+        the site in float; later patterns win.
+    """
+
+    preset: str = "evol-q"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    softmax_bits: int | None = None
+    weight_observer: ObserverName | None = None
+    activation_observer: ObserverName | None = None
+    weight_signed: bool | None = None
+    bias_correction: bool | None = None
+    power_of_two_factor: bool | None = None
+    integer_layer_norm: bool | None = None
+    log_int_softmax: bool | None = None
+    quantize_input: bool | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The published choices behind a recipe name (null fields of RecipeConfig take these)."""
+
+    weight_observer: ObserverName = "minmax"
+    activation_observer: ObserverName = "omse"
+    weight_signed: bool = False
+    bias_correction: bool = True
+    power_of_two_factor: bool = True
+    integer_layer_norm: bool = True
+    log_int_softmax: bool = False
+    quantize_input: bool = True
+    softmax_bits: int | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    # Evol-Q's shipped flags (config_fq.py, --mode e2e): what CPT-V starts from.
+    "evol-q": Preset(),
+    # Its config.py: OMSE weights, LayerNorm in float.
+    "evol-q-omse": Preset(weight_observer="omse", integer_layer_norm=False),
+    # FQ-ViT as published: signed 8-bit weights, min-max, log-int-softmax at 4 bits.
+    "fq-vit": Preset(
+        activation_observer="minmax", weight_signed=True, bias_correction=False, log_int_softmax=True, softmax_bits=4
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every quantized site with its specification, and the arithmetic of LayerNorm and softmax."""
+
+    name: str
+    sites: Mapping[str, SiteSpec]
+    integer_layer_norm: bool
+    log_int_softmax: bool
+
+    def of_stage(self, stage: str) -> dict[str, SiteSpec]:
+        """The specifications of one stage, by site name relative to it."""
+        prefix = stage + "."
+        return {name.removeprefix(prefix): spec for name, spec in self.sites.items() if name.startswith(prefix)}
+
+
+def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
+    """The recipe that `config` gives for the sites of an architecture.
+
+    Raises InputError for an unknown preset, observer or field, a width out of range, or a pattern that matches no site.
+    """
+    if config.preset not in PRESETS:
+        raise InputError(f"unknown recipe preset '{config.preset}'{did_you_mean(config.preset, PRESETS)}")
+    preset = PRESETS[config.preset]
+
+    def choice(name: str) -> Any:
+        chosen = getattr(config, name)
+        return getattr(preset, name) if chosen is None else chosen
+
+    softmax_bits = choice("softmax_bits") or config.activation_bits
+    factor, log_softmax = choice("power_of_two_factor"), choice("log_int_softmax")
+    observer, weight_observer = choice("activation_observer"), choice("weight_observer")
+    # OMSE in the published code always fits a zero point; the other observers mirror signed ranges.
+    symmetric = choice("weight_signed") and weight_observer != "omse"
+    activation = SiteSpec(bits=config.activation_bits, observer=observer)
+    residual = SiteSpec(bits=config.activation_bits, per_channel=True, observer="ptf") if factor else activation
+    softmax = (
+        SiteSpec("log2", softmax_bits)
+        if log_softmax
+        else SiteSpec(bits=config.activation_bits if config.softmax_bits is None else softmax_bits, observer=observer)
+    )
+    weight = SiteSpec(
+        bits=config.weight_bits,
+        signed=choice("weight_signed"),
+        symmetric=symmetric,
+        per_channel=True,
+        observer=weight_observer,
+        bias_correction=choice("bias_correction"),
+    )
+    by_kind = {"weight": weight, "add": residual, "softmax": softmax}
+
+    specs: dict[str, SiteSpec] = {}
+    for site in sites:
+        if site.kind in ("operand", "hidden") or (site.name == "embed.input" and not choice("quantize_input")):
+            continue
+        specs[site.name] = by_kind.get(site.kind, activation)
+    for pattern, change in config.overrides.items():
+        _override(specs, pattern, change, sites, activation)
+    for name, spec in specs.items():
+        _check(name, spec)
+    integer_layer_norm = choice("integer_layer_norm") and factor
+    return Recipe(config.preset, specs, integer_layer_norm, log_softmax)
+
+
+def _override(
+    specs: dict[str, SiteSpec], pattern: str, change: Any, sites: tuple[Site, ...], default: SiteSpec
+) -> None:
+    names = [site.name for site in sites if fnmatchcase(site.name, pattern)]
+    if not names:
+        known = [site.name for site in sites]
+        raise InputError(f"recipe.overrides: no site matches '{pattern}'{did_you_mean(pattern, known)}")
+    fields = {f.name for f in dataclasses.fields(SiteSpec)}
+    if change is not None and not isinstance(change, dict):
+        raise InputError(f"recipe.overrides.{pattern} must be a mapping of fields such as {{bits: 4}}, or null")
+    for key in change or ():
+        if key not in fields:
+            raise InputError(f"recipe.overrides.{pattern}: unknown field '{key}'{did_you_mean(key, fields)}")
+    for name in names:
+        if change is None:
+            specs.pop(name, None)
+        else:
+            specs[name] = dataclasses.replace(specs.get(name, default), **change)
+
+
+def _check(name: str, spec: SiteSpec) -> None:
+    if not (isinstance(spec.bits, int) and MIN_BITS <= spec.bits <= MAX_BITS):
+        raise InputError(f"{name}: {spec.bits} bits asked for; widths from {MIN_BITS} to {MAX_BITS} are supported")
+    if spec.observer not in OBSERVERS:
+        raise InputError(f"{name}: unknown observer '{spec.observer}'{did_you_mean(spec.observer, OBSERVERS)}")
+    if spec.quantizer not in ("uniform", "log2"):
+        known = ("uniform", "log2")
+        raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, known)}")
+    if spec.observer == "ptf" and not spec.per_channel:
+        raise InputError(f"{name}: observer 'ptf' needs per_channel: true")
+    if spec.observer == "percentile" and spec.per_channel:
+        raise InputError(f"{name}: observer 'percentile' works per tensor; set per_channel: false or another observer")

@@ -1,0 +1,71 @@
+"""Stages: all that the search knows of a model."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """What a model's last stage returns: penultimate features [batch, features] and logits [batch, classes]."""
+
+    features: Float[Array, "batch features"]
+    logits: Float[Array, "batch classes"]
+
+
+class StageFunction(Hashable, Protocol):
+    """The computation of a stage, without its arrays.
+
+    Two stages that compute alike must have equal functions (a frozen dataclass, or the same plain function): equal
+    functions share one compiled program.
+    """
+
+    def __call__(self, state: PyTree, x: PyTree) -> PyTree:
+        """The stage's output for one batch, from its state (weights, quantizers) and its input."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An addressable piece of a forward pass.
+
+    name: such as "blocks.3".
+    function: pure; state and input are pytrees of arrays.
+    state: everything that the function reads beside its input.
+    candidate: the part of the state that a search may change (by site, a scale), or an empty pytree.
+    bind: places a candidate in a state; pure, so it can be vmapped over a population.
+    """
+
+    name: str
+    function: StageFunction
+    state: PyTree
+    candidate: PyTree = None
+    bind: Callable[[PyTree, PyTree], PyTree] = lambda state, candidate: state
+
+    @property
+    def searchable(self) -> bool:
+        return bool(jax.tree.leaves(self.candidate))
+
+    def bound(self, candidate: PyTree) -> "Stage":
+        """This stage with the candidate in place."""
+        return Stage(self.name, self.function, self.bind(self.state, candidate), candidate, self.bind)
+
+
+def run_stage(function: Callable[..., Any], state: PyTree, x: PyTree) -> PyTree:
+    """function(state, x)."""
+    return function(state, x)
+
+
+def run_candidates(
+    function: StageFunction, bind: Callable[[PyTree, PyTree], PyTree], state: PyTree, candidates: PyTree, x: PyTree
+) -> PyTree:
+    """The stage's output for each candidate on one shared input; outputs have a leading population axis."""
+    return jax.vmap(lambda candidate: function(bind(state, candidate), x))(candidates)
+
+
+def run_population(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
+    """The stage's output where the input already has a leading population axis and the state is shared."""
+    return jax.vmap(lambda one: function(state, one))(x)
