@@ -1,0 +1,143 @@
+"""Reads data sets that tensorflow-datasets itself prepares here, offline and without TensorFlow."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cptv_jax.data import load, load_tfds, preprocess
+from cptv_jax.errors import InputError
+
+PHOTOS = np.random.default_rng(0).integers(0, 256, (6, 40, 50, 3), np.uint8)
+LABELS = {"validation": [3, 0, 2, 1, 3, 2], "unlabelled": [-1] * 6}
+
+
+def png(photo: np.ndarray) -> io.BytesIO:
+    """A file: tfds would need TensorFlow to encode an array."""
+    file = io.BytesIO()
+    Image.fromarray(photo).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+with (
+    tfds.core.registered.skip_registration()
+):  # so that reading finds only the prepared folder, as a user's program does
+
+    class Photos(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=4),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in LABELS}
+
+        def _generate_examples(self, split):
+            for i, label in enumerate(LABELS[split]):
+                yield i, {"image": png(PHOTOS[i]), "label": label}
+
+    class Captions(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"caption": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"caption": "no picture"}
+
+    class BarePhotos(Photos):
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3))})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _generate_examples(self, split):
+            for i, photo in enumerate(PHOTOS):
+                yield i, {"image": png(photo)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    for kind in (Photos, Captions, BarePhotos):
+        kind(data_dir=folder, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def read(prepared, small, name="photos", split="validation", **options):
+    return load_tfds(name, split, small, data_dir=prepared, **{"labels": True, "progress": False, **options})
+
+
+def test_examples_come_with_their_pixels_and_labels(prepared, small):
+    images = read(prepared, small)
+    expected = {preprocess(Image.fromarray(photo), small).tobytes(): i for i, photo in enumerate(PHOTOS)}
+    which = [expected[pixels.tobytes()] for pixels in images.pixels]  # tfds shuffles when it prepares
+    assert sorted(which) == list(range(6))
+    assert images.labels.tolist() == [LABELS["validation"][i] for i in which]
+    assert read(prepared, small, labels=False).labels is None
+    assert read(prepared, small, name="bare_photos", labels=False).labels is None
+
+
+def test_slices_and_limits_choose_among_the_examples(prepared, small):
+    images = read(prepared, small)
+    np.testing.assert_array_equal(read(prepared, small, split="validation[2:5]").pixels, images.pixels[2:5])
+    some = read(prepared, small, limit=4, seed=3)
+    where = [images.names.index(name) for name in some.names]
+    assert len(set(where)) == 4
+    np.testing.assert_array_equal(some.labels, images.labels[where])
+    np.testing.assert_array_equal(some.pixels, images.pixels[where])
+
+
+def test_a_source_string_may_slice_the_split(prepared, small):
+    images = load(f"tfds:photos:validation[:3]:{prepared}", small, labels=True, progress=False)
+    assert len(images) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "no_such_set"}, "'no_such_set' was not found in {folder}.*prepare"),
+        ({"name": "mnist"}, "'mnist' (is not prepared|was not found) in {folder}.*prepare"),
+        ({"split": "holiday"}, "split 'holiday'.*validation"),
+        ({"split": "validation[zz"}, "split 'validation\\[zz'"),
+        ({"split": "validation[:900]"}, "split .*900"),
+        ({"name": "captions", "split": "train"}, "'captions' has no 8-bit image feature.*caption"),
+        ({"name": "bare_photos"}, "'bare_photos' has no integer feature `label`"),
+        ({"split": "unlabelled"}, "carries no labels"),
+        ({"need": 7}, "6 images but 7"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_sentence(prepared, small, options, said):
+    with pytest.raises(InputError, match=said.format(folder=prepared)) as raised:
+        read(prepared, small, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_package_is_named(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match="pip install tensorflow-datasets"):
+        load_tfds("photos", "validation", small, labels=False)
+
+
+def test_data_prepared_for_sequential_reading_only_is_refused(prepared, small, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "photos" / "1.0.0"
+    shutil.copytree(f"{prepared}/photos/1.0.0", folder)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="array_record"):
+        read(str(tmp_path), small)
