@@ -25,11 +25,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of a directory in sorted order, and their labels when the folder names say them."""
+    """The image files of a directory in sorted order, and their labels when the folder names say them.
+
+    remark: why there are no labels, or why they may not be what a model means; empty when all is well.
+    """
 
     files: list[Path]
     labels: list[int] | None
-    unlabelled_because: str = ""
+    remark: str = ""
 
 
 def load_folder(
@@ -52,9 +55,11 @@ def load_folder(
     listing = list_folder(root)
     if labels and listing.labels is None:
         raise InputError(
-            f"labels are wanted but {root} {listing.unlabelled_because}; put each image in a folder named by its "
+            f"labels are wanted but {root} {listing.remark}; put each image in a folder named by its "
             "class index (0, 1, ...) or WordNet id."
         )
+    if labels and listing.remark:
+        _logger.warning("%s %s", root, listing.remark)
     chosen = choose(len(listing.files), limit=limit, need=need, seed=seed, source=str(root))
     files = [listing.files[i] for i in chosen]
     names = tuple(str(file) for file in files)
@@ -76,15 +81,17 @@ def list_folder(root: Path) -> Listing:
     Hidden entries, other files, broken links and links back to a parent folder are passed over.
     Raises InputError if `root` is no folder, holds no image, or mixes these kinds.
     """
-    if not root.exists():
+    if not os.path.exists(root):  # unlike pathlib's, False for any path that no file can have
         raise InputError(f"the image folder {root} does not exist; check the path.")
     if not root.is_dir():
         raise InputError(f"{root} is a file, not a folder; give the folder that holds the images.")
-    top, folders = _entries(root, frozenset({os.path.realpath(root)}))
-    images = {folder: list(_images_below(folder, frozenset({os.path.realpath(root)}))) for folder in folders}
+    above = frozenset({os.path.realpath(root)})
+    top, folders = _entries(root, above)
+    images = {folder: list(_images_below(folder, above)) for folder in folders}
     wordnet = [folder for folder in folders if _WORDNET_ID.fullmatch(folder.name)]
     indexed = [folder for folder in folders if _CLASS_INDEX.fullmatch(folder.name)]
-    other = [folder for folder in folders if images[folder] and folder not in wordnet and folder not in indexed]
+    classes = {*wordnet, *indexed}
+    other = [folder for folder in folders if images[folder] and folder not in classes]
     if not top and not any(images.values()):
         raise InputError(f"the folder {root} holds no images ({', '.join(sorted(_EXTENSIONS))}); check the path.")
     kinds = [found[0].name for found in (wordnet, indexed, other, top) if found]
@@ -93,18 +100,20 @@ def list_folder(root: Path) -> Listing:
             f"{root} mixes kinds of entries ({', '.join(kinds)}); keep only WordNet-id folders, only class-index "
             "folders, or only images."
         )
-    if wordnet and len(wordnet) != _IMAGENET_CLASSES:
-        _logger.warning(
-            "%s has %d WordNet-id folders, labelled by their sorted order; for a model of all %d ImageNet classes "
-            "rename them to class indices.", root, len(wordnet), _IMAGENET_CLASSES
-        )  # fmt: skip
     if top:
         return Listing(top, None, "is a flat folder without class folders")
     files = [file for folder in folders for file in images[folder]]
     if other:
         return Listing(files, None, f"has the folder {other[0].name!r}, neither a class index nor a WordNet id")
-    ranked = {folder: rank for rank, folder in enumerate(wordnet)} or {folder: int(folder.name) for folder in indexed}
-    return Listing(files, [ranked[folder] for folder in folders for _ in images[folder]])
+    if indexed:
+        return Listing(files, [int(folder.name) for folder in folders for _ in images[folder]])
+    remark = ""
+    if len(wordnet) != _IMAGENET_CLASSES:
+        remark = (
+            f"has {len(wordnet)} WordNet-id folders, labelled by their sorted order; for a model of all "
+            f"{_IMAGENET_CLASSES} ImageNet classes rename them to class indices."
+        )
+    return Listing(files, [rank for rank, folder in enumerate(wordnet) for _ in images[folder]], remark)
 
 
 def _images_below(folder: Path, ancestors: frozenset[str]) -> Iterator[Path]:

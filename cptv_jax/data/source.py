@@ -31,6 +31,8 @@ def load(
     limit: use at most so many, chosen by `seed`; need: fewer are an error. progress: show a bar on stderr.
     Raises InputError for a source that is missing, malformed, too small or unreadable.
     """
+    if not source:  # an empty path would be the working directory
+        raise InputError("the source of images is empty; give a directory, tfds:name:split or digits:test.")
     kind, _, rest = source.partition(":")
     if kind == "digits":
         return _digits(rest, preprocessing, labels=labels, limit=limit, need=need, seed=seed)
@@ -55,11 +57,11 @@ def load(
 def _digits(
     split: str, preprocessing: Preprocessing, *, labels: bool, limit: int | None, need: int, seed: int
 ) -> Images:
+    images = load_digits(split)
     if preprocessing.image_size != IMAGE_SIZE:
         raise InputError(
             f"digits:{split} are {IMAGE_SIZE} x {IMAGE_SIZE} pixels but the model expects {preprocessing.image_size}; "
             "give a folder or tfds: source."
         )
-    images = load_digits(split)
     images = images.take(choose(len(images), limit=limit, need=need, seed=seed, source=f"digits:{split}"))
     return images if labels else images.without_labels()

@@ -49,14 +49,19 @@ def load_tfds(
             f"split {split!r} does not fit tfds data set {name!r} ({_first_line(error)}); "
             f"its splits are {', '.join(builder.info.splits)}."
         ) from error
+    except RuntimeError as error:
+        raise _damaged(builder, name, error) from error
     chosen = choose(len(records), limit=limit, need=need, seed=seed, source=f"tfds:{name}:{split}")
     names = tuple(f"tfds:{name}:{split} example {i}" for i in chosen)
     found = np.zeros(len(chosen), np.int32)
     lock = Lock()  # the record reader opens its files lazily, which two threads must not do at once
 
     def open_record(index: int) -> BytesIO:
-        with lock:
-            example = records[int(chosen[index])]
+        try:
+            with lock:
+                example = records[int(chosen[index])]
+        except Exception as error:  # the record reader and the protobuf parser raise their own types
+            raise _damaged(builder, name, error) from error
         if labels:
             found[index] = example["label"]
         return BytesIO(example["image"])
@@ -81,9 +86,9 @@ def _prepared(tfds: Any, name: str, data_dir: str | None) -> Any:
     remedy = "prepare it with `tfds build --file_format=array_record`, or give the folder as tfds:name:split:data_dir"
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-    except (ValueError, ImportError, OSError) as error:  # unknown name, config or version; its code cannot be imported
+    except Exception as error:  # an unknown name or config, a damaged folder, or whatever the set's own code raises
         reason = _first_line(error)
-        raise InputError(f"tfds data set {name!r} was not found in {shown} ({reason}); {remedy}.") from error
+        raise InputError(f"tfds data set {name!r} cannot be opened in {shown} ({reason}); {remedy}.") from error
     if not builder.is_prepared():
         raise InputError(f"tfds data set {name!r} is not prepared in {builder.data_path}; {remedy}.")
     return builder
@@ -103,6 +108,12 @@ def _check_features(tfds: Any, builder: Any, name: str, labels: bool) -> None:
             raise InputError(
                 f"labels are wanted but tfds data set {name!r} has no integer feature `label`; choose one that has."
             )
+
+
+def _damaged(builder: Any, name: str, error: Exception) -> InputError:
+    return InputError(
+        f"tfds data set {name!r} in {builder.data_path} is damaged ({_first_line(error)}); delete and prepare it again."
+    )
 
 
 def _first_line(error: Exception) -> str:

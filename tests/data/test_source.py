@@ -53,6 +53,11 @@ def test_a_malformed_tfds_source_is_refused(small, text):
         load(text, small, labels=False)
 
 
+def test_an_empty_source_does_not_read_the_working_directory(small):
+    with pytest.raises(InputError, match="empty"):
+        load("", small, labels=False)
+
+
 def test_an_unknown_source_is_reported_as_a_missing_folder(small):
     with pytest.raises(InputError, match=r"tdfs:mnist:test.*does not exist"):
         load("tdfs:mnist:test", small, labels=False)

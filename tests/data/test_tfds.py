@@ -1,7 +1,10 @@
 """Reads data sets that tensorflow-datasets itself prepares here, offline and without TensorFlow."""
 
 import io
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,7 +110,7 @@ def test_a_source_string_may_slice_the_split(prepared, small):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"name": "no_such_set"}, "'no_such_set' was not found in {folder}.*prepare"),
+        ({"name": "no_such_set"}, "'no_such_set' cannot be opened in {folder}.*prepare"),
         ({"name": "mnist"}, "'mnist' (is not prepared|was not found) in {folder}.*prepare"),
         ({"split": "holiday"}, "split 'holiday'.*validation"),
         ({"split": "validation[zz"}, "split 'validation\\[zz'"),
@@ -124,6 +127,26 @@ def test_what_cannot_be_read_is_said_in_one_sentence(prepared, small, options, s
     assert "\n" not in str(raised.value)
 
 
+def copied(prepared, folder):
+    """A copy of one prepared data set that a test may damage."""
+    return Path(shutil.copytree(f"{prepared}/photos/1.0.0", folder / "photos" / "1.0.0"))
+
+
+@pytest.mark.parametrize(
+    "file", ["photos-validation.array_record-00000-of-00001", "dataset_info.json", "features.json"]
+)
+@pytest.mark.parametrize("damage", ["empty", "gone"])
+def test_a_damaged_folder_is_named_with_the_remedy(prepared, small, tmp_path, file, damage):
+    path = copied(prepared, tmp_path) / file
+    if damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}.*prepare") as raised:
+        read(str(tmp_path), small)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_missing_package_is_named(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(InputError, match="pip install tensorflow-datasets"):
@@ -131,13 +154,7 @@ def test_a_missing_package_is_named(small, monkeypatch):
 
 
 def test_data_prepared_for_sequential_reading_only_is_refused(prepared, small, tmp_path):
-    import json
-    import shutil
-
-    folder = tmp_path / "photos" / "1.0.0"
-    shutil.copytree(f"{prepared}/photos/1.0.0", folder)
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info["fileFormat"] = "tfrecord"
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    file = copied(prepared, tmp_path) / "dataset_info.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fileFormat": "tfrecord"}))
     with pytest.raises(InputError, match="array_record"):
         read(str(tmp_path), small)
