@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, grid
+from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, grid, true_divide
 from cptv_jax.recipe import SiteSpec
 
 _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).eps)
@@ -48,14 +48,12 @@ def _moving(old: Range, new: Range) -> Range:
 def uniform_from_range(found: Range, spec: SiteSpec) -> Uniform:
     """Scale and zero point that spread the integer grid over a range (FQ-ViT, equations 2 and 3)."""
     low, high = (jnp.float32(bound) for bound in grid(spec.bits, spec.signed))
-    # Opaque bounds: a constant divisor would be compiled into a multiplication by its reciprocal, one ulp off.
-    low, high = jax.lax.optimization_barrier((low, high))
     if spec.symmetric:
         largest = jnp.maximum(-found.minimum, found.maximum)
-        scale = jnp.maximum(largest / ((high - low) / 2), _SMALLEST_SCALE)
+        scale = jnp.maximum(true_divide(largest, (high - low) / 2), _SMALLEST_SCALE)
         return Uniform(scale, jnp.zeros_like(scale), low, high)
-    scale = jnp.maximum((found.maximum - found.minimum) / (high - low), _SMALLEST_SCALE)
-    zero_point = jnp.clip(low - jnp.round(found.minimum / scale), low, high)
+    scale = jnp.maximum(true_divide(found.maximum - found.minimum, high - low), _SMALLEST_SCALE)
+    zero_point = jnp.clip(low - jnp.round(true_divide(found.minimum, scale)), low, high)
     return Uniform(scale, zero_point, low, high)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from cptv_jax.interpreters.integer_functions import integer_layer_norm, log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
+from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, true_divide
 
 _PRECISION = jax.lax.Precision.HIGHEST  # float32 is meant, also where the hardware would prefer less
 
@@ -54,7 +54,7 @@ class FakeQuant:
         if quantizer is None:
             return Tensor(values)
         if not self.rounding:
-            return Tensor(values / quantizer.scale, quantizer.scale)
+            return Tensor(true_divide(values, quantizer.scale), quantizer.scale)
         return Tensor(quantizer.steps(values), quantizer.scale)
 
     def weight(self, site: str, kernel: Array) -> tuple[Tensor, Array | None, Array | None]:
@@ -99,7 +99,7 @@ class FakeQuant:
     def softmax(self, site: str, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
         if self.log_int_softmax and x.scale is not None and isinstance(quantizer, Log2):
-            codes = quantizer.clip_exponents(log_int_softmax_exponents(x.steps, x.scale))
+            codes = quantizer.clip_exponents(log_int_softmax_exponents(true_divide(x.values, x.scale), x.scale))
             return Tensor(quantizer.values(codes))
         return self.emit(site, "softmax", jax.nn.softmax(x.values, -1))
 

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers import true_divide
+
 # Second-order polynomial of I-BERT (equation 11) for exp on (-ln 2, 0], and its number of fractional bits.
 _EXP_COEFFICIENTS = (0.35815147, 0.96963238, 1.0)
 _MINUS_LN2 = -0.6931
@@ -36,21 +38,21 @@ def integer_layer_norm(
     """
     channels = steps.shape[-1]
     smallest = jnp.min(scale)
-    shifted = jnp.round(steps) * jnp.round(scale / smallest)
+    shifted = jnp.round(steps) * jnp.round(true_divide(scale, smallest))
     total = jnp.sum(shifted, -1, keepdims=True)
-    mean = total / channels * smallest
+    mean = true_divide(total, channels) * smallest
     spread = channels * jnp.sum(shifted**2, -1, keepdims=True) - total**2
     constant = spread <= 0
     deviation = smallest / channels * jnp.sqrt(jnp.where(constant, 1.0, spread))
 
-    multiplier = jnp.where(constant, 0.0, smallest / deviation) * weight / out_scale
+    multiplier = true_divide(jnp.where(constant, 0.0, smallest / deviation) * weight, out_scale)
     magnitude = jnp.abs(multiplier)
     # frexp of zero has no meaningful exponent; a zero multiplier stays zero whatever the shift.
     exponent = _floor_log2(jnp.where(magnitude > 0, magnitude, 1.0))
     shift = _power_of_two(jnp.clip(_MULTIPLIER_BITS - 1 - exponent, 0, 31))
     mantissa = jnp.clip(jnp.floor(magnitude * shift), 0, 2**_MULTIPLIER_BITS - 1)
     offset = jnp.where(constant, 0.0, mean / deviation) * weight
-    intercept = jnp.round((bias - offset) / out_scale * shift)
+    intercept = jnp.round(true_divide(bias - offset, out_scale) * shift)
     return jnp.round((jnp.sign(multiplier) * mantissa * shifted + intercept) / shift)
 
 
@@ -59,7 +61,7 @@ def _integer_exp(steps: Float[Array, "..."], scale: Float[Array, ""]) -> Float[A
     a, b, c = _EXP_COEFFICIENTS
     ln2 = jnp.floor(_MINUS_LN2 / scale)
     steps = jnp.maximum(steps, _EXP_BITS * ln2)
-    quotient = jnp.floor(steps / ln2)
+    quotient = jnp.floor(true_divide(steps, ln2))
     remainder = steps - ln2 * quotient
     polynomial = remainder * (remainder + jnp.floor((b / a) / scale)) + jnp.floor((c / a) / scale**2)
     return jnp.maximum(jnp.floor(polynomial * _power_of_two(_EXP_BITS - quotient)), 0.0)

@@ -9,7 +9,7 @@ from cptv_jax.interpreters.fake_quant import FakeQuant
 from cptv_jax.interpreters.integer_functions import log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.observers import Range
-from cptv_jax.quantizers import Log2, Quantizer
+from cptv_jax.quantizers import Log2, Quantizer, true_divide
 from cptv_jax.recipe import SiteSpec
 
 
@@ -35,7 +35,7 @@ class Observing(FakeQuant):
     def emit(self, site: str, kind: str, values: Array) -> Tensor:
         quantizer = self._observe(site, values)
         if quantizer is not None and self.tag_scores and kind == "matmul":
-            return Tensor(values / quantizer.scale, quantizer.scale)
+            return Tensor(true_divide(values, quantizer.scale), quantizer.scale)
         return Tensor(values)
 
     def operand(self, site: str, x: Tensor) -> Tensor:

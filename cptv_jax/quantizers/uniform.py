@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers.division import true_divide
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -15,8 +17,7 @@ class Uniform:
     scale: input units per step; () per tensor or (channels,) along the last axis.
     zero_point: broadcasts with scale; the code of the value 0. An integer for every method but RepQ-ViT.
     low, high: bounds of the codes. They are arrays, not static, so that sites of different bit widths share one
-        compiled program. Keeping them (and scale) out of compile-time constants also makes XLA divide truly instead
-        of multiplying by a reciprocal, which moves values that lie on a rounding tie.
+        compiled program.
 
     Rounding is half to even, after the zero point is added (FQ-ViT, section 3.1).
     """
@@ -30,7 +31,7 @@ class Uniform:
         return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.clip(jnp.round(values / self.scale + self.zero_point), self.low, self.high)
+        return jnp.clip(jnp.round(true_divide(values, self.scale) + self.zero_point), self.low, self.high)
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         return (codes - self.zero_point) * self.scale

@@ -1,0 +1,36 @@
+"""Running stages one after the other, each compiled once per stage function."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+from jaxtyping import PyTree
+
+from cptv_jax.stages import Stage, StageFunction
+
+
+def _run(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
+    return function(state, x)
+
+
+apply_stage: Callable[..., PyTree] = jax.jit(_run, static_argnums=0)
+
+
+def forward(stages: Sequence[Stage], x: PyTree) -> PyTree:
+    """The output of the last stage for one batch of inputs to the first."""
+    for stage in stages:
+        x = apply_stage(stage.function, stage.state, x)
+    return x
+
+
+def stage_inputs(stages: Sequence[Stage], x: PyTree) -> list[PyTree]:
+    """The input of every stage, and after them the output of the last, for one batch."""
+    inputs = [x]
+    for stage in stages:
+        inputs.append(apply_stage(stage.function, stage.state, inputs[-1]))
+    return inputs
+
+
+def forward_batches(stages: Sequence[Stage], batches: Iterable[PyTree]) -> Iterator[PyTree]:
+    """`forward` for each batch in turn."""
+    for x in batches:
+        yield forward(stages, x)
