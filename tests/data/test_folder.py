@@ -73,17 +73,16 @@ def test_known_extensions_in_any_case_load_and_other_or_hidden_entries_do_not(tm
     assert [name.rsplit("/", 1)[1] for name in load(tmp_path, small, labels=False).names] == names
 
 
-def test_links_are_followed_but_loops_and_broken_links_are_not(tmp_path, paint, small):
+@pytest.mark.parametrize("loop", ["3", "1/up"])
+def test_links_are_followed_but_loops_and_broken_links_are_not(tmp_path, paint, small, loop):
     root = tmp_path / "root"
     paint(root / "1" / "images" / "a.png")
     paint(tmp_path / "elsewhere" / "b.png")
     (root / "2").symlink_to(tmp_path / "elsewhere")
-    (root / "3").symlink_to(root)
-    (root / "1" / "up").symlink_to(root)
+    (root / loop).symlink_to(root)
     (root / "1" / "self.png").symlink_to(root / "1" / "self.png")
     (root / "1" / "gone.png").symlink_to(root / "nowhere.png")
-    images = load(root, small)
-    assert images.labels.tolist() == [1, 2]
+    assert load(root, small).labels.tolist() == [1, 2]
 
 
 def test_pixels_are_those_of_preprocess(tmp_path, paint, small):
