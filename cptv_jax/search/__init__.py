@@ -1,1 +1,7 @@
+"""CPT-V: evolutionary search over quantization scales, blind to architecture and base method."""
 
+from cptv_jax.search.evaluator import Evaluator
+from cptv_jax.search.objective import OBJECTIVES, Objective
+from cptv_jax.search.strategies import STRATEGIES, EvolQ, Generational, Strategy
+
+__all__ = ["OBJECTIVES", "STRATEGIES", "EvolQ", "Evaluator", "Generational", "Objective", "Strategy"]

@@ -1,0 +1,84 @@
+"""Objectives: how far a quantized model's outputs are from the teacher's, one scalar a batch, lower is better."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from cptv_jax.errors import InputError
+from cptv_jax.stages import Output
+from cptv_jax.suggest import did_you_mean
+
+Matrix = Float[Array, "batch dim"]
+_NORM_EPSILON = 1e-12  # smallest norm that a vector is divided by, as torch.nn.functional.normalize
+
+
+def _normalized(x: Matrix) -> Matrix:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), _NORM_EPSILON)
+
+
+def info_nce(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
+    """Contrastive loss: each image's student output must single out its own teacher output within the batch.
+
+    Cross-entropy over cosine similarities / temperature, times 2 * temperature (CPT-V, equation 4; the factor is the
+    published code's). The value depends on the batch, whose other images are the negatives.
+    """
+    similarity = jnp.matmul(_normalized(student), _normalized(teacher).T, precision=jax.lax.Precision.HIGHEST)
+    own = jnp.arange(student.shape[0])
+    losses = optax.softmax_cross_entropy_with_integer_labels(similarity / temperature, own)
+    return jnp.mean(losses) * (2 * temperature)
+
+
+def mean_squared_error(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
+    """Mean of squared differences over all elements; the temperature plays no part."""
+    return jnp.mean((student - teacher) ** 2)
+
+
+def kl_divergence(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
+    """KL(teacher || student) of softmaxes over the last axis at a temperature, mean over the batch."""
+    log_student = jax.nn.log_softmax(student / temperature, -1)
+    log_teacher = jax.nn.log_softmax(teacher / temperature, -1)
+    return jnp.mean(jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), -1))
+
+
+def cosine_distance(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
+    """One minus cosine similarity, mean over the batch; the temperature plays no part."""
+    return 1.0 - jnp.mean(jnp.sum(_normalized(student) * _normalized(teacher), -1))
+
+
+OBJECTIVES: dict[str, Callable[[Matrix, Matrix, float], Float[Array, ""]]] = {
+    "infonce": info_nce,
+    "mse": mean_squared_error,
+    "kl": kl_divergence,
+    "cosine": cosine_distance,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Loss of one batch of outputs against the teacher's.
+
+    name: key of OBJECTIVES. on: which output it compares. temperature: of infoNCE and KL.
+    Raises InputError for an unknown name or output, or a temperature that is not positive.
+    """
+
+    name: str = "infonce"
+    on: Literal["logits", "features"] = "logits"
+    temperature: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise InputError(f"unknown objective '{self.name}'{did_you_mean(self.name, OBJECTIVES)}")
+        if self.on not in ("logits", "features"):
+            raise InputError(f"search.on is '{self.on}'{did_you_mean(self.on, ('logits', 'features'))}")
+        if not self.temperature > 0:
+            raise InputError(f"search.temperature is {self.temperature}; it must be positive")
+
+    def __call__(self, student: Output, teacher: Output) -> Float[Array, ""]:
+        """The loss; a NaN (an overflown candidate) counts as infinitely bad."""
+        loss = OBJECTIVES[self.name](getattr(student, self.on), getattr(teacher, self.on), self.temperature)
+        return jnp.where(jnp.isnan(loss), jnp.inf, loss)
