@@ -61,10 +61,14 @@ def _from_range(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     return uniform_from_range(found, spec)
 
 
-def _squared_error(x: Float[Array, "..."], quantizer: Uniform) -> Float[Array, " channels"]:
-    """Mean squared quantization error of each entry of the last axis."""
-    error = quantizer.values(quantizer.codes(x)) - x
-    return jnp.mean((error**2).reshape(-1, x.shape[-1]), 0)
+def _squared_errors(x: Float[Array, "... channels"], quantizer: Uniform) -> Float[Array, "rows channels"]:
+    return ((quantizer.values(quantizer.codes(x)) - x) ** 2).reshape(-1, x.shape[-1])
+
+
+def _mean(x: Float[Array, "rows columns"], axis: int) -> Float[Array, "..."]:
+    # As a product with ones: XLA's CPU backend then vectorizes what is reduced, three times as fast as a reduction.
+    ones = jnp.ones(x.shape[axis], x.dtype)
+    return jnp.tensordot(x, ones, (axis, 0), precision=jax.lax.Precision.HIGHEST) / x.shape[axis]
 
 
 def _omse(found: Range, x: Array, spec: SiteSpec) -> Uniform:
@@ -76,7 +80,7 @@ def _omse(found: Range, x: Array, spec: SiteSpec) -> Uniform:
         return jax.tree.map(lambda bound: bound * factor, found)
 
     def score(index: Array) -> Array:
-        return jnp.mean(_squared_error(x, uniform_from_range(shrunk(index), spec)))
+        return jnp.mean(_mean(_squared_errors(x, uniform_from_range(shrunk(index), spec)), 1))
 
     scores = jax.lax.map(score, jnp.arange(_OMSE_CANDIDATES))
     return uniform_from_range(shrunk(jnp.argmin(scores)), spec)
@@ -90,7 +94,7 @@ def _power_of_two_factor(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     whole = uniform_from_range(Range(jnp.min(found.minimum), jnp.max(found.maximum)), spec)
     finest = whole.scale / 2**_PTF_LARGEST_EXPONENT
     scales = [finest * 2**k for k in range(_PTF_LARGEST_EXPONENT + 1)]
-    errors = jnp.stack([_squared_error(x, whole.with_scale(scale)) for scale in scales])
+    errors = jnp.stack([_mean(_squared_errors(x, whole.with_scale(scale)), 0) for scale in scales])
     scale = jnp.stack(scales)[jnp.argmin(errors, 0)]
     return Uniform(scale, whole.zero_point, whole.low, whole.high)
 

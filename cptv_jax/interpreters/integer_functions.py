@@ -1,5 +1,6 @@
 """LayerNorm and softmax in FQ-ViT's integer arithmetic, on tensors measured in steps."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,15 +12,21 @@ _MINUS_LN2 = -0.6931
 _EXP_BITS = 30
 _MULTIPLIER_BITS = 8
 
+# Layout of IEEE 754 single precision.
+_FRACTION_BITS = 23
+_EXPONENT_OFFSET = 127
+
 
 def _power_of_two(exponent: Float[Array, "..."]) -> Float[Array, "..."]:
-    """2^exponent for integral exponents, exactly (XLA's exp2 rounds)."""
-    return jnp.ldexp(1.0, exponent.astype(jnp.int32))
+    """2^exponent for integral exponents from -126 to 127, exactly, by writing the exponent bits (exp2 rounds)."""
+    bits = (exponent.astype(jnp.int32) + _EXPONENT_OFFSET) << _FRACTION_BITS
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _floor_log2(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """floor(log2 x) for x > 0, exactly, from the exponent bits."""
-    return (jnp.frexp(x)[1] - 1).astype(jnp.float32)
+    """floor(log2 x) for finite normal x > 0, exactly, by reading the exponent bits; -127 for zero."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return ((bits >> _FRACTION_BITS) - _EXPONENT_OFFSET).astype(jnp.float32)
 
 
 def integer_layer_norm(
@@ -47,9 +54,7 @@ def integer_layer_norm(
 
     multiplier = true_divide(jnp.where(constant, 0.0, smallest / deviation) * weight, out_scale)
     magnitude = jnp.abs(multiplier)
-    # frexp of zero has no meaningful exponent; a zero multiplier stays zero whatever the shift.
-    exponent = _floor_log2(jnp.where(magnitude > 0, magnitude, 1.0))
-    shift = _power_of_two(jnp.clip(_MULTIPLIER_BITS - 1 - exponent, 0, 31))
+    shift = _power_of_two(jnp.clip(_MULTIPLIER_BITS - 1 - _floor_log2(magnitude), 0, 31))
     mantissa = jnp.clip(jnp.floor(magnitude * shift), 0, 2**_MULTIPLIER_BITS - 1)
     offset = jnp.where(constant, 0.0, mean / deviation) * weight
     intercept = jnp.round(true_divide(bias - offset, out_scale) * shift)

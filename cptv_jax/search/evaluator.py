@@ -1,7 +1,6 @@
 """The evaluator: losses of a whole population of candidates at one stage, from cached stage inputs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from cptv_jax.forward import apply_stage, stage_inputs
+from cptv_jax.forward import stage_inputs
 from cptv_jax.stages import Stage, StageFunction
 
 Loss = Callable[[PyTree, PyTree], Array]
@@ -24,18 +23,22 @@ def _run_shared(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
     return jax.vmap(lambda one: function(state, one))(x)
 
 
-def _losses(loss: Loss, outputs: PyTree, teacher: PyTree) -> Array:
+def _losses(loss: Loss, chunks: Sequence[PyTree], teacher: PyTree) -> Array:
+    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *chunks)
     return jax.vmap(lambda output: loss(output, teacher))(outputs)
 
 
 class Evaluator:
     """Losses of candidates against a teacher, over batches of calibration images.
 
-    stages: of the quantized model. batches: inputs to the first stage, all of one shape, since the contrastive loss
-    couples the images of a batch. teacher: the teacher's output for each batch. loss(output, teacher): a scalar.
-    width: how many candidates are computed at once. Memory for activations grows with width times the batch, and no
-    further with the population or the number of images; a population is padded to a multiple of width, so every call
-    has one shape and compiles once.
+    stages: of the quantized model.
+    batches: each a list of chunks, inputs to the first stage. A loss is computed over a whole batch, since the
+        contrastive loss couples its images; the forward pass goes chunk by chunk. All chunks have one shape.
+    teacher: the teacher's output for each whole batch.
+    loss(output, teacher): a scalar, hashable as a function.
+    width: how many candidates are computed at once. Activations take memory for width times a chunk, whatever the
+        population and the number of images. A population is padded to a multiple of width, so that every call has
+        one shape and each entry compiles once for all stages that compute alike.
 
     The inputs of every stage are cached (the prefix cache). A candidate of stage b then costs only stages b and later.
     The cache stays exact while stages are changed from the last to the first; `refresh` makes it anew.
@@ -44,7 +47,7 @@ class Evaluator:
     def __init__(
         self,
         stages: Sequence[Stage],
-        batches: Sequence[PyTree],
+        batches: Sequence[Sequence[PyTree]],
         teacher: Sequence[PyTree],
         loss: Loss,
         width: int = 1,
@@ -52,24 +55,26 @@ class Evaluator:
         if not batches or len(batches) != len(teacher):
             raise ValueError(f"{len(batches)} batches and {len(teacher)} teacher outputs; they must match, and be some")
         self.stages = list(stages)
-        self.batches = list(batches)
-        self.teacher = list(teacher)
+        self.batches = batches
+        self.teacher = teacher
         self.loss = loss
         self.width = width
         # Own jit wrappers, so that their compile counts are this search's.
-        self.run_candidates = jax.jit(_run_candidates, static_argnums=(0, 1))
-        self.run_shared = jax.jit(_run_shared, static_argnums=0)
-        self.run_losses = jax.jit(_losses, static_argnums=0)
-        self.inputs: list[list[PyTree]] = []
+        self._run_candidates = jax.jit(_run_candidates, static_argnums=(0, 1))
+        self._run_shared = jax.jit(_run_shared, static_argnums=0)
+        self._run_losses = jax.jit(_losses, static_argnums=0)
+        self._inputs: list[list[list[PyTree]]] = []  # by batch, chunk, stage
         self._exact_to = -1
 
-    def refresh(self, upto: int | None = None, on_progress: Callable[[int, int], None] = lambda i, n: None) -> None:
-        """Recomputes the cached inputs of stages 0 to `upto` (default: all) under the current states."""
-        last = len(self.stages) - 1 if upto is None else upto
-        self.inputs = []
-        for index, batch in enumerate(self.batches):
-            self.inputs.append(stage_inputs(self.stages[:last], batch))
-            on_progress(index + 1, len(self.batches))
+    def refresh(
+        self, last: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Recomputes the cached inputs of stages 0 to `last` (default: all) under the stages' present states."""
+        last = len(self.stages) - 1 if last is None else last
+        self._inputs = []
+        for done, chunks in enumerate(self.batches, 1):
+            self._inputs.append([stage_inputs(self.stages[:last], chunk) for chunk in chunks])
+            on_progress(done, len(self.batches))
         self._exact_to = last
 
     def losses(self, index: int, population: PyTree) -> np.ndarray:
@@ -80,16 +85,16 @@ class Evaluator:
         if index > self._exact_to:
             raise ValueError(f"stage {index} lies behind a stage that changed since the last refresh; call refresh()")
         count = jax.tree.leaves(population)[0].shape[0]
-        # Sums in float64 on the host: single losses differ in their fifth digit.
-        totals = np.zeros(count)
         pending = []
         for start in range(0, count, self.width):
             part = _padded_slice(population, start, self.width)
-            for inputs, teacher in zip(self.inputs, self.teacher, strict=True):
-                pending.append((start, self._batch_losses(index, part, inputs[index], teacher)))
+            for chunks, teacher in zip(self._inputs, self.teacher, strict=True):
+                outputs = [self._outputs(index, part, inputs[index]) for inputs in chunks]
+                pending.append((start, self._run_losses(self.loss, outputs, teacher)))
+        # Summed in float64: the losses of candidates differ in their fifth digit.
+        totals = np.zeros(count)
         for start, values in pending:
-            stop = min(start + self.width, count)
-            totals[start:stop] += np.asarray(values, np.float64)[: stop - start]
+            totals[start : start + self.width] += np.asarray(values, np.float64)[: count - start]
         return totals / len(self.batches)
 
     def loss_of(self, index: int, candidate: PyTree) -> float:
@@ -101,44 +106,28 @@ class Evaluator:
         self.stages[index] = self.stages[index].bound(jax.tree.map(jnp.asarray, candidate))
         self._exact_to = min(self._exact_to, index)
 
-    def _batch_losses(self, index: int, part: PyTree, x: PyTree, teacher: PyTree) -> Array:
+    def _outputs(self, index: int, part: PyTree, x: PyTree) -> PyTree:
         stage = self.stages[index]
-        outputs = self.run_candidates(stage.function, stage.bind, stage.state, part, x)
+        outputs = self._run_candidates(stage.function, stage.bind, stage.state, part, x)
         for later in self.stages[index + 1 :]:
-            outputs = self.run_shared(later.function, later.state, outputs)
-        return self.run_losses(self.loss, outputs, teacher)
+            outputs = self._run_shared(later.function, later.state, outputs)
+        return outputs
 
     def compile_counts(self) -> dict[str, int]:
         """How many programs each jitted entry holds, for tests of recompilation."""
         entries: dict[str, Any] = {
-            "candidates": self.run_candidates,
-            "shared": self.run_shared,
-            "losses": self.run_losses,
+            "candidates": self._run_candidates,
+            "shared": self._run_shared,
+            "losses": self._run_losses,
         }
         return {name: entry._cache_size() for name, entry in entries.items()}
 
 
 def _padded_slice(population: PyTree, start: int, width: int) -> PyTree:
-    """`width` candidates from `start`; beyond the end the last one is repeated."""
+    """`width` candidates from `start`, float32; beyond the end the last one is repeated."""
 
     def cut(leaf: Array) -> Array:
-        rows = jnp.minimum(jnp.arange(start, start + width), leaf.shape[0] - 1)
-        return jnp.asarray(leaf, jnp.float32)[rows]
+        rows = np.minimum(np.arange(start, start + width), leaf.shape[0] - 1)
+        return jnp.asarray(leaf[rows], jnp.float32)
 
     return jax.tree.map(cut, population)
-
-
-def teacher_outputs(stages: Sequence[Stage], batches: Sequence[PyTree]) -> list[PyTree]:
-    """The teacher's output for each batch."""
-    outputs = []
-    for batch in batches:
-        x = batch
-        for stage in stages:
-            x = apply_stage(stage.function, stage.state, x)
-        outputs.append(x)
-    return outputs
-
-
-def with_states(stages: Sequence[Stage], states: Sequence[PyTree]) -> list[Stage]:
-    """The same stages with other states."""
-    return [replace(stage, state=state) for stage, state in zip(stages, states, strict=True)]
