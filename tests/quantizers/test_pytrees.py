@@ -1,0 +1,56 @@
+"""Quantizers are values that JAX's transformations see through."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
+
+UNIFORM = Uniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.0), jnp.float32(0.0), jnp.float32(15.0))
+EVERY = {
+    "uniform": (UNIFORM, 4),
+    "bias corrected": (BiasCorrected(UNIFORM), 4),
+    "log2": (Log2(jnp.float32(15.0)), 1),
+}
+X = jnp.asarray(np.random.default_rng(0).uniform(0.01, 4, (7, 2)), jnp.float32)
+
+
+@pytest.fixture(params=EVERY)
+def quantizer(request: pytest.FixtureRequest) -> Quantizer:
+    return EVERY[request.param][0]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_is_a_leaf(name: str) -> None:
+    quantizer, leaves = EVERY[name]
+    assert isinstance(quantizer, Quantizer)
+    assert len(jax.tree.leaves(quantizer)) == leaves  # bounds too: sites of different widths share a program
+
+
+def test_flattening_and_back_gives_the_same_quantizer(quantizer: Quantizer) -> None:
+    leaves, structure = jax.tree.flatten(quantizer)
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is type(quantizer)
+    np.testing.assert_array_equal(again.codes(X), quantizer.codes(X))
+
+
+def test_a_stack_of_quantizers_maps_to_the_codes_of_each(quantizer: Quantizer) -> None:
+    others = [jax.tree.map(lambda leaf, i=i: leaf * 2.0**-i, quantizer) for i in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)
+    found = jax.jit(jax.vmap(lambda one: one.codes(X)))(stack)
+    for codes, one in zip(found, others, strict=True):
+        np.testing.assert_array_equal(codes, one.codes(X))
+
+
+def test_widths_share_one_compiled_program() -> None:
+    traces = []
+
+    @jax.jit
+    def run(quantizer: Uniform) -> jax.Array:
+        traces.append(quantizer)
+        return quantizer.codes(X)
+
+    for high in (3.0, 15.0, 255.0):
+        run(Uniform(UNIFORM.scale, UNIFORM.zero_point, UNIFORM.low, jnp.float32(high)))
+    assert len(traces) == 1
