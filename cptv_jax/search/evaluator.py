@@ -1,5 +1,6 @@
 """The evaluator: losses of a whole population of candidates at one stage, from cached stage inputs."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,9 +40,13 @@ class Evaluator:
     width: how many candidates are computed at once. Activations take memory for width times a chunk, whatever the
         population and the number of images. A population is padded to a multiple of width, so that every call has
         one shape and each entry compiles once for all stages that compute alike.
+    cache_bytes: bound on the prefix cache (one stage is always held).
+    on_refresh(done, total): called after each batch while the cache is made.
 
-    The inputs of every stage are cached (the prefix cache). A candidate of stage b then costs only stages b and later.
-    The cache stays exact while stages are changed from the last to the first; `refresh` makes it anew.
+    The prefix cache holds the inputs of stages, so that a candidate of stage b costs only stages b and later. It holds
+    as many stages as fit, ending at the one in use, and is made anew when another is needed: a search that goes from
+    the last stage to the first makes it once a pass where all of them fit. It is exact: it is dropped when a stage
+    before a cached one changes.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class Evaluator:
         teacher: Sequence[PyTree],
         loss: Loss,
         width: int = 1,
+        cache_bytes: float = math.inf,
+        on_refresh: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         if not batches or len(batches) != len(teacher):
             raise ValueError(f"{len(batches)} batches and {len(teacher)} teacher outputs; they must match, and be some")
@@ -63,27 +70,31 @@ class Evaluator:
         self._run_candidates = jax.jit(_run_candidates, static_argnums=(0, 1))
         self._run_shared = jax.jit(_run_shared, static_argnums=0)
         self._run_losses = jax.jit(_losses, static_argnums=0)
-        self._inputs: list[list[list[PyTree]]] = []  # by batch, chunk, stage
-        self._exact_to = -1
+        self.cache_bytes = cache_bytes
+        self.on_refresh = on_refresh
+        self._cached = range(0)  # stages whose inputs are held
+        self._inputs: list[list[dict[int, PyTree]]] = []  # by batch, chunk, stage
 
-    def refresh(
-        self, last: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> None:
-        """Recomputes the cached inputs of stages 0 to `last` (default: all) under the stages' present states."""
-        last = len(self.stages) - 1 if last is None else last
-        self._inputs = []
+    def _refresh(self, index: int) -> None:
+        """Caches the inputs of stage `index` and of as many before it as fit."""
+        self._inputs, self._cached = [], range(0)
         for done, chunks in enumerate(self.batches, 1):
-            self._inputs.append([stage_inputs(self.stages[:last], chunk) for chunk in chunks])
-            on_progress(done, len(self.batches))
-        self._exact_to = last
+            kept = []
+            for chunk in chunks:
+                inputs = stage_inputs(self.stages[:index], chunk)
+                if not self._cached:
+                    largest = max(sum(leaf.nbytes for leaf in jax.tree.leaves(x)) for x in inputs[1:] or inputs)
+                    total = largest * sum(len(chunks) for chunks in self.batches)
+                    count = min(index + 1, max(1, int(min(self.cache_bytes / total, len(self.stages)))))
+                    self._cached = range(index + 1 - count, index + 1)
+                kept.append({stage: inputs[stage] for stage in self._cached})
+            self._inputs.append(kept)
+            self.on_refresh(done, len(self.batches))
 
     def losses(self, index: int, population: PyTree) -> np.ndarray:
-        """Losses [K], float64, of K candidates (leading axis of every leaf) at stage `index`; mean over the batches.
-
-        Raises ValueError when an earlier stage has changed since the cache was made.
-        """
-        if index > self._exact_to:
-            raise ValueError(f"stage {index} lies behind a stage that changed since the last refresh; call refresh()")
+        """Losses [K], float64, of K candidates (leading axis of every leaf) at stage `index`; mean over the batches."""
+        if index not in self._cached:
+            self._refresh(index)
         count = jax.tree.leaves(population)[0].shape[0]
         pending = []
         for start in range(0, count, self.width):
@@ -102,9 +113,9 @@ class Evaluator:
         return float(self.losses(index, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], candidate))[0])
 
     def accept(self, index: int, candidate: PyTree) -> None:
-        """Makes a candidate the stage's own; cached inputs of later stages are no longer valid."""
+        """Makes a candidate the stage's own; the cached inputs of later stages are dropped."""
         self.stages[index] = self.stages[index].bound(jax.tree.map(jnp.asarray, candidate))
-        self._exact_to = min(self._exact_to, index)
+        self._cached = range(self._cached.start, min(self._cached.stop, index + 1))
 
     def _outputs(self, index: int, part: PyTree, x: PyTree) -> PyTree:
         stage = self.stages[index]

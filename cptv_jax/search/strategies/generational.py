@@ -1,5 +1,6 @@
 """Evolution by generations: many children at once, steps in log-scale."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,38 +12,33 @@ from jaxtyping import Array, Float, PyTree
 _TARGET_SUCCESS = 0.2  # Rechenberg's one-fifth rule
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """parents: candidates [survivors, ...], best first; losses: [survivors]; sigma: step in log-scale."""
+    """parents: candidates [survivors, ...], best first; losses: [survivors], float64; sigma: step in log-scale."""
 
     parents: PyTree
-    losses: Float[Array, " survivors"]
-    sigma: Float[Array, ""]
+    losses: np.ndarray
+    sigma: float
 
 
-@partial(jax.jit, static_argnums=2)
-def _ask(state: State, key: Array, children: int) -> PyTree:
+@partial(jax.jit, static_argnums=3)
+def _children(parents: PyTree, sigma: Float[Array, ""], key: Array, count: int) -> PyTree:
     choose, mutate = jax.random.split(key)
-    parents = jax.random.randint(choose, (children,), 0, state.losses.shape[0])
-    leaves, structure = jax.tree.flatten(state.parents)
+    leaves, structure = jax.tree.flatten(parents)
+    chosen = jax.random.randint(choose, (count,), 0, leaves[0].shape[0])
     keys = jax.random.split(mutate, len(leaves))
     return jax.tree.unflatten(
         structure,
         [
-            leaf[parents] * jnp.exp(state.sigma * jax.random.normal(k, (children, *leaf.shape[1:])))
+            leaf[chosen] * jnp.exp(sigma * jax.random.normal(k, (count, *leaf.shape[1:])))
             for k, leaf in zip(keys, leaves, strict=True)
         ],
     )
 
 
 @jax.jit
-def _tell(state: State, population: PyTree, losses: Array) -> State:
-    success = jnp.mean(losses < state.losses[0])
-    every = jnp.concatenate([state.losses, losses])
-    order = jnp.argsort(every, stable=True)[: state.losses.shape[0]]
-    parents = jax.tree.map(lambda old, new: jnp.concatenate([old, new])[order], state.parents, population)
-    return State(parents, every[order], state.sigma * jnp.exp((success - _TARGET_SUCCESS) / 2))
+def _select(parents: PyTree, children: PyTree, order: Array) -> PyTree:
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new])[order], parents, children)
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,17 @@ class Generational:
 
     def init(self, candidate: PyTree, loss: float) -> State:
         parents = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], self.survivors, 0), candidate)
-        return State(parents, jnp.full(self.survivors, loss, jnp.float32), jnp.float32(self.sigma))
+        return State(parents, np.full(self.survivors, loss), self.sigma)
 
     def ask(self, state: State, key: Array) -> PyTree:
-        return _ask(state, key, self.children)
+        return _children(state.parents, jnp.float32(state.sigma), key, self.children)
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
-        return _tell(state, population, jnp.asarray(losses, jnp.float32))
+        success = float(np.mean(losses < state.losses[0]))
+        every = np.concatenate([state.losses, losses])
+        order = np.argsort(every, kind="stable")[: self.survivors]
+        sigma = state.sigma * math.exp((success - _TARGET_SUCCESS) / 2)
+        return State(_select(state.parents, population, jnp.asarray(order)), every[order], sigma)
 
     def best(self, state: State) -> tuple[PyTree, float]:
         return jax.tree.map(lambda members: members[0], state.parents), float(state.losses[0])

@@ -1,0 +1,201 @@
+"""Orbax checkpoints with JSON metadata: float models, quantized models, and the state of a run."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from cptv_jax.errors import InputError
+from cptv_jax.models.architecture import FAMILIES, Architecture, abstract_weights
+from cptv_jax.models.preprocessing import Preprocessing
+from cptv_jax.models.timm_weights import from_timm
+from cptv_jax.models.weight_files import read_weights
+from cptv_jax.models.zoo import architecture_named, guess_architecture
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
+from cptv_jax.recipe import Recipe, SiteSpec
+
+FORMAT = "cptv-jax checkpoint"
+VERSION = 1
+METADATA = "metadata.json"
+_ARRAYS = "arrays"
+_QUANTIZERS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Uniform, Log2, BiasCorrected)}
+
+
+# ---- trees of arrays ------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old content or the new, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
+    """Writes nested dictionaries of arrays and their metadata as a new directory; it appears whole or not at all.
+
+    Raises InputError when `path` exists.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists already; choose another name or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    arrays = jax.tree.map(np.asarray, tree)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
+    description = {"format": FORMAT, "version": VERSION, **metadata, "tree": jax.tree.map(lambda _: "array", arrays)}
+    write_atomically(temporary / METADATA, json.dumps(description, indent=1))
+    os.replace(temporary, path)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint directory.
+
+    Raises InputError where it is not one, is damaged, or is of a newer format.
+    """
+    try:
+        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not a cptv checkpoint: it has no {METADATA}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path / METADATA} cannot be read ({error}); the checkpoint is damaged") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise InputError(f"{path / METADATA} does not describe a cptv checkpoint")
+    if metadata.get("version") != VERSION:
+        raise InputError(
+            f"{path} has checkpoint version {metadata.get('version')}; this cptv reads {VERSION}: use the one that wrote it"
+        )
+    return metadata
+
+
+def restore_tree(path: Path) -> tuple[PyTree, dict[str, Any]]:
+    """Arrays (NumPy) and metadata of a checkpoint directory. Raises InputError where it is damaged."""
+    metadata = read_metadata(path)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata["tree"])
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore((path / _ARRAYS).absolute(), restore_args=as_numpy)
+    except Exception as error:  # Orbax raises many types for missing and damaged files
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged and cannot be restored ({reason}); import or quantize again") from None
+    return tree, metadata
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
+    return asdict(architecture)
+
+
+def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture:
+    try:
+        preprocessing = {key: tuple(v) if isinstance(v, list) else v for key, v in data["preprocessing"].items()}
+        config = FAMILIES[data["family"]][0](**data["config"])
+        return Architecture(data["name"], data["family"], config, Preprocessing(**preprocessing))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / METADATA} describes no architecture that this cptv knows ({error})") from None
+
+
+def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
+    """The class of a quantizer and of the quantizers within it."""
+    nested = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
+    inner = {name: _quantizer_to_json(value) for name, value in nested.items() if isinstance(value, Quantizer)}
+    return {"kind": type(quantizer).__name__, **inner}
+
+
+def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
+    values = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
+    return {name: _quantizer_to_arrays(v) if isinstance(v, Quantizer) else v for name, v in values.items()}
+
+
+def _quantizer_from(description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:
+    values = {
+        name: _quantizer_from(description[name], value) if name in description else jnp.asarray(value)
+        for name, value in arrays.items()
+    }
+    return _QUANTIZERS[description["kind"]](**values)
+
+
+def save_model(path: Path, model: Model | QuantizedModel) -> None:
+    """Writes a float or quantized model as a checkpoint directory. Raises InputError when `path` exists."""
+    plain = model.model if isinstance(model, QuantizedModel) else model
+    tree: dict[str, Any] = {"weights": plain.weights}
+    metadata: dict[str, Any] = {
+        "kind": "model",
+        "architecture": _architecture_to_json(plain.architecture),
+        "source": plain.source,
+        "sha256": plain.sha256,
+    }
+    if isinstance(model, QuantizedModel):
+        tree["quantizers"] = {site: _quantizer_to_arrays(q) for site, q in model.quantizers.items()}
+        metadata |= {
+            "kind": "quantized",
+            "recipe": {**asdict(model.recipe), "sites": {s: asdict(spec) for s, spec in model.recipe.sites.items()}},
+            "quantizers": {site: _quantizer_to_json(q) for site, q in model.quantizers.items()},
+        }
+    save_tree(path, tree, metadata)
+
+
+def _load_checkpoint(path: Path) -> Model | QuantizedModel:
+    tree, metadata = restore_tree(path)
+    architecture = _architecture_from_json(path, metadata.get("architecture", {}))
+    expected = jax.tree.map(lambda a: tuple(a.shape), abstract_weights(architecture), is_leaf=lambda a: hasattr(a, "shape"))
+    found = jax.tree.map(np.shape, tree.get("weights"))
+    if expected != found:
+        raise InputError(f"{path} holds the weights of another model than the {architecture.name} it names; import again")
+    weights = jax.tree.map(jnp.asarray, tree["weights"])
+    model = Model(architecture, weights, metadata.get("source", ""), metadata.get("sha256", ""))
+    if metadata.get("kind") != "quantized":
+        return model
+    described = metadata["recipe"]
+    recipe = Recipe(**{**described, "sites": {site: SiteSpec(**spec) for site, spec in described["sites"].items()}})
+    # In the recipe's order: JSON keeps it, Orbax sorts.
+    quantizers = {
+        site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites
+    }
+    return QuantizedModel(model, recipe, quantizers)
+
+
+def load_model(source: str, architecture: str | None = None) -> Model | QuantizedModel:
+    """A model from a checkpoint, a run directory, a raw weight file (.safetensors, .npz, .pth) or a hub id.
+
+    architecture: timm name; needed where a raw file's name does not contain it. Raises InputError for anything else.
+    """
+    path = Path(source)
+    if path.is_dir():
+        inner = path / "model"
+        if not (path / METADATA).exists() and (path / "run.json").exists():
+            if not inner.exists():
+                raise InputError(f"{path} is a run that has not finished; run its command again to finish it")
+            path = inner
+        model = _load_checkpoint(path)
+        found = (model.model if isinstance(model, QuantizedModel) else model).architecture.name
+        if architecture is not None and architecture_named(architecture).name != found:
+            raise InputError(f"{source} holds a {found}, not a {architecture}; leave out --arch or give the other file")
+        return model
+    file = read_weights(source)
+    chosen = architecture_named(architecture) if architecture else guess_architecture(source)
+    return Model(chosen, from_timm(file.tensors, chosen, file.source), file.source, file.sha256)
+
+
+def load_float_model(source: str, architecture: str | None = None) -> Model:
+    """`load_model`, refusing quantized ones."""
+    model = load_model(source, architecture)
+    if isinstance(model, QuantizedModel):
+        raise InputError(f"{source} is quantized already; give the float model that it was made from")
+    return model

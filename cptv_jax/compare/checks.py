@@ -1,0 +1,151 @@
+"""Checks: what was measured, what is allowed, and the tolerances that parity means."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+# "What parity means" in shared/golden/README.md, steps 1 to 5.
+PARAMETER_RELATIVE = 1e-4
+PARAMETERS_OFF = 1e-3  # fraction of all values
+WEIGHT_ABSOLUTE = 1e-5
+WEIGHTS_OFF = 1e-3  # fraction of all elements
+BLOCK_OFF = 0.05  # fraction of a block's output
+FLOOR_FACTOR = 3.0  # times the noise floor
+TOP1_POINTS = 0.7
+LOSS_RELATIVE = 1e-5
+SEARCH_LOSS = 5e-4
+FLOAT_LOGITS = 1e-4  # the float model has no steps that could flip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a recorded quantity with ours.
+
+    group, name: what is compared. measured, unit: how far it is off, and in which terms.
+    allowed: the largest `measured` that passes; None where a row is reported but judged by its group's sum.
+    largest: the largest deviation of an element. equal: the fraction of equal codes (of parameters: of values within
+        the tolerance), None where there are no codes. remark: anything that a reader should know. share: measured and allowed are fractions.
+    """
+
+    group: str
+    name: str
+    measured: float
+    allowed: float | None
+    unit: str
+    largest: float | None = None
+    equal: float | None = None
+    remark: str = ""
+    share: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.allowed is None or self.measured <= self.allowed  # NaN fails
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The noise floor of a reference: what 1 ulp of noise in the weights does to its own outputs, worst of 3 seeds.
+
+    block_off: fraction of the elements of block outputs that move. logits_mean: mean absolute difference of logits.
+    """
+
+    reference: str
+    block_off: float
+    logits_mean: float
+
+
+# Source: the table "Noise floor" in shared/golden/README.md, columns "block_out elems off" and "mean abs diff".
+_FLOORS = {
+    "evolq_cfg_w4a8": Floor("evol-q", 0.014, 0.0057),
+    "evolq_fq_w4a8": Floor("evol-q", 0.012, 0.0043),
+    "evolq_fq_w8a8": Floor("evol-q", 0.048, 0.0069),
+    "evolq_search_w4a8": Floor("evol-q", 0.0, 0.0043),
+    "fqvit_w8a8_attn4": Floor("fq-vit", 0.120, 0.0441),
+}
+# The weights that the table was measured on (SHA-256 of that model.npz).
+_MEASURED_ON = "ae411c1e17344d298bceb9e190258cf3ecba0d056f2608152cca9ca733855354"
+# Predictions that may differ, of 297 (step 4).
+_PREDICTIONS = {"evol-q": 2, "fq-vit": 4}
+_PREDICTIONS_OF = 297
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What one file may deviate by, where that depends on the reference.
+
+    block_off: fraction of a block's output. logits_mean: mean absolute difference. predictions: of 297.
+    """
+
+    block_off: float
+    logits_mean: float
+    predictions: int
+
+    def predictions_of(self, images: int) -> int:
+        """How many predictions of so many test images may differ."""
+        return math.ceil(self.predictions * images / _PREDICTIONS_OF)
+
+    def top1_points_of(self, images: int) -> float:
+        """How far top-1 may be off; with few test images one image is more than 0.7 points."""
+        return max(TOP1_POINTS, 100.0 / images)
+
+
+def tolerances(reference: str, stem: str, weights_sha256: str) -> Tolerances:
+    """Tolerances of a file: from its own row of the noise floor, else from the worst row of its reference."""
+    known = _FLOORS.get(stem) if weights_sha256 == _MEASURED_ON else None
+    rows = [row for row in _FLOORS.values() if row.reference == reference] if known is None else [known]
+    return Tolerances(
+        block_off=max(BLOCK_OFF, FLOOR_FACTOR * max(row.block_off for row in rows)),
+        logits_mean=FLOOR_FACTOR * max(row.logits_mean for row in rows),
+        predictions=_PREDICTIONS[reference],
+    )
+
+
+def largest(difference: np.ndarray) -> float:
+    """The largest absolute value; NaN where any is."""
+    return float(np.max(np.abs(difference))) if difference.size else 0.0
+
+
+def relative(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """|ours - recorded| / |recorded|, element by element; 0 where both are equal, zeros included."""
+    ours, recorded = np.asarray(ours, np.float64), np.asarray(recorded, np.float64)
+    return np.where(ours == recorded, 0.0, np.abs(ours - recorded) / np.maximum(np.abs(recorded), 1e-12))
+
+
+def off(deviation: np.ndarray, tolerance: float) -> np.ndarray:
+    """Which elements deviate by more than the tolerance; a NaN does."""
+    return ~(np.abs(deviation) <= tolerance)
+
+
+def fraction(which: np.ndarray) -> float:
+    """The fraction of True."""
+    return float(np.mean(which)) if which.size else 0.0
+
+
+def logits_checks(
+    group: str,
+    ours: np.ndarray,
+    recorded: np.ndarray,
+    limits: Tolerances,
+    labels: np.ndarray | None = None,
+    top1: float | None = None,
+    equal: float | None = None,
+) -> list[Check]:
+    """Step 4 for logits [images, classes]: mean difference, predictions, and top-1 (percent) where it is recorded."""
+    images = len(recorded)
+    difference = ours - recorded
+    changed = float(np.sum(np.argmax(ours, -1) != np.argmax(recorded, -1)))
+    checks = [
+        Check(
+            group, "mean difference", float(np.mean(np.abs(difference))), limits.logits_mean, "absolute",
+            largest(difference), equal,
+        ),
+        Check(group, "predictions that differ", changed, limits.predictions_of(images), f"of {images} images"),
+    ]
+    if labels is not None and top1 is not None:
+        right = float(np.mean(np.argmax(ours, -1) == labels)) * 100
+        # Recorded as float32: compared in whole images.
+        points = float(np.abs(np.round(right * images / 100) - np.round(float(top1) * images / 100))) * 100 / images
+        remark = f"recorded {float(top1):.2f}%, ours {right:.2f}%"
+        checks.append(Check(group, "top-1", points, limits.top1_points_of(images), "points", remark=remark))
+    return checks

@@ -1,0 +1,205 @@
+"""The interchange format, version 1: reading a set's files strictly, never unpickling."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cptv_jax.errors import InputError
+from cptv_jax.suggest import did_you_mean
+
+FORMAT = 1
+KINDS = ("quantized", "search", "losses")
+REFERENCES = ("evol-q", "fq-vit")
+_REMEDY = "see docs/interchange.md"
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file. Raises InputError for a file that is missing, damaged, or holds pickled objects."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file; {_REMEDY}")
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        # Opened here: given a path, numpy.load leaves a damaged archive open.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{path} is a single array, not an .npz archive; {_REMEDY}")
+            for key in archive.files:
+                try:
+                    arrays[key] = archive[key]
+                except ValueError as error:  # an object array, which only unpickling could read
+                    raise InputError(f"{path}: array '{key}' cannot be read ({_one_line(error)}); {_REMEDY}") from error
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
+        raise InputError(f"{path} is not a readable .npz archive ({_one_line(error)}); {_REMEDY}") from error
+    return arrays
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The fields of `meta`, read by dotted name ("calibration.batch"). Every error names the file and the field."""
+
+    path: Path
+    fields: Mapping[str, Any]
+
+    def _get(self, name: str) -> Any:
+        value: Any = self.fields
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise InputError(f"{self.path}: meta lacks '{name}'; {_REMEDY}")
+            value = value[part]
+        return value
+
+    def integer(self, name: str, least: int = 1, most: int | None = None) -> int:
+        """A whole number within bounds."""
+        value = self._get(name)
+        # JSON written from NumPy or JavaScript may say 4.0.
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        if not whole or value < least or (most is not None and value > most):
+            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be a whole number {bounds}")
+        return int(value)
+
+    def number(self, name: str) -> float:
+        """A positive number."""
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """True or false."""
+        value = self._get(name)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be true or false")
+        return value
+
+    def choice(self, name: str, known: Sequence[str]) -> str:
+        """One of the known words."""
+        value = self._get(name)
+        if value not in known:
+            hint = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise InputError(f"{self.path}: meta.{name} is {value!r}; supported: {', '.join(known)}{hint}")
+        return str(value)
+
+    def neighbour(self, name: str) -> Path:
+        """The file that the field names, beside this one. Raises InputError when it is not there."""
+        value = self._get(name)
+        if not isinstance(value, str) or not value:
+            raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be the name of a file beside it")
+        path = self.path.parent / value
+        if not path.is_file():
+            raise InputError(f"{self.path}: meta.{name} names '{value}', which does not lie beside it")
+        return path
+
+    def index_range(self, name: str, count: int, what: str) -> range:
+        """A half-open range [first, past the last] within `count` things."""
+        value = self._get(name)
+        ints = isinstance(value, list) and len(value) == 2 and all(type(bound) is int for bound in value)
+        if not ints or not 0 <= value[0] < value[1]:
+            raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be [first, past the last]")
+        if value[1] > count:
+            raise InputError(f"{self.path}: meta.{name} ends at {value[1]}, but there are only {count} {what}")
+        return range(value[0], value[1])
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """Named arrays of one file, read with checks of shape and type."""
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def under(self, prefix: str) -> list[str]:
+        """The names directly under a prefix, such as ["0", "1"] for "evo/", in the file's order."""
+        return list(dict.fromkeys(k.removeprefix(prefix).split("/")[0] for k in self.arrays if k.startswith(prefix)))
+
+    def raw(self, key: str) -> np.ndarray:
+        """An array of any shape and type."""
+        if key not in self.arrays:
+            raise InputError(f"{self.path} lacks the array '{key}'{did_you_mean(key, self.arrays, limit=3)}")
+        return self.arrays[key]
+
+    def array(self, key: str, *shape: int | None) -> np.ndarray:
+        """Numbers of the given shape (None: any size), floating or integer as they are."""
+        found = self.raw(key)
+        if found.dtype.kind not in "fiu":
+            raise InputError(f"{self.path}: array '{key}' is {found.dtype}, but must hold numbers")
+        fits = found.ndim == len(shape) and all(
+            want is None or have == want for have, want in zip(found.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = "(" + ", ".join("any" if want is None else str(want) for want in shape) + ")"
+            raise InputError(f"{self.path}: array '{key}' has shape {found.shape}, but must have {wanted}")
+        return found
+
+    def integers(self, key: str, *shape: int | None, below: int | None = None) -> np.ndarray:
+        """Whole numbers from 0, `below` a bound, of the given shape."""
+        found = self.array(key, *shape)
+        if found.dtype.kind == "f" or (found.size and (found.min() < 0 or (below is not None and found.max() >= below))):
+            bound = "" if below is None else f" below {below}"
+            raise InputError(f"{self.path}: array '{key}' must hold whole numbers from 0{bound}")
+        return found
+
+    def scalar(self, key: str) -> float:
+        """A single number."""
+        found = self.raw(key)
+        if found.size != 1:
+            raise InputError(f"{self.path}: array '{key}' has shape {found.shape}, but must be a single number")
+        return float(self.array(key, *found.shape).reshape(()))
+
+    def text(self, key: str) -> str:
+        """A single string."""
+        found = self.raw(key)
+        if found.dtype.kind != "U" or found.size != 1:
+            raise InputError(f"{self.path}: array '{key}' must be a single string")
+        return str(found.reshape(()))
+
+    def flat(self, key: str, size: int) -> np.ndarray:
+        """Numbers in any shape of `size` elements, flattened (the references keep broadcast shapes)."""
+        found = self.raw(key)
+        if found.size != size:
+            raise InputError(f"{self.path}: array '{key}' has {found.size} values {found.shape}, but needs {size}")
+        return self.array(key, *found.shape).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Recording(ArrayFile):
+    """A result file: what a reference's run left, and `meta`, which says how to repeat it."""
+
+    meta: Meta
+    kind: str
+    reference: str
+
+
+def read_recording(path: Path) -> Recording:
+    """Reads a result file. Raises InputError for another format, version, kind or reference."""
+    arrays = read_arrays(path)
+    if "meta" not in arrays:
+        raise InputError(f"{path} lacks the array 'meta'; is it a result file of the interchange format? {_REMEDY}")
+    text = ArrayFile(path, arrays).text("meta")
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: meta is not JSON ({_one_line(error)})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: meta must be a JSON object; {_REMEDY}")
+    meta = Meta(path, fields)
+    version = meta._get("format")
+    if version != FORMAT or isinstance(version, bool):
+        raise InputError(f"{path}: meta.format is {version!r}; this program reads version {FORMAT}")
+    kind = meta.choice("kind", KINDS)
+    reference = meta.choice("reference", REFERENCES if kind == "quantized" else ("evol-q",))
+    return Recording(path, arrays, meta, kind, reference)

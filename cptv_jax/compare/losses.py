@@ -1,0 +1,57 @@
+"""Files of kind `losses`: our objectives on recorded pairs of logits (step 5)."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cptv_jax.compare.checks import LOSS_RELATIVE, Check
+from cptv_jax.compare.interchange import Recording
+from cptv_jax.errors import InputError
+from cptv_jax.search.objective import cosine_distance, info_nce, kl_divergence, mean_squared_error
+
+GROUP = "5 losses"
+NOTES = (
+    "kl_dim0_batchmean (softmax over the batch) and cosine_argmax_dim0 (cosine of index vectors) are artefacts of the "
+    "reference's evaluation script and have no counterpart here: not compared",
+)
+# A float32 sum of terms p log(p / q) carries this much noise, which shows where the divergence itself is tiny.
+_KL_NOISE = 2e-7
+
+# q is the student, k the teacher.
+_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "contrastive_T1": lambda q, k: float(info_nce(q, k, 1.0)),
+    "contrastive_T3": lambda q, k: float(info_nce(q, k, 3.0)),
+    "mse": lambda q, k: float(mean_squared_error(q, k, 1.0)),
+    # torch's kl_div(log_softmax(q), softmax(k), "batchmean"): KL(teacher || student).
+    "kl_dim1_batchmean": lambda q, k: float(kl_divergence(q, k, 1.0)),
+    # A sum of similarities there, a mean distance here.
+    "cosine_sum_dim1": lambda q, k: len(q) * (1.0 - float(cosine_distance(q, k, 1.0))),
+}
+
+
+def compare_losses(recording: Recording) -> list[Check]:
+    """Every recorded loss of every pair, `{group}/{pair}/{loss}`. Raises InputError when there is none."""
+    pairs = [key.removesuffix("/q") for key in recording.arrays if key.endswith("/q")]
+    found: list[Check] = []
+    for pair in pairs:
+        q = recording.array(f"{pair}/q", None, None)
+        k = recording.array(f"{pair}/k", *q.shape)
+        found += [
+            _check(name, f"{pair}/{name}", loss(q, k), recording.scalar(f"{pair}/{name}"), len(q))
+            for name, loss in _LOSSES.items()
+            if f"{pair}/{name}" in recording
+        ]
+    if not found:
+        raise InputError(f"{recording.path} holds no pairs '.../q' and '.../k' with losses to compare")
+    return found
+
+
+def _check(name: str, key: str, ours: float, recorded: float, images: int) -> Check:
+    difference = abs(ours - recorded)
+    if name == "cosine_sum_dim1":  # similarities near zero cancel: judged as a mean, whose scale is one
+        return Check(GROUP, key, difference / images, LOSS_RELATIVE, "of mean similarity", difference)
+    if name == "kl_dim1_batchmean" and difference <= _KL_NOISE:
+        remark = f"below {_KL_NOISE:g}, the noise of its float32 terms"
+        return Check(GROUP, key, 0.0, LOSS_RELATIVE, "relative", difference, remark=remark)
+    relative = difference / abs(recorded) if recorded else difference
+    return Check(GROUP, key, relative, LOSS_RELATIVE, "relative", difference)

@@ -1,0 +1,153 @@
+"""Files of kind `quantized`: parameters, weights, blocks and logits against ours (steps 1 to 4)."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from cptv_jax.compare import checks
+from cptv_jax.compare.checks import Check
+from cptv_jax.compare.interchange import Recording
+from cptv_jax.compare.names import modules_by_site, output_site
+from cptv_jax.compare.subject import Subject, prepare
+from cptv_jax.errors import InputError
+from cptv_jax.forward import apply_stage
+from cptv_jax.interpreters import FakeQuant, Tensor
+from cptv_jax.models.timm_weights import key_table
+from cptv_jax.quantizers import Log2, Quantizer, Uniform
+
+PARAMETERS = "1 quantizer parameters"
+WEIGHTS = "2 dequantized weights"
+BLOCKS = "3 blocks alone, on the recorded input"
+LOGITS = "4 quantized logits"
+DEQUANTIZED = "4 logits with quantizers off, integer functions on"
+
+
+def compare_quantized(recording: Recording) -> list[Check]:
+    """All checks of one file."""
+    subject = prepare(recording)
+    stages = subject.quantized.stages()
+    found = subject.float_checks(recording)
+    found += parameter_checks(recording, "param", subject.quantized.quantizers, subject.config.depth)
+    found += _weight_checks(recording, subject)
+    found += _block_checks(recording, subject)
+    found += subject.quantized_logit_checks(recording, LOGITS, stages, "q_logits", "q_top1")
+    # Only Evol-Q's code has such a pass.
+    if recording.reference == "evol-q" or "dequant_state_logits" in recording:
+        recorded = subject.recorded_logits(recording, "dequant_state_logits")
+        ours = subject.logits(subject.quantized.stages(rounding=False))
+        found += checks.logits_checks(DEQUANTIZED, ours, recorded, subject.limits)
+    return found
+
+
+def parameter_checks(
+    recording: Recording, prefix: str, quantizers: Mapping[str, Quantizer], depth: int, partial: bool = False
+) -> list[Check]:
+    """Scales and zero points under `{prefix}/{module}/`: one row each, and their sum as the verdict (step 1).
+
+    partial: the recording may hold some of the modules only. A log2 quantizer has no parameters.
+    Raises InputError for a recorded module that the recipe lacks, or the reverse.
+    """
+    modules = modules_by_site(depth)
+    wanted = {modules[site]: quantizer for site, quantizer in quantizers.items() if not isinstance(quantizer, Log2)}
+    recorded = {key.removeprefix(f"{prefix}/").removesuffix("/scale"): key
+                for key in recording.arrays if key.startswith(f"{prefix}/") and key.endswith("/scale")}
+    for module, key in recorded.items():
+        if module not in wanted:
+            raise InputError(
+                f"{recording.path}: array '{key}' belongs to no quantizer of the model and options that meta describes"
+            )
+    rows, deviations = [], []
+    for module, quantizer in wanted.items():
+        if partial and module not in recorded:
+            continue
+        uniform = getattr(quantizer, "base", quantizer)
+        assert isinstance(uniform, Uniform)
+        for name, value in (("scale", uniform.scale), ("zero_point", uniform.zero_point)):
+            key = f"{prefix}/{module}/{name}"
+            # A zero point that all channels share is recorded once or once a channel.
+            size = recording.raw(key).size if name == "zero_point" and np.size(value) == 1 else np.size(value)
+            theirs = recording.flat(key, size)
+            deviation = checks.relative(np.broadcast_to(np.ravel(value), theirs.shape), theirs)
+            deviations.append(deviation)
+            rows.append(_parameter_row(key, deviation))
+    every = np.concatenate(deviations) if deviations else np.zeros(0)
+    share = checks.fraction(checks.off(every, checks.PARAMETER_RELATIVE))
+    unit = f"of {every.size} values off by more than {checks.PARAMETER_RELATIVE:g} relative"
+    total = Check(PARAMETERS, "all", share, checks.PARAMETERS_OFF, unit, checks.largest(every), 1 - share, share=True)
+    return [*rows, total]
+
+
+def _parameter_row(key: str, deviation: np.ndarray) -> Check:
+    which = checks.off(deviation, checks.PARAMETER_RELATIVE)
+    share = checks.fraction(which)
+    remark = f"{int(which.sum())} of {which.size} off" if which.any() else ""
+    return Check(PARAMETERS, key, share, None, "off", checks.largest(deviation), 1 - share, remark)
+
+
+def _weight_checks(recording: Recording, subject: Subject) -> list[Check]:
+    """Step 2: the weights that the matmuls use, bias correction included, in the reference's layout."""
+    modules = modules_by_site(subject.config.depth)
+    entries = {entry.key: entry for entry in key_table(subject.model.architecture)}
+    rows, deviations, same = [], [], []
+    for site, quantizer in subject.quantized.quantizers.items():
+        if not site.endswith(".weight"):
+            continue
+        entry = entries[f"{modules[site]}.weight"]
+        kernel = subject.model.weights[entry.stage]
+        for name in entry.path:
+            kernel = kernel[name]
+        key = f"qweight/{modules[site]}"
+        theirs = entry.to_module(recording.array(key, *entry.shape))
+        weight, gain, shift = FakeQuant({site: quantizer}).weight(site, kernel)
+        # Bias correction leaves the grid; undone with our gain and shift, the recorded weight shows its codes.
+        gained, shifted = (1.0, 0.0) if gain is None or shift is None else (np.asarray(gain), np.asarray(shift))
+        deviation = np.asarray(weight.values) * gained + shifted - theirs
+        # A constant channel has no gain: its recorded codes cannot be told, nor do they matter.
+        step = np.maximum(np.asarray(weight.scale) * np.abs(gained), np.finfo(np.float32).tiny)
+        equal = ~checks.off(deviation / step, 0.5)
+        share = checks.fraction(checks.off(deviation, checks.WEIGHT_ABSOLUTE))
+        rows.append(Check(WEIGHTS, key, share, None, "off", checks.largest(deviation), checks.fraction(equal)))
+        deviations.append(deviation.ravel())
+        same.append(equal.ravel())
+    every = np.concatenate(deviations)
+    share = checks.fraction(checks.off(every, checks.WEIGHT_ABSOLUTE))
+    unit = f"of {every.size} elements off by more than {checks.WEIGHT_ABSOLUTE:g}"
+    equal_share = checks.fraction(np.concatenate(same))
+    total = Check(WEIGHTS, "all", share, checks.WEIGHTS_OFF, unit, checks.largest(every), equal_share, share=True)
+    return [*rows, total]
+
+
+def _block_checks(recording: Recording, subject: Subject) -> list[Check]:
+    """Step 3: every block on the input that the reference's own block had."""
+    stages = subject.quantized.stages()
+    indices = [int(name) if name.isdigit() else -1 for name in recording.under("block_out/")]
+    for index in indices:
+        if not 0 <= index < subject.config.depth:
+            raise InputError(
+                f"{recording.path}: 'block_out/' holds a block that a model of depth {subject.config.depth} lacks"
+            )
+    found = []
+    tokens, width = subject.config.num_tokens, subject.config.width
+    for index in sorted(indices):
+        before, stage = stages[index], stages[index + 1]
+        key = f"block_out/{index}"
+        recorded = recording.array("block_in/0" if index == 0 else f"block_out/{index - 1}", None, tokens, width)
+        theirs = recording.array(key, len(recorded), tokens, width)
+        # The recorded input is dequantized: its integer steps come back through the quantizer that made it.
+        x = Tensor(jnp.asarray(recorded, jnp.float32))
+        entrance = before.state["quantizers"].get(output_site(before.name))
+        if entrance is not None:
+            x = Tensor(entrance.steps(x.steps), entrance.scale)
+        deviation = np.asarray(apply_stage(stage.function, stage.state, x).values) - theirs
+        quantizer = stage.state["quantizers"][output_site(stage.name)]
+        scale = np.asarray(quantizer.scale)
+        # Off by half of the finest channel's step: more than float noise, less than any flip of a code.
+        tolerance = float(scale.min()) / 2
+        share = checks.fraction(checks.off(deviation, tolerance))
+        equal = 1 - checks.fraction(checks.off(deviation / scale, 0.5))
+        unit = f"of the elements off by more than {tolerance:.2g} (half a step)"
+        found.append(
+            Check(BLOCKS, key, share, subject.limits.block_off, unit, checks.largest(deviation), equal, share=True)
+        )
+    return found

@@ -1,0 +1,218 @@
+"""Files of kind `search`: the published evolution replayed with its recorded draws (step 5)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from cptv_jax.compare import checks
+from cptv_jax.compare.checks import Check
+from cptv_jax.compare.interchange import Recording
+from cptv_jax.compare.names import sites_by_module
+from cptv_jax.compare.quantized import PARAMETERS, parameter_checks
+from cptv_jax.compare.subject import Subject, prepare
+from cptv_jax.errors import InputError
+from cptv_jax.forward import forward
+from cptv_jax.search.evaluator import Evaluator
+from cptv_jax.search.objective import Objective
+from cptv_jax.search.strategies.evol_q import Draws, EvolQ, State
+
+TARGETS = "teacher and start"
+# The published search moves the scales of these two, in this order.
+_SEARCHED = ("attn.qkv.weight", "attn.proj.weight")
+_SAME = 0.1  # of a mutation's half-width: two vectors closer than this are the same candidate
+
+Flat = Float[np.ndarray, "*members scales"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a flat vector of scales divides among the sites of one stage. sizes: by site, relative, in order."""
+
+    stage: int
+    sizes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+    def split(self, flat: Flat) -> dict[str, Flat]:
+        """By site."""
+        bounds = np.cumsum(list(self.sizes.values()))[:-1]
+        return dict(zip(self.sizes, np.split(flat, bounds, axis=-1), strict=True))
+
+    def join(self, candidate: Mapping[str, np.ndarray]) -> Flat:
+        """The inverse of `split`."""
+        return np.concatenate([np.asarray(candidate[site]) for site in self.sizes], -1)
+
+
+def compare_search(recording: Recording) -> list[Check]:
+    """All checks of one file."""
+    meta = recording.meta
+    subject = prepare(recording)
+    stages = subject.quantized.stages(lambda site: site.endswith(_SEARCHED))
+    teacher = subject.targets(subject.quantized.stages(rounding=False))
+    objective = Objective("infonce", "logits", meta.number("temperature"))
+    strategy = EvolQ(
+        meta.number("step"), meta.integer("population"), meta.integer("samples"), rounds=meta.integer("cycles")
+    )
+
+    found = subject.float_checks(recording)
+    logits = np.concatenate([np.asarray(output.logits) for output in teacher])
+    recorded = recording.array("o_fps", *logits.shape)
+    # The teacher still has integer LayerNorms, whose codes flip as those of a quantized model do.
+    found.append(_mean_check(TARGETS, "o_fps", logits - recorded, subject))
+    found += subject.quantized_logit_checks(recording, f"{TARGETS}: logits", stages, "q_logits_before", "q_top1_before")
+
+    def fresh() -> Evaluator:
+        return Evaluator(stages, [[batch] for batch in subject.calibration], teacher, objective)
+
+    evaluator = fresh()
+    evaluator.refresh()
+    for name in recording.under("cand/"):
+        found += _candidate_checks(recording, subject, evaluator, f"cand/{name}")
+
+    names = recording.under("evo/")
+    if not names or sorted(names) != sorted(str(i) for i in range(len(names))):
+        raise InputError(f"{recording.path}: the searched blocks must be recorded under 'evo/0/', 'evo/1/' and so on")
+    for name in sorted(names, key=int):
+        evaluator.refresh()
+        found += _Replay(recording, subject, evaluator, strategy, f"evo/{name}").checks()
+    quantizers = {
+        f"{stage.name}.{site}": quantizer
+        for stage in evaluator.stages
+        for site, quantizer in stage.state["quantizers"].items()
+    }
+    if recording.under("final_param/"):
+        rows = parameter_checks(recording, "final_param", quantizers, subject.config.depth, partial=True)
+        found += rows
+    return found
+
+
+def _mean_check(group: str, name: str, difference: np.ndarray, subject: Subject) -> Check:
+    mean = float(np.mean(np.abs(difference)))
+    return Check(group, name, mean, subject.limits.logits_mean, "mean difference", checks.largest(difference))
+
+
+def _layout(recording: Recording, subject: Subject, evaluator: Evaluator, group: str) -> _Layout:
+    """From the recorded module, and from `order` and `indices` where they are recorded. InputError if they misfit."""
+    module = recording.text(f"{group}/module")
+    blocks = {f"blocks.{i}.attn": i + 1 for i in range(subject.config.depth)}
+    if module not in blocks:
+        raise InputError(f"{recording.path}: '{group}/module' is '{module}', which is no attention module of the model")
+    index = blocks[module]
+    stage = evaluator.stages[index]
+    order = list(_SEARCHED)
+    if f"{group}/order" in recording:
+        known = sites_by_module(subject.config.depth)
+        names = [str(name) for name in recording.raw(f"{group}/order").ravel()]
+        order = [known.get(name, name).removeprefix(f"{stage.name}.") for name in names]
+        if sorted(order) != sorted(_SEARCHED):
+            raise InputError(f"{recording.path}: '{group}/order' must name {module}.qkv and {module}.proj, once each")
+    sizes = {site: int(np.size(stage.candidate[site])) for site in order}
+    if f"{group}/indices" in recording:
+        indices = recording.integers(f"{group}/indices", len(order) + 1)
+        if indices.tolist() != [0, *np.cumsum(list(sizes.values())).tolist()]:
+            raise InputError(f"{recording.path}: '{group}/indices' do not fit scales of sizes {list(sizes.values())}")
+    return _Layout(index, sizes)
+
+
+def _loss_check(group: str, name: str, ours: float, recorded: float) -> Check:
+    difference = abs(ours - recorded)
+    remark = f"recorded {recorded:.6f}, ours {ours:.6f}"
+    return Check(group, name, difference, checks.SEARCH_LOSS, "absolute", remark=remark)
+
+
+def _candidate_checks(recording: Recording, subject: Subject, evaluator: Evaluator, group: str) -> list[Check]:
+    """Losses of the given candidates at one block, each put into the calibrated model."""
+    layout = _layout(recording, subject, evaluator, group)
+    candidates = recording.array(f"{group}/candidates", None, layout.total)
+    recorded = recording.array(f"{group}/losses", len(candidates))
+    base = evaluator.loss_of(layout.stage, evaluator.stages[layout.stage].candidate)
+    losses = evaluator.losses(layout.stage, layout.split(candidates))
+    found = [_loss_check(group, "loss_base", base, recording.scalar(f"{group}/loss_base"))]
+    found += [
+        _loss_check(group, f"candidate {i}", float(ours), float(theirs))
+        for i, (ours, theirs) in enumerate(zip(losses, recorded, strict=True))
+    ]
+    if f"{group}/calib_logits" in recording:
+        images = sum(len(batch) for batch in subject.calibration)
+        theirs = recording.array(f"{group}/calib_logits", len(candidates), images, subject.config.num_classes)
+        for i, candidate in enumerate(candidates):
+            stages = list(evaluator.stages)
+            bound = {site: np.asarray(part, np.float32) for site, part in layout.split(candidate).items()}
+            stages[layout.stage] = stages[layout.stage].bound(bound)
+            ours = np.concatenate([np.asarray(forward(stages, batch).logits) for batch in subject.calibration])
+            found.append(_mean_check(group, f"calib_logits {i}", ours - theirs[i], subject))
+    return found
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """One block's evolution: our losses decide, the recorded numbers are drawn. Accepts the winner at the end."""
+
+    recording: Recording
+    subject: Subject
+    evaluator: Evaluator
+    strategy: EvolQ
+    group: str
+
+    def checks(self) -> list[Check]:
+        recording, strategy, group = self.recording, self.strategy, self.group
+        layout = _layout(recording, self.subject, self.evaluator, group)
+        cycles, count = strategy.rounds, layout.total
+        samples = recording.integers(f"{group}/samples", cycles, strategy.samples, below=strategy.population)
+        perturbations = recording.array(f"{group}/perturbations", cycles, count)
+        losses = recording.array(f"{group}/losses", cycles + 1)
+        vectors = recording.array(f"{group}/loss_scales", cycles + 1, count)
+        before_losses = recording.array(f"{group}/pop_losses_before_cycle", cycles, strategy.population)
+        before_scales = recording.array(f"{group}/pop_scales_before_cycle", cycles, strategy.population, count)
+
+        start = self.evaluator.stages[layout.stage].candidate
+        loss = self.evaluator.loss_of(layout.stage, start)
+        state = strategy.init(start, loss)
+        found = [
+            self._same("init_scales", layout.join(start), recording.array(f"{group}/init_scales", count)),
+            _loss_check(group, "base loss", loss, float(losses[0])),
+        ]
+        for cycle in range(cycles):
+            found += self._survivors(cycle, state, layout, before_losses[cycle], before_scales[cycle])
+            draws = Draws(samples[cycle], layout.split(perturbations[cycle]))
+            # The recorded parent is known by its child: parent + perturbation is what was evaluated next.
+            child = strategy.mutate(state, draws)
+            parent = strategy.parent(state, draws)
+            found.append(self._same(f"cycle {cycle}: parent", layout.join(child)[0], vectors[cycle + 1], f"ours {parent}"))
+            value = self.evaluator.losses(layout.stage, child)
+            found.append(_loss_check(group, f"cycle {cycle}: loss", float(value[0]), float(losses[cycle + 1])))
+            state = strategy.tell(state, child, value)
+
+        winner, loss = strategy.best(state)
+        found.append(_loss_check(group, "final loss", loss, recording.scalar(f"{group}/final_loss")))
+        found.append(self._same("final_scales", layout.join(winner), recording.array(f"{group}/final_scales", count)))
+        self.evaluator.accept(layout.stage, winner)
+        name = f"{group}: logits afterwards"
+        stages = self.evaluator.stages
+        return found + self.subject.quantized_logit_checks(
+            recording, name, stages, f"{group}/test_logits_after", f"{group}/top1_after"
+        )
+
+    def _survivors(
+        self, cycle: int, state: State, layout: _Layout, losses: np.ndarray, scales: np.ndarray
+    ) -> list[Check]:
+        """The population before a cycle: the same members in the same places, with the same losses."""
+        difference = state.losses - losses
+        name = f"cycle {cycle}: survivors"
+        return [
+            self._same(name, layout.join(state.candidates), scales),
+            Check(
+                self.group, f"{name}' losses", checks.largest(difference), checks.SEARCH_LOSS, "absolute"
+            ),
+        ]
+
+    def _same(self, name: str, ours: Flat, recorded: Flat, remark: str = "") -> Check:
+        """Whether vectors of scales are the same candidates: two different ones are a whole mutation apart."""
+        difference = ours - recorded
+        members = np.any(checks.off(difference, _SAME * self.strategy.step).reshape(-1, difference.shape[-1]), -1)
+        unit = f"of {members.size} differ" if members.size > 1 else "differs"
+        return Check(self.group, name, float(members.sum()), 0.0, unit, checks.largest(difference), remark=remark)

@@ -1,0 +1,170 @@
+"""The subject of a comparison: model, recipe and data of a recording, computed anew from the set's files."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from cptv_jax.compare.checks import Check, Tolerances, fraction, largest, off, tolerances
+from cptv_jax.compare.checks import FLOAT_LOGITS, logits_checks
+from cptv_jax.compare.interchange import ArrayFile, Meta, Recording, read_arrays
+from cptv_jax.errors import InputError
+from cptv_jax.forward import forward
+from cptv_jax.methods.calibration import calibrate
+from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.models.preprocessing import Preprocessing
+from cptv_jax.models.timm_weights import from_timm
+from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.weight_files import read_weights
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import MAX_BITS, MIN_BITS, Recipe, RecipeConfig, resolve
+from cptv_jax.stages import Output, Stage
+
+Images = Float[np.ndarray, "batch height width channels"]
+_PUBLISHED_OBSERVERS = ("minmax", "ema", "percentile", "omse")
+_FORWARD_IMAGES = 512  # at once; results do not depend on it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that a recording's meta asks to be recomputed.
+
+    calibration: batches of images in order, the last perhaps smaller. limits: the file's tolerances.
+    """
+
+    quantized: QuantizedModel
+    calibration: tuple[Images, ...]
+    test_images: Images
+    test_labels: Int[np.ndarray, " images"]
+    limits: Tolerances
+
+    @property
+    def model(self) -> Model:
+        return self.quantized.model
+
+    @property
+    def config(self) -> ViTConfig:
+        config: ViTConfig = self.model.architecture.config
+        return config
+
+    def logits(self, stages: tuple[Stage, ...] | list[Stage]) -> Float[np.ndarray, "images classes"]:
+        """Logits of the test images."""
+        parts = range(0, len(self.test_images), _FORWARD_IMAGES)
+        return np.concatenate(
+            [np.asarray(forward(stages, self.test_images[i : i + _FORWARD_IMAGES]).logits) for i in parts]
+        )
+
+    def targets(self, stages: tuple[Stage, ...]) -> list[Output]:
+        """Outputs for every calibration batch."""
+        return [forward(stages, batch) for batch in self.calibration]
+
+    def recorded_logits(self, recording: Recording, key: str) -> Float[np.ndarray, "images classes"]:
+        """Logits of the test images from a recording."""
+        return recording.array(key, len(self.test_images), self.config.num_classes)
+
+    def quantized_logit_checks(
+        self, recording: Recording, group: str, stages: tuple[Stage, ...] | list[Stage], key: str, top1: str
+    ) -> list[Check]:
+        """Step 4 for the logits under `key`, with the percentage under `top1`."""
+        ours, recorded = self.logits(stages), self.recorded_logits(recording, key)
+        quantizer = stages[-1].state["quantizers"].get("fc")
+        step = 1.0 if quantizer is None else np.asarray(quantizer.scale)
+        equal = 1.0 - fraction(off((ours - recorded) / step, 0.5))
+        return logits_checks(group, ours, recorded, self.limits, self.test_labels, recording.scalar(top1), equal)
+
+    def float_checks(self, recording: Recording) -> list[Check]:
+        """The float model's logits, which have no steps that could flip."""
+        difference = self.logits(self.model.stages()) - self.recorded_logits(recording, "fp_logits")
+        name = "fp_logits"
+        return [Check("float model", name, largest(difference), FLOAT_LOGITS, "absolute", largest(difference))]
+
+
+def architecture_of(meta: Meta) -> Architecture:
+    """The architecture that meta.model describes. Raises InputError for sizes that make no ViT."""
+    meta.choice("model.family", ("vit",))
+    meta.choice("model.gelu", ("erf",))
+    channels = meta.integer("model.in_chans")
+    config = ViTConfig(
+        image_size=meta.integer("model.img_size"),
+        patch_size=meta.integer("model.patch_size"),
+        in_channels=channels,
+        num_classes=meta.integer("model.num_classes"),
+        width=meta.integer("model.embed_dim"),
+        depth=meta.integer("model.depth"),
+        heads=meta.integer("model.num_heads"),
+        mlp_ratio=meta.number("model.mlp_ratio"),
+        qkv_bias=meta.flag("model.qkv_bias"),
+        layer_norm_epsilon=meta.number("model.layer_norm_eps"),
+    )
+    if config.width % config.heads:
+        raise InputError(f"{meta.path}: meta.model.embed_dim {config.width} does not divide by {config.heads} heads")
+    if config.image_size % config.patch_size:
+        raise InputError(
+            f"{meta.path}: meta.model.img_size {config.image_size} does not divide by patch_size {config.patch_size}"
+        )
+    # The images are already normalised; only the number of channels matters here.
+    flat = Preprocessing(config.image_size, mean=(0.5,) * channels, std=(0.5,) * channels)
+    return Architecture("the model in meta", "vit", config, flat)
+
+
+def recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
+    """The recipe that meta's options describe."""
+    bits = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations", "softmax")}
+    weight_observer = meta.choice("observer.weights", _PUBLISHED_OBSERVERS)
+    if weight_observer == "percentile":
+        raise InputError(f"{meta.path}: meta.observer.weights is 'percentile', which works per tensor only")
+    config = RecipeConfig(
+        preset="evol-q",  # every field that a preset fills is given below
+        weight_bits=bits["weights"],
+        activation_bits=bits["activations"],
+        softmax_bits=bits["softmax"],
+        weight_observer=weight_observer,  # type: ignore[arg-type]
+        activation_observer=meta.choice("observer.activations", _PUBLISHED_OBSERVERS),  # type: ignore[arg-type]
+        weight_signed=not meta.flag("weights_unsigned"),
+        bias_correction=meta.flag("bias_correction"),
+        power_of_two_factor=meta.flag("ptf"),
+        integer_layer_norm=meta.flag("integer_layer_norm"),
+        log_int_softmax=meta.flag("log_int_softmax"),
+        quantize_input=meta.flag("quantize_input"),
+    )
+    recipe = resolve(config, sites_of(architecture))
+    # A recipe of ours has integer LayerNorms only behind power-of-two factors; a recording may say otherwise.
+    return dataclasses.replace(recipe, integer_layer_norm=meta.flag("integer_layer_norm"))
+
+
+def read_model(meta: Meta) -> Model:
+    """The float model in the file of weights that meta names."""
+    file = read_weights(str(meta.neighbour("weights")))
+    architecture = architecture_of(meta)
+    return Model(architecture, from_timm(file.tensors, architecture, file.source), file.source, file.sha256)
+
+
+def prepare(recording: Recording) -> Subject:
+    """Reads the set's weights and data and calibrates as the recording was.
+
+    Raises InputError when a file or key is missing, or shapes and ranges do not fit.
+    """
+    meta = recording.meta
+    model = read_model(meta)
+    config: ViTConfig = model.architecture.config
+    recipe = recipe_of(meta, model.architecture)
+    path = meta.neighbour("data")
+    data = ArrayFile(path, read_arrays(path))
+    side, channels = config.image_size, config.in_channels
+    images, tests = (data.array(f"{name}_images", None, channels, side, side) for name in ("calib", "test"))
+    if not len(tests):
+        raise InputError(f"{path}: array 'test_images' is empty")
+    labels = data.integers("test_labels", len(tests))
+    used = meta.index_range("calibration.images", len(images), f"calibration images in {path.name}")
+    size = meta.integer("calibration.batch")
+    meta.choice("calibration.score_batch", ("last",))
+    batches = tuple(_channels_last(images[i : min(i + size, used.stop)]) for i in used[::size])
+    quantizers = calibrate(model, [jnp.asarray(batch) for batch in batches], recipe)
+    limits = tolerances(recording.reference, recording.path.stem, model.sha256)
+    return Subject(QuantizedModel(model, recipe, quantizers), batches, _channels_last(tests), labels, limits)
+
+
+def _channels_last(images: np.ndarray) -> Images:
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1), np.float32)

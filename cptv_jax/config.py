@@ -1,0 +1,219 @@
+"""Configuration of a quantization: strict YAML, every field also a flag."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cptv_jax.errors import InputError
+from cptv_jax.recipe import RecipeConfig
+from cptv_jax.suggest import did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """images: how many calibration images to take in all, for base method and search. batch: images per batch; also
+    the batch of the contrastive loss, where the other images are the negatives."""
+
+    images: int = 1000
+    batch: int = 100
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The search on top of the base method.
+
+    strategy: "evol-q" (the published one), "generational", or "none".
+    objective, on, temperature: see cptv_jax.search.objective.
+    teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
+        the published code does.
+    sites: name patterns of the weight or activation sites whose scales are searched.
+    passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass.
+    holdout: fraction of the calibration images, in whole batches, that only picks among passes.
+    images: how many of the remaining ones the search uses, in whole batches; null means all.
+    population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
+    sigma, children, survivors: of generational; sigma is in log-scale.
+    images_at_once, candidates_at_once: bound the memory of activations; null lets the device decide.
+    cache_gib: bound on the cached stage inputs.
+    """
+
+    strategy: Literal["evol-q", "generational", "none"] = "evol-q"
+    objective: Literal["infonce", "mse", "kl", "cosine"] = "infonce"
+    on: Literal["logits", "features"] = "logits"
+    temperature: float = 3.0
+    teacher: Literal["float", "published"] = "float"
+    sites: tuple[str, ...] = ("blocks.*.attn.qkv.weight", "blocks.*.attn.proj.weight")
+    passes: int = 10
+    rounds: int = 3
+    holdout: float = 0.1
+    images: int | None = None
+    population: int = 15
+    samples: int = 10
+    step: float | None = None
+    sigma: float = 0.01
+    children: int = 8
+    survivors: int = 2
+    images_at_once: int | None = None
+    candidates_at_once: int | None = None
+    cache_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Everything that determines a quantization, beside the model and the images.
+
+    method: base method. seed: of image order, held-out slice and search.
+    """
+
+    method: str = "fq-vit"
+    seed: int = 0
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+
+_AT_LEAST = {
+    "calibration.images": 1,
+    "calibration.batch": 1,
+    "search.passes": 1,
+    "search.rounds": 1,
+    "search.population": 1,
+    "search.samples": 1,
+    "search.children": 1,
+    "search.survivors": 1,
+    "search.images": 1,
+    "search.images_at_once": 1,
+    "search.candidates_at_once": 1,
+}
+_POSITIVE = ("search.temperature", "search.step", "search.sigma", "search.cache_gib")
+
+
+def check(config: QuantizeConfig) -> None:
+    """Raises InputError for values that no run can use."""
+    flat = flatten(config)
+    for name, least in _AT_LEAST.items():
+        if flat[name] is not None and flat[name] < least:
+            raise InputError(f"{name} is {flat[name]}; it must be at least {least}")
+    for name in _POSITIVE:
+        if flat[name] is not None and not flat[name] > 0:
+            raise InputError(f"{name} is {flat[name]}; it must be positive")
+    if not 0 <= config.search.holdout < 1:
+        raise InputError(f"search.holdout is {config.search.holdout}; it must be at least 0 and below 1")
+
+
+def load_config(path: str | None) -> QuantizeConfig:
+    """The configuration in a YAML file (defaults where it is silent), or all defaults for None.
+
+    Raises InputError for a missing or malformed file, an unknown field or a value of the wrong type.
+    """
+    if path is None:
+        return QuantizeConfig()
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return from_mapping(QuantizeConfig, {} if data is None else data, path)
+
+
+def from_mapping(cls: type[T], data: Any, source: str, prefix: str = "") -> T:
+    """A configuration dataclass from nested mappings, strictly."""
+    if not isinstance(data, Mapping):
+        raise InputError(f"{source}: {prefix.rstrip('.') or 'the file'} must be a mapping of fields")
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            raise InputError(f"{source}: unknown field '{prefix}{key}'{did_you_mean(str(key), hints)}")
+        values[key] = _convert(hints[key], value, source, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, source: str, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, source, f"{name}.")  # type: ignore[arg-type]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, source, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{source}: {name} is {value!r}{did_you_mean(str(value), map(str, arguments))}")
+        return value
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not items:
+            raise InputError(f"{source}: {name} must be a list that is not empty")
+        return tuple(_convert(arguments[0], item, source, name) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{source}: {name} must be a mapping")
+        return dict(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{source}: {name} is {value!r}; it must be {_describe(hint)}")
+    return value
+
+
+def _describe(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[f"{prefix}{f.name}"] = value
+    return flat
+
+
+def override(config: QuantizeConfig, changes: Mapping[str, str]) -> QuantizeConfig:
+    """The configuration with fields, by dotted name, set from YAML text (`--search.passes 3`).
+
+    Raises InputError for an unknown name or a value of the wrong type.
+    """
+    data = to_mapping(config)
+    names = flatten(config)
+    for name, text in changes.items():
+        if name not in names:
+            raise InputError(f"unknown option --{name}{did_you_mean(name, names)}")
+        *groups, last = name.split(".")
+        node = data
+        for group in groups:
+            node = node[group]
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--{name}: '{text}' is not a value") from None
+    return from_mapping(QuantizeConfig, data, "command line")
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Nested plain data, as YAML and JSON hold it."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

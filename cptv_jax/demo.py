@@ -1,0 +1,105 @@
+"""The embedded demo: a small ViT trained on scikit-learn's digits, quantized at 3 bits and improved. Offline."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from cptv_jax.checkpoint import load_float_model, save_model
+from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig
+from cptv_jax.data import Images, load_digits
+from cptv_jax.errors import InputError
+from cptv_jax.interpreters import Float as FloatOperations
+from cptv_jax.interpreters import Tensor
+from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
+from cptv_jax.models.preprocessing import Preprocessing
+from cptv_jax.models.vit import ViTConfig
+from cptv_jax.pipeline import Quantization, quantize
+from cptv_jax.progress import bar
+from cptv_jax.quantized import Model
+from cptv_jax.recipe import RecipeConfig
+
+DIGITS_VIT = Architecture(
+    "digits_vit",
+    "vit",
+    ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=4, heads=4),
+    Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+)
+
+_EPOCHS = 40
+_BATCH = 64
+_LEARNING_RATE = 2e-3
+
+
+def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
+    """The float forward pass, for training."""
+    x = Tensor(images)
+    for name, graph in stage_graphs(DIGITS_VIT).items():
+        x = call_stage(graph, FloatOperations(), weights[name], x)
+    return x.logits  # type: ignore[union-attr, attr-defined]
+
+
+def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:
+    """A digits ViT trained with AdamW on labelled images, shifted by up to three pixels."""
+    labels = jnp.asarray(images.require_labels())
+    pixels = jnp.asarray(images.normalized(0, len(images)))
+    steps = len(images) // _BATCH
+    schedule = optax.cosine_onecycle_schedule(steps * epochs, _LEARNING_RATE)
+    optimizer = optax.adamw(schedule, weight_decay=0.05)
+
+    def loss_of(weights: Weights, x: Float[Array, "batch 32 32 3"], y: Int[Array, " batch"]) -> Float[Array, ""]:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), y)
+        return jnp.mean(losses)
+
+    @jax.jit
+    def epoch(weights: Weights, state: optax.OptState, key: Array) -> tuple[Weights, optax.OptState]:
+        shuffle, shift = jax.random.split(key)
+        order = jax.random.permutation(shuffle, len(images))[: steps * _BATCH].reshape(steps, _BATCH)
+        shifts = jax.random.randint(shift, (steps, 2), -3, 4)
+
+        def step(carry: tuple[Weights, optax.OptState], chosen: tuple[Array, Array]) -> tuple[tuple, None]:
+            weights, state = carry
+            rows, moved = chosen
+            x = jnp.roll(pixels[rows], moved, (1, 2))
+            updates, state = optimizer.update(jax.grad(loss_of)(weights, x, labels[rows]), state, weights)
+            return (optax.apply_updates(weights, updates), state), None
+
+        return jax.lax.scan(step, (weights, state), (order, shifts))[0]
+
+    weights = DIGITS_VIT.initialize(seed)
+    state = optimizer.init(weights)
+    with bar("train on digits", epochs, progress) as shown:
+        for index in range(epochs):
+            weights, state = epoch(weights, state, jax.random.fold_in(jax.random.key(seed), index))
+            jax.block_until_ready(state)
+            shown.update(1)
+    return Model(DIGITS_VIT, weights, "trained by cptv demo on scikit-learn's digits")
+
+
+DEMO_CONFIG = QuantizeConfig(
+    recipe=RecipeConfig(preset="evol-q", weight_bits=3),
+    calibration=CalibrationConfig(images=300, batch=50),
+    search=SearchConfig(strategy="generational", passes=3, children=8, rounds=3, sigma=0.02, sites=("blocks.*.weight",)),
+)
+
+
+def run_demo(out: Path, config: QuantizeConfig = DEMO_CONFIG, progress: bool = True) -> Quantization:
+    """Trains (or reloads from an interrupted demo), quantizes, searches, evaluates and reports into `out`."""
+    checkpoint = out.with_name(f"{out.name}-model")
+    if checkpoint.exists():
+        model = load_float_model(str(checkpoint))
+        if model.architecture != DIGITS_VIT:
+            raise InputError(f"{checkpoint} holds a {model.architecture.name}, not the demo's model; choose another --out")
+    else:
+        model = train(load_digits("train"), config.seed, progress=progress)
+        save_model(checkpoint, model)
+    calibration, test = load_digits("calibration").without_labels(), load_digits("test")
+    return quantize(model, calibration, config, out=out, evaluation=test, progress=progress)
+
+
+def accuracy_gain(outcome: Quantization) -> float:
+    """Points of top-1 that the search added."""
+    return float(np.subtract(outcome.results["final"]["top1"], outcome.results["base"]["top1"]))

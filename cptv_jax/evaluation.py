@@ -1,0 +1,54 @@
+"""Accuracy of a model on labelled images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from cptv_jax.data import Images
+from cptv_jax.errors import InputError
+from cptv_jax.forward import forward
+from cptv_jax.mesh import default_chunk
+from cptv_jax.progress import bar
+from cptv_jax.stages import Stage
+
+_CHUNK = 100  # images at once where the device does not ask for fewer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """top1, top5: percent. images: how many were evaluated."""
+
+    top1: float
+    top5: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} % on {self.images} images"
+
+
+def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:
+    """Logits [N, classes] of all images, computed in chunks of one shape."""
+    size, _ = default_chunk(min(_CHUNK, len(images)))
+    parts = []
+    with bar(label, len(images), progress) as shown:
+        for start in range(0, len(images), size):
+            chunk = images.normalized(start, min(start + size, len(images)))
+            padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), 0)])
+            parts.append(np.asarray(forward(stages, jnp.asarray(padded)).logits)[: len(chunk)])
+            shown.update(len(chunk))
+    return np.concatenate(parts)
+
+
+def evaluate(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> Accuracy:
+    """Top-1 and top-5 accuracy. Raises InputError for unlabelled images or labels beyond the model's classes."""
+    labels = images.require_labels()
+    logits = logits_of(stages, images, progress, label)
+    classes = logits.shape[1]
+    if labels.max() >= classes:
+        raise InputError(f"the images have label {labels.max()}, but the model knows classes 0 to {classes - 1}")
+    # Descending and stable: of equal logits the lower class counts first.
+    ranked = np.argsort(-logits, 1, kind="stable")[:, :5]
+    hits = ranked == labels[:, None]
+    return Accuracy(100 * float(hits[:, 0].mean()), 100 * float(hits.any(1).mean()), len(images))

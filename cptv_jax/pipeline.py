@@ -1,0 +1,277 @@
+"""quantize(): from a float model and unlabelled images to a quantized model, a run that can be interrupted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptv_jax.checkpoint import save_model
+from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
+from cptv_jax.data import Images
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import Accuracy, evaluate
+from cptv_jax.forward import apply_stage, forward
+from cptv_jax.mesh import default_chunk
+from cptv_jax.methods import METHODS
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.progress import bar, counter
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import Recipe, resolve
+from cptv_jax.run_directory import RunDirectory, digest
+from cptv_jax.search import EvolQ, Evaluator, Generational, Objective, Strategy
+from cptv_jax.search.run import SearchState, initial_state, run_search
+from cptv_jax.search.strategies.evol_q import published_step
+from cptv_jax.stages import Output, Stage
+from cptv_jax.suggest import did_you_mean
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The outcome of `quantize`.
+
+    model: the quantized model after the search; base: before it; teacher: the float model. log: the search's records.
+    results: accuracies (percent) and losses by name, as they were measured.
+    """
+
+    model: QuantizedModel
+    base: QuantizedModel
+    teacher: Model
+    config: QuantizeConfig
+    log: tuple[dict[str, Any], ...] = ()
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def evaluate(self, images: Images, progress: bool = False) -> Accuracy:
+        """Accuracy of the quantized model on labelled images."""
+        return evaluate(self.model.stages(), images, progress)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the quantized model as a checkpoint directory. Raises InputError when the path exists."""
+        save_model(Path(path), self.model)
+
+    def report(self, path: str | Path) -> Path:
+        """Writes report.md and loss.png into a directory and returns the path of the former."""
+        from cptv_jax.report import write_report  # matplotlib takes a second to import
+
+        return write_report(Path(path), self)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Calibration images in batches.
+
+    calibration: for the base method; the search uses the first `searched` of them. held_out: only pick among passes.
+    """
+
+    calibration: list[Images]
+    held_out: list[Images]
+    searched: int
+
+
+def _split(images: Images, config: QuantizeConfig) -> _Split:
+    wanted, batch = config.calibration.images, config.calibration.batch
+    if len(images) < wanted:
+        raise InputError(
+            f"{len(images)} calibration images given, {wanted} wanted; give more, or set --calibration.images {len(images)}"
+        )
+    count = wanted // batch
+    if count == 0:
+        raise InputError(
+            f"{wanted} calibration images make no batch of {batch}; set --calibration.batch {wanted} or give more images"
+        )
+    order = np.random.default_rng([config.seed, len(images)]).permutation(len(images))
+    batches = [images.take(order[i * batch : (i + 1) * batch]) for i in range(count)]
+    searching = config.search.strategy != "none" and config.search.holdout > 0
+    held_out = min(max(1, round(config.search.holdout * count)), count - 1) if searching else 0
+    searched = count - held_out if config.search.images is None else config.search.images // batch
+    if not 1 <= searched <= count - held_out:
+        raise InputError(
+            f"search.images is {config.search.images}; it must lie between {batch} (a batch) and {(count - held_out) * batch}"
+        )
+    return _Split(batches[: count - held_out], batches[count - held_out :], searched)
+
+
+def strategy_for(config: SearchConfig, weight_bits: int) -> Strategy:
+    """The configured strategy for a stage whose searched weights have this width."""
+    if config.strategy == "evol-q":
+        step = published_step(weight_bits) if config.step is None else config.step
+        return EvolQ(step, config.population, config.samples, config.rounds)
+    return Generational(config.sigma, config.children, config.survivors, config.rounds)
+
+
+def _stage_bits(recipe: Recipe, stage: str, searched: Sequence[str]) -> int:
+    """Width of a stage's searched sites; the last one's where they differ (the published code asks proj)."""
+    return [spec.bits for site, spec in recipe.of_stage(stage).items() if f"{stage}.{site}" in searched][-1]
+
+
+def _chunks(batch: Images, size: int) -> list[jax.Array]:
+    return [jnp.asarray(batch.normalized(i, i + size)) for i in range(0, len(batch), size)]
+
+
+def _chunk_size(config: QuantizeConfig) -> tuple[int, int]:
+    """Images and candidates at once; the images divide a batch, so that all chunks have one shape."""
+    batch = config.calibration.batch
+    images, candidates = default_chunk(batch)
+    images = min(config.search.images_at_once or images, batch)
+    while batch % images:
+        images -= 1
+    return images, config.search.candidates_at_once or candidates
+
+
+def _whole_outputs(stages: Sequence[Stage], chunks: Sequence[Any]) -> Output:
+    parts = [forward(stages, chunk) for chunk in chunks]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _make_evaluators(
+    teacher: Model, base: QuantizedModel, split: _Split, config: QuantizeConfig, progress: bool
+) -> tuple[Evaluator, Any]:
+    search = config.search
+    size, width = _chunk_size(config)
+
+    def searched(site: str) -> bool:
+        return any(fnmatchcase(site, pattern) for pattern in search.sites)
+
+    sites = [site for site in base.quantizers if searched(site)]
+    if not sites:
+        raise InputError(
+            f"search.sites {list(search.sites)} match no quantized site{did_you_mean(search.sites[0], base.quantizers)}"
+        )
+    stages = base.stages(searched)
+    reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
+    batches = [_chunks(batch, size) for batch in split.calibration[: split.searched]]
+    held_out = [_chunks(batch, size) for batch in split.held_out]
+    objective = Objective(search.objective, search.on, search.temperature)
+    with bar("teacher outputs", len(batches) + len(held_out), progress) as shown:
+        targets = []
+        for chunks in [*batches, *held_out]:
+            targets.append(_whole_outputs(reference, chunks))
+            shown.update(1)
+    loss_of = jax.jit(objective)
+
+    def held_out_loss(current: Sequence[Stage]) -> float:
+        losses = [
+            float(loss_of(_whole_outputs(current, chunks), target))
+            for chunks, target in zip(held_out, targets[len(batches) :], strict=True)
+        ]
+        return sum(losses) / len(losses)
+
+    evaluator = Evaluator(
+        stages, batches, targets[: len(batches)], objective, width, cache_bytes=search.cache_gib * _GIB
+    )
+    return evaluator, held_out_loss if held_out else None
+
+
+def _search(
+    teacher: Model,
+    base: QuantizedModel,
+    split: _Split,
+    config: QuantizeConfig,
+    run: RunDirectory | None,
+    progress: bool,
+) -> tuple[QuantizedModel, SearchState]:
+    evaluator, held_out_loss = _make_evaluators(teacher, base, split, config, progress)
+    state = (run.state() if run else None) or initial_state(evaluator)
+    searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
+    strategies = {
+        name: strategy_for(config.search, _stage_bits(base.recipe, name, searched)) for name in state.scales
+    }
+    per_round = config.search.children if config.search.strategy == "generational" else 1
+    per_pass = len(strategies) * config.search.rounds * per_round
+    with bar("search", config.search.passes * per_pass, progress, max(0, state.evaluations - 1)) as shown:
+
+        def on_round(stage: str, evaluated: int, best: float) -> None:
+            shown.set_postfix_str(f"{stage} loss {best:.5f}")
+            shown.update(evaluated)
+
+        state = run_search(
+            evaluator,
+            lambda name: strategies[name],
+            config.search.passes,
+            jax.random.key(config.seed),
+            state,
+            held_out_loss,
+            on_round,
+            run.save_state if run else lambda state: None,
+        )
+    scales = {f"{name}.{site}": scale for name, sites in state.best_scales.items() for site, scale in sites.items()}
+    return base.with_scales(scales), state
+
+
+def quantize(
+    model: Model,
+    images: Images,
+    config: QuantizeConfig = QuantizeConfig(),  # noqa: B008 - frozen
+    *,
+    out: str | Path | None = None,
+    evaluation: Images | None = None,
+    progress: bool = False,
+) -> Quantization:
+    """Quantizes a float model with a base method and improves it by a search over its scales.
+
+    images: calibration images; labels are ignored. evaluation: labelled images; they are only ever evaluated on, after
+    the search is over. out: a run directory; the same call with the same `out` continues an interrupted run, and ends
+    with the same bits as an uninterrupted one. Raises InputError for settings or images that cannot work, and for an
+    `out` that holds something else.
+    """
+    check(config)
+    if config.method not in METHODS:
+        raise InputError(f"unknown method '{config.method}'{did_you_mean(config.method, METHODS)}")
+    images = images.without_labels()
+    if evaluation is not None:
+        evaluation.require_labels()
+    recipe = resolve(config.recipe, sites_of(model.architecture))
+    split = _split(images, config)
+    run = None
+    if out is not None:
+        identity = {
+            "config": to_mapping(config),
+            "architecture": model.architecture.name,
+            "weights": digest(model.weights),
+            "images": digest(images.pixels),
+        }
+        run = RunDirectory(Path(out), identity)
+
+    base = run.base() if run else None
+    if base is None:
+        batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        with bar(f"calibrate ({config.method})", len(batches), progress) as shown:
+            base = METHODS[config.method](model, batches, recipe, key, counter(shown))
+        del batches
+        if run:
+            run.save_base(base)
+    final = run.final() if run else None
+    state = run.state() if run else None
+    if final is None:
+        if config.search.strategy == "none":
+            final = base
+        else:
+            final, state = _search(model, base, split, config, run, progress)
+        if run:
+            run.save_final(final)
+
+    results = run.results() if run else {}
+    if evaluation is not None:
+        for name, stages in (("float", model.stages()), ("base", base.stages()), ("final", final.stages())):
+            if name in results:
+                continue
+            if name == "final" and final is base:
+                results[name] = results["base"]
+            else:
+                results[name] = vars(evaluate(stages, evaluation, progress, f"evaluate {name}"))
+            if run:
+                run.save_results(results)
+    outcome = Quantization(final, base, model, config, state.log if state else (), results)
+    if run:
+        outcome.report(run.path)
+    return outcome
+
+
+__all__ = ["Quantization", "apply_stage", "quantize", "strategy_for"]

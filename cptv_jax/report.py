@@ -1,0 +1,128 @@
+"""The report of a quantization: what is quantized and how, accuracy before and after, and the loss curve."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cptv_jax.checkpoint import write_atomically
+from cptv_jax.config import to_mapping
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.recipe import SiteSpec
+from cptv_jax.run_directory import versions
+
+if TYPE_CHECKING:
+    from cptv_jax.pipeline import Quantization
+
+_ROWS = (("float", "full precision"), ("base", "base method"), ("final", "after the search"))
+
+
+def _describe(spec: SiteSpec) -> str:
+    grid = f"{'signed ' if spec.signed else 'unsigned '}{'symmetric' if spec.symmetric else 'asymmetric'}"
+    granularity = "per channel" if spec.per_channel else "per tensor"
+    correction = ", bias correction" if spec.bias_correction else ""
+    if spec.quantizer == "log2":
+        return f"| log2 | {spec.bits} | per tensor | fixed levels |"
+    return f"| uniform {grid} | {spec.bits} | {granularity} | {spec.observer}{correction} |"
+
+
+def site_table(outcome: "Quantization") -> str:
+    """Markdown table of every site of the architecture: quantized how, or in float."""
+    lines = ["| site | quantizer | bits | granularity | parameters from |", "|---|---|---|---|---|"]
+    specs = outcome.model.recipe.sites
+    for site in sites_of(outcome.teacher.architecture):
+        if site.name in specs:
+            lines.append(f"| `{site.name}` {_describe(specs[site.name])}")
+        elif site.kind != "operand":  # an operand is a part of a tensor that has its own row
+            lines.append(f"| `{site.name}` | float | | | |")
+    return "\n".join(lines)
+
+
+def _accuracy(results: dict[str, Any]) -> str:
+    if not results:
+        return "No evaluation images were given."
+    lines = ["| model | top-1 % | top-5 % | images |", "|---|---|---|---|"]
+    for key, name in _ROWS:
+        if key in results:
+            r = results[key]
+            lines.append(f"| {name} | {r['top1']:.2f} | {r['top5']:.2f} | {r['images']} |")
+    return "\n".join(lines)
+
+
+def _search_summary(outcome: "Quantization") -> str:
+    if not outcome.log:
+        return "No search was run."
+    lines = ["| after | loss on search images | loss on held-out images | evaluations |", "|---|---|---|---|"]
+    for record in outcome.log:
+        if record["event"] in ("start", "pass"):
+            name = "base method" if record["event"] == "start" else f"pass {record['pass']}"
+            held_out = "" if record["held_out"] is None else f"{record['held_out']:.5f}"
+            lines.append(f"| {name} | {record['loss']:.5f} | {held_out} | {record.get('evaluations', 1)} |")
+    accepted = sum(record["event"] == "accepted" for record in outcome.log)
+    lines += ["", f"{accepted} steps were accepted; the row with the least held-out loss is the result."]
+    return "\n".join(lines)
+
+
+def write_report(directory: Path, outcome: "Quantization") -> Path:
+    """Writes report.md, and loss.png where there was a search; returns the path of report.md."""
+    directory.mkdir(parents=True, exist_ok=True)
+    recipe, teacher = outcome.model.recipe, outcome.teacher
+    curve = ""
+    if outcome.log:
+        plot_losses(directory / "loss.png", outcome.log)
+        curve = "\n![Loss of accepted steps](loss.png)\n"
+    environment = ", ".join(f"{name} {number}" for name, number in versions().items())
+    text = f"""# {teacher.architecture.name}, {outcome.config.method}, recipe {recipe.name}
+
+Weights: {teacher.source or "given as arrays"}{f" (sha256 {teacher.sha256[:16]}...)" if teacher.sha256 else ""}.
+LayerNorm runs in {"integer" if recipe.integer_layer_norm else "float"} arithmetic, softmax in \
+{"integer (log-int-softmax)" if recipe.log_int_softmax else "float"}.
+
+## Accuracy
+
+{_accuracy(outcome.results)}
+
+## Search
+
+{_search_summary(outcome)}
+{curve}
+## What is and what is not quantized
+
+{site_table(outcome)}
+
+## Configuration
+
+```yaml
+{yaml.safe_dump(to_mapping(outcome.config), sort_keys=False).strip()}
+```
+
+{environment}
+"""
+    path = directory / "report.md"
+    write_atomically(path, text)
+    return path
+
+
+def plot_losses(path: Path, log: tuple[dict[str, Any], ...]) -> None:
+    """The objective after every accepted step, with the passes and their held-out losses, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [record for record in log if record["event"] in ("start", "accepted")]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.step(range(len(steps)), [record["loss"] for record in steps], where="post", label="search images")
+    position, marks = 0, []
+    for record in log:
+        position += record["event"] == "accepted"
+        if record["event"] != "accepted" and record["held_out"] is not None:
+            marks.append((position, record["held_out"]))
+    if marks:
+        axes.plot(*zip(*marks, strict=True), "o--", color="tab:orange", label="held-out images, after each pass")
+    axes.set(xlabel="accepted steps", ylabel="objective")
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)
+    temporary.replace(path)

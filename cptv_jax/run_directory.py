@@ -1,0 +1,147 @@
+"""A run's directory: what was asked, how far it came, and what came out."""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from jaxtyping import PyTree
+
+import cptv_jax
+from cptv_jax.checkpoint import load_model, restore_tree, save_model, save_tree, write_atomically
+from cptv_jax.errors import InputError
+from cptv_jax.quantized import QuantizedModel
+from cptv_jax.search.run import SearchState
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def digest(tree: PyTree) -> str:
+    """sha256 over the shapes, dtypes and bytes of a pytree's arrays."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        hashed.update(f"{array.shape}{array.dtype}".encode())
+        hashed.update(array.data)
+    return hashed.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that determine the numbers."""
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "cptv-jax": cptv_jax.__version__, **packages}
+
+
+class RunDirectory:
+    """Files of one run.
+
+    config.yaml: the resolved configuration. run.json: identity (configuration, model, images), versions, status.
+    base/, model/: checkpoints before and after the search. state/: where the search stands, one checkpoint a step,
+    the newest only. results.json: accuracies. log.jsonl: accepted steps and passes.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Opens a directory, new or of an interrupted run.
+
+        identity: everything that determines the result. Raises InputError when the directory holds anything else than
+        a run with the same identity.
+        """
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {path} is a file; choose a directory")
+        known = path / "run.json"
+        identity = json.loads(json.dumps(identity))  # as it is read back
+        if known.exists():
+            try:
+                found = json.loads(known.read_text(encoding="utf-8"))["identity"]
+            except (ValueError, KeyError):
+                raise InputError(f"{known} is damaged; choose another --out") from None
+            different = _first_difference(found, identity)
+            if different:
+                raise InputError(
+                    f"{path} holds a run with other settings ({different}); "
+                    "choose another --out, or repeat the original command to continue it"
+                )
+        elif path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
+            raise InputError(f"--out {path} is not empty and not a run; choose another directory")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
+        write_atomically(path / "config.yaml", yaml.safe_dump(identity["config"], sort_keys=False))
+
+    def base(self) -> QuantizedModel | None:
+        """The base method's model, if it was finished."""
+        return self._quantized("base")
+
+    def final(self) -> QuantizedModel | None:
+        """The final model, if the run got so far."""
+        return self._quantized("model")
+
+    def _quantized(self, name: str) -> QuantizedModel | None:
+        if not (self.path / name).exists():
+            return None
+        model = load_model(str(self.path / name))
+        if not isinstance(model, QuantizedModel):
+            raise InputError(f"{self.path / name} is not a quantized model; the run is damaged, choose another --out")
+        return model
+
+    def save_base(self, model: QuantizedModel) -> None:
+        save_model(self.path / "base", model)
+
+    def save_final(self, model: QuantizedModel) -> None:
+        save_model(self.path / "model", model)
+
+    def results(self) -> dict[str, Any]:
+        """Measurements so far, by name."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def save_results(self, results: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "results.json", json.dumps(results, indent=1))
+
+    def _states(self) -> list[Path]:
+        return sorted(self.path.glob("state/[0-9]*"))
+
+    def save_state(self, state: SearchState) -> None:
+        """Writes the search's state, then drops older ones and rewrites the log."""
+        earlier = self._states()
+        number = int(earlier[-1].name) + 1 if earlier else 0
+        described = {
+            name: getattr(state, name)
+            for name in ("pass_index", "position", "loss", "evaluations", "best_pass", "best_held_out", "log")
+        }
+        tree = {"scales": state.scales, "best_scales": state.best_scales}
+        save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
+        self.write_log(state)
+        for path in earlier:
+            shutil.rmtree(path)
+
+    def state(self) -> SearchState | None:
+        """The newest saved state, if any."""
+        saved = self._states()
+        if not saved:
+            return None
+        tree, metadata = restore_tree(saved[-1])
+        described = dict(metadata["search"])
+        described["log"] = tuple(described["log"])
+        return SearchState(scales=tree["scales"], best_scales=tree["best_scales"], **described)
+
+    def write_log(self, state: SearchState) -> None:
+        write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
+
+
+def _first_difference(a: Any, b: Any, name: str = "") -> str | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            different = _first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            if different:
+                return different
+        return None
+    return None if a == b else f"{name.removeprefix('config.')}: {a} there, {b} here"
