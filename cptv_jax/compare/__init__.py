@@ -20,9 +20,7 @@ _KINDS: dict[str, Callable[[Recording], list[Check]]] = {
     "losses": compare_losses,
 }
 _NOTES = {
-    "quantized": (
-        "observer states (obs_min, obs_max) and traces repeat what scales and blocks show: not compared",
-    ),
+    "quantized": ("observer states (obs_min, obs_max) and traces repeat what scales and blocks show: not compared",),
     "losses": losses.NOTES,
 }
 

@@ -22,10 +22,12 @@ FLOAT_LOGITS = 1e-4  # the float model has no steps that could flip
 class Check:
     """One comparison of a recorded quantity with ours.
 
-    group, name: what is compared. measured, unit: how far it is off, and in which terms.
+    group, name: what is compared.
+    measured, unit: how far it is off, and in which terms; share: they are fractions.
     allowed: the largest `measured` that passes; None where a row is reported but judged by its group's sum.
-    largest: the largest deviation of an element. equal: the fraction of equal codes (of parameters: of values within
-        the tolerance), None where there are no codes. remark: anything that a reader should know. share: measured and allowed are fractions.
+    largest: the largest deviation of an element.
+    equal: the fraction of equal codes (of parameters: of values within the tolerance); None where there are no codes.
+    remark: anything else that a reader should know.
     """
 
     group: str
@@ -137,8 +139,13 @@ def logits_checks(
     changed = float(np.sum(np.argmax(ours, -1) != np.argmax(recorded, -1)))
     checks = [
         Check(
-            group, "mean difference", float(np.mean(np.abs(difference))), limits.logits_mean, "absolute",
-            largest(difference), equal,
+            group,
+            "mean difference",
+            float(np.mean(np.abs(difference))),
+            limits.logits_mean,
+            "absolute",
+            largest(difference),
+            equal,
         ),
         Check(group, "predictions that differ", changed, limits.predictions_of(images), f"of {images} images"),
     ]

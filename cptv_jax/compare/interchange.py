@@ -148,7 +148,9 @@ class ArrayFile:
     def integers(self, key: str, *shape: int | None, below: int | None = None) -> np.ndarray:
         """Whole numbers from 0, `below` a bound, of the given shape."""
         found = self.array(key, *shape)
-        if found.dtype.kind == "f" or (found.size and (found.min() < 0 or (below is not None and found.max() >= below))):
+        if found.dtype.kind == "f" or (
+            found.size and (found.min() < 0 or (below is not None and found.max() >= below))
+        ):
             bound = "" if below is None else f" below {below}"
             raise InputError(f"{self.path}: array '{key}' must hold whole numbers from 0{bound}")
         return found

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
-import numpy as np
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from cptv_jax.compare.checks import LOSS_RELATIVE, Check
 from cptv_jax.compare.interchange import Recording
 from cptv_jax.errors import InputError
 from cptv_jax.search.objective import cosine_distance, info_nce, kl_divergence, mean_squared_error
+
+Logits = Float[Array, "images classes"]
 
 GROUP = "5 losses"
 NOTES = (
@@ -18,7 +21,7 @@ NOTES = (
 _KL_NOISE = 2e-7
 
 # q is the student, k the teacher.
-_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+_LOSSES: dict[str, Callable[[Logits, Logits], float]] = {
     "contrastive_T1": lambda q, k: float(info_nce(q, k, 1.0)),
     "contrastive_T3": lambda q, k: float(info_nce(q, k, 3.0)),
     "mse": lambda q, k: float(mean_squared_error(q, k, 1.0)),
@@ -37,7 +40,9 @@ def compare_losses(recording: Recording) -> list[Check]:
         q = recording.array(f"{pair}/q", None, None)
         k = recording.array(f"{pair}/k", *q.shape)
         found += [
-            _check(name, f"{pair}/{name}", loss(q, k), recording.scalar(f"{pair}/{name}"), len(q))
+            _check(
+                name, f"{pair}/{name}", loss(jnp.asarray(q), jnp.asarray(k)), recording.scalar(f"{pair}/{name}"), len(q)
+            )
             for name, loss in _LOSSES.items()
             if f"{pair}/{name}" in recording
         ]

@@ -33,9 +33,7 @@ _IN_BLOCK = {
 
 def modules_by_site(depth: int) -> dict[str, str]:
     """The reference's module for every site of a ViT with `depth` blocks, weights and activations alike."""
-    blocks = {
-        f"blocks.{i}.{site}": f"blocks.{i}.{module}" for i in range(depth) for site, module in _IN_BLOCK.items()
-    }
+    blocks = {f"blocks.{i}.{site}": f"blocks.{i}.{module}" for i in range(depth) for site, module in _IN_BLOCK.items()}
     return {**_AROUND_BLOCKS, **blocks}
 
 

@@ -50,8 +50,11 @@ def parameter_checks(
     """
     modules = modules_by_site(depth)
     wanted = {modules[site]: quantizer for site, quantizer in quantizers.items() if not isinstance(quantizer, Log2)}
-    recorded = {key.removeprefix(f"{prefix}/").removesuffix("/scale"): key
-                for key in recording.arrays if key.startswith(f"{prefix}/") and key.endswith("/scale")}
+    recorded = {
+        key.removeprefix(f"{prefix}/").removesuffix("/scale"): key
+        for key in recording.arrays
+        if key.startswith(f"{prefix}/") and key.endswith("/scale")
+    }
     for module, key in recorded.items():
         if module not in wanted:
             raise InputError(

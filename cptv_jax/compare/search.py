@@ -10,7 +10,7 @@ from cptv_jax.compare import checks
 from cptv_jax.compare.checks import Check
 from cptv_jax.compare.interchange import Recording
 from cptv_jax.compare.names import sites_by_module
-from cptv_jax.compare.quantized import PARAMETERS, parameter_checks
+from cptv_jax.compare.quantized import parameter_checks
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
 from cptv_jax.forward import forward
@@ -65,11 +65,7 @@ def compare_search(recording: Recording) -> list[Check]:
     found.append(_mean_check(TARGETS, "o_fps", logits - recorded, subject))
     found += subject.quantized_logit_checks(recording, f"{TARGETS}: logits", stages, "q_logits_before", "q_top1_before")
 
-    def fresh() -> Evaluator:
-        return Evaluator(stages, [[batch] for batch in subject.calibration], teacher, objective)
-
-    evaluator = fresh()
-    evaluator.refresh()
+    evaluator = Evaluator(stages, [[batch] for batch in subject.calibration], teacher, objective)
     for name in recording.under("cand/"):
         found += _candidate_checks(recording, subject, evaluator, f"cand/{name}")
 
@@ -77,7 +73,6 @@ def compare_search(recording: Recording) -> list[Check]:
     if not names or sorted(names) != sorted(str(i) for i in range(len(names))):
         raise InputError(f"{recording.path}: the searched blocks must be recorded under 'evo/0/', 'evo/1/' and so on")
     for name in sorted(names, key=int):
-        evaluator.refresh()
         found += _Replay(recording, subject, evaluator, strategy, f"evo/{name}").checks()
     quantizers = {
         f"{stage.name}.{site}": quantizer
@@ -182,7 +177,9 @@ class _Replay:
             # The recorded parent is known by its child: parent + perturbation is what was evaluated next.
             child = strategy.mutate(state, draws)
             parent = strategy.parent(state, draws)
-            found.append(self._same(f"cycle {cycle}: parent", layout.join(child)[0], vectors[cycle + 1], f"ours {parent}"))
+            found.append(
+                self._same(f"cycle {cycle}: parent", layout.join(child)[0], vectors[cycle + 1], f"ours {parent}")
+            )
             value = self.evaluator.losses(layout.stage, child)
             found.append(_loss_check(group, f"cycle {cycle}: loss", float(value[0]), float(losses[cycle + 1])))
             state = strategy.tell(state, child, value)
@@ -205,9 +202,7 @@ class _Replay:
         name = f"cycle {cycle}: survivors"
         return [
             self._same(name, layout.join(state.candidates), scales),
-            Check(
-                self.group, f"{name}' losses", checks.largest(difference), checks.SEARCH_LOSS, "absolute"
-            ),
+            Check(self.group, f"{name}' losses", checks.largest(difference), checks.SEARCH_LOSS, "absolute"),
         ]
 
     def _same(self, name: str, ours: Flat, recorded: Flat, remark: str = "") -> Check:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from cptv_jax.compare.checks import Check, Tolerances, fraction, largest, off, tolerances
-from cptv_jax.compare.checks import FLOAT_LOGITS, logits_checks
+from cptv_jax.compare.checks import FLOAT_LOGITS, Check, Tolerances, fraction, largest, logits_checks, off, tolerances
 from cptv_jax.compare.interchange import ArrayFile, Meta, Recording, read_arrays
 from cptv_jax.errors import InputError
 from cptv_jax.forward import forward
