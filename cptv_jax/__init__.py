@@ -1,3 +1,57 @@
-"""cptv_jax: post-training quantization of Vision Transformers in JAX, with CPT-V's contrastive evolutionary search."""
+"""cptv_jax: post-training quantization of Vision Transformers in JAX, with CPT-V's contrastive evolutionary search.
+
+`quantize(model, images, config)` is the whole pipeline; the other names are its parts.
+"""
+
+from cptv_jax.checkpoint import load_float_model, load_model, save_model
+from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig, load_config
+from cptv_jax.data import Images
+from cptv_jax.data import from_arrays as images_from_arrays
+from cptv_jax.data import load as load_images
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import Accuracy, evaluate
+from cptv_jax.forward import forward
+from cptv_jax.models.architecture import Architecture
+from cptv_jax.models.zoo import ZOO, architecture_named
+from cptv_jax.pipeline import Quantization, quantize
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import PRESETS, Recipe, RecipeConfig, SiteSpec, resolve
+from cptv_jax.search import Evaluator, EvolQ, Generational, Objective
+from cptv_jax.stages import Output, Stage
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "ZOO",
+    "Accuracy",
+    "Architecture",
+    "CalibrationConfig",
+    "Evaluator",
+    "EvolQ",
+    "Generational",
+    "Images",
+    "InputError",
+    "Model",
+    "Objective",
+    "Output",
+    "Quantization",
+    "QuantizeConfig",
+    "QuantizedModel",
+    "Recipe",
+    "RecipeConfig",
+    "SearchConfig",
+    "SiteSpec",
+    "Stage",
+    "architecture_named",
+    "evaluate",
+    "forward",
+    "images_from_arrays",
+    "load_config",
+    "load_float_model",
+    "load_images",
+    "load_model",
+    "quantize",
+    "resolve",
+    "save_model",
+]

@@ -77,7 +77,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"{path / METADATA} does not describe a cptv checkpoint")
     if metadata.get("version") != VERSION:
         raise InputError(
-            f"{path} has checkpoint version {metadata.get('version')}; this cptv reads {VERSION}: use the one that wrote it"
+            f"{path} has checkpoint version {metadata.get('version')}, but this cptv reads {VERSION}; "
+            "use the cptv that wrote it"
         )
     return metadata
 
@@ -104,7 +105,8 @@ def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
 
 def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture:
     try:
-        preprocessing = {key: tuple(v) if isinstance(v, list) else v for key, v in data["preprocessing"].items()}
+        given = data["preprocessing"].items()
+        preprocessing: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given}
         config = FAMILIES[data["family"]][0](**data["config"])
         return Architecture(data["name"], data["family"], config, Preprocessing(**preprocessing))
     except (KeyError, TypeError) as error:
@@ -154,10 +156,14 @@ def save_model(path: Path, model: Model | QuantizedModel) -> None:
 def _load_checkpoint(path: Path) -> Model | QuantizedModel:
     tree, metadata = restore_tree(path)
     architecture = _architecture_from_json(path, metadata.get("architecture", {}))
-    expected = jax.tree.map(lambda a: tuple(a.shape), abstract_weights(architecture), is_leaf=lambda a: hasattr(a, "shape"))
+    expected = jax.tree.map(
+        lambda a: tuple(a.shape), abstract_weights(architecture), is_leaf=lambda a: hasattr(a, "shape")
+    )
     found = jax.tree.map(np.shape, tree.get("weights"))
     if expected != found:
-        raise InputError(f"{path} holds the weights of another model than the {architecture.name} it names; import again")
+        raise InputError(
+            f"{path} holds the weights of another model than the {architecture.name} it names; import again"
+        )
     weights = jax.tree.map(jnp.asarray, tree["weights"])
     model = Model(architecture, weights, metadata.get("source", ""), metadata.get("sha256", ""))
     if metadata.get("kind") != "quantized":

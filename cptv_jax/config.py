@@ -3,6 +3,7 @@
 import dataclasses
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -160,10 +161,8 @@ def _convert(hint: Any, value: Any, source: str, name: str) -> Any:
             raise InputError(f"{source}: {name} must be a mapping")
         return dict(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

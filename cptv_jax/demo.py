@@ -39,7 +39,7 @@ def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Arr
     x = Tensor(images)
     for name, graph in stage_graphs(DIGITS_VIT).items():
         x = call_stage(graph, FloatOperations(), weights[name], x)
-    return x.logits  # type: ignore[union-attr, attr-defined]
+    return x.logits  # type: ignore[attr-defined]
 
 
 def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:
@@ -82,7 +82,9 @@ def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = Fal
 DEMO_CONFIG = QuantizeConfig(
     recipe=RecipeConfig(preset="evol-q", weight_bits=3),
     calibration=CalibrationConfig(images=300, batch=50),
-    search=SearchConfig(strategy="generational", passes=3, children=8, rounds=3, sigma=0.02, sites=("blocks.*.weight",)),
+    search=SearchConfig(
+        strategy="generational", passes=3, children=8, rounds=3, sigma=0.02, sites=("blocks.*.weight",)
+    ),
 )
 
 
@@ -92,7 +94,9 @@ def run_demo(out: Path, config: QuantizeConfig = DEMO_CONFIG, progress: bool = T
     if checkpoint.exists():
         model = load_float_model(str(checkpoint))
         if model.architecture != DIGITS_VIT:
-            raise InputError(f"{checkpoint} holds a {model.architecture.name}, not the demo's model; choose another --out")
+            raise InputError(
+                f"{checkpoint} holds a {model.architecture.name}, not the demo's model; choose another --out"
+            )
     else:
         model = train(load_digits("train"), config.seed, progress=progress)
         save_model(checkpoint, model)

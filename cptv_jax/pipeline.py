@@ -23,7 +23,7 @@ from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import Recipe, resolve
 from cptv_jax.run_directory import RunDirectory, digest
-from cptv_jax.search import EvolQ, Evaluator, Generational, Objective, Strategy
+from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
 from cptv_jax.search.run import SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
@@ -78,12 +78,14 @@ def _split(images: Images, config: QuantizeConfig) -> _Split:
     wanted, batch = config.calibration.images, config.calibration.batch
     if len(images) < wanted:
         raise InputError(
-            f"{len(images)} calibration images given, {wanted} wanted; give more, or set --calibration.images {len(images)}"
+            f"{len(images)} calibration images given, {wanted} wanted; "
+            f"give more, or set --calibration.images {len(images)}"
         )
     count = wanted // batch
     if count == 0:
         raise InputError(
-            f"{wanted} calibration images make no batch of {batch}; set --calibration.batch {wanted} or give more images"
+            f"{wanted} calibration images make no batch of {batch}; "
+            f"set --calibration.batch {wanted} or give more images"
         )
     order = np.random.default_rng([config.seed, len(images)]).permutation(len(images))
     batches = [images.take(order[i * batch : (i + 1) * batch]) for i in range(count)]
@@ -92,7 +94,8 @@ def _split(images: Images, config: QuantizeConfig) -> _Split:
     searched = count - held_out if config.search.images is None else config.search.images // batch
     if not 1 <= searched <= count - held_out:
         raise InputError(
-            f"search.images is {config.search.images}; it must lie between {batch} (a batch) and {(count - held_out) * batch}"
+            f"search.images is {config.search.images}; "
+            f"it must lie between {batch} (a batch) and {(count - held_out) * batch}"
         )
     return _Split(batches[: count - held_out], batches[count - held_out :], searched)
 
@@ -179,9 +182,7 @@ def _search(
     evaluator, held_out_loss = _make_evaluators(teacher, base, split, config, progress)
     state = (run.state() if run else None) or initial_state(evaluator)
     searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
-    strategies = {
-        name: strategy_for(config.search, _stage_bits(base.recipe, name, searched)) for name in state.scales
-    }
+    strategies = {name: strategy_for(config.search, _stage_bits(base.recipe, name, searched)) for name in state.scales}
     per_round = config.search.children if config.search.strategy == "generational" else 1
     per_pass = len(strategies) * config.search.rounds * per_round
     with bar("search", config.search.passes * per_pass, progress, max(0, state.evaluations - 1)) as shown:

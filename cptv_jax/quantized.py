@@ -93,9 +93,7 @@ class QuantizedModel:
             candidate = {
                 site: jnp.asarray(quantizer.scale) for site, quantizer in quantizers.items() if searched(prefix + site)
             }
-            function = ModelStageFunction(
-                graph, self.recipe.integer_layer_norm, self.recipe.log_int_softmax, rounding
-            )
+            function = ModelStageFunction(graph, self.recipe.integer_layer_norm, self.recipe.log_int_softmax, rounding)
             state = {"weights": self.model.weights[name], "quantizers": quantizers}
             stages.append(Stage(name, function, state, candidate, bind_scales))
         return tuple(stages)

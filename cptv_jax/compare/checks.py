@@ -15,6 +15,7 @@ FLOOR_FACTOR = 3.0  # times the noise floor
 TOP1_POINTS = 0.7
 LOSS_RELATIVE = 1e-5
 SEARCH_LOSS = 5e-4
+SEARCH_NOISE = 2e-4  # the noise floor of a search's losses: closer ones can be ranked either way
 FLOAT_LOGITS = 1e-4  # the float model has no steps that could flip
 
 

@@ -10,6 +10,7 @@ from cptv_jax.interpreters.fake_quant import FakeQuant
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.sites import Site
 
+
 class _Listing(FakeQuant):
     """Runs in float and notes every site that is passed."""
 

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Operations, Tensor, list_sites
 from cptv_jax.models.preprocessing import Preprocessing
-from cptv_jax.models.vit import ViTConfig, VisionTransformer
+from cptv_jax.models.vit import VisionTransformer, ViTConfig
 from cptv_jax.sites import Site
 from cptv_jax.suggest import did_you_mean
 

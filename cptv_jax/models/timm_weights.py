@@ -117,7 +117,8 @@ def from_timm(tensors: Mapping[str, np.ndarray], architecture: Architecture, sou
         tensor = tensors[entry.key]
         if tensor.shape != entry.shape:
             raise InputError(
-                f"{source}: '{entry.key}' has shape {tensor.shape}, but {architecture.name} needs {entry.shape} (see --arch)"
+                f"{source}: '{entry.key}' has shape {tensor.shape}, but {architecture.name} needs {entry.shape}; "
+                "is it another model's? (see --arch)"
             )
         node = weights.setdefault(entry.stage, {})
         for name in entry.path[:-1]:

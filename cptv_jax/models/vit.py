@@ -168,6 +168,6 @@ class VisionTransformer(nnx.Module):
     def __call__(self, ops: Operations, images: Tensor) -> Output:
         x: Tensor | Output = images
         for stage in self.stages().values():
-            x = stage(ops, x)  # type: ignore[operator]
+            x = stage(ops, x)
         assert isinstance(x, Output)
         return x

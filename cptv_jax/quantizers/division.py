@@ -12,4 +12,4 @@ def true_divide(numerator: Float[Array, "..."], denominator: Float[Array, "..."]
     weight of a symmetric channel). A denominator that seems to depend on each element is divided by as written.
     The comparison is false only for NaN, which stays NaN.
     """
-    return numerator / jnp.where(numerator == numerator, denominator, 1.0)  # noqa: PLR0124
+    return numerator / jnp.where(numerator == numerator, denominator, 1.0)

@@ -109,9 +109,7 @@ def run_search(
             on_round(name, candidates, best)
 
         assert state.loss is not None
-        candidate, loss, accepted = evolve_stage(
-            evaluator, index, strategy_of(name), state.loss, stage_key, count
-        )
+        candidate, loss, accepted = evolve_stage(evaluator, index, strategy_of(name), state.loss, stage_key, count)
         evaluator.accept(index, candidate)
         records = [
             {"event": "accepted", "pass": state.pass_index + 1, "stage": name, "round": round_index + 1, "loss": value}

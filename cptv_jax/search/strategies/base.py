@@ -10,10 +10,12 @@ from jaxtyping import PyTree
 class Strategy(Protocol):
     """Evolution of one stage's candidate. All methods are pure; the state is an opaque pytree.
 
-    A candidate is a pytree of positive scales. rounds: how often ask and tell alternate at each stage.
+    A candidate is a pytree of positive scales.
     """
 
-    rounds: int
+    @property
+    def rounds(self) -> int:
+        """How often ask and tell alternate at each stage."""
 
     def init(self, candidate: PyTree, loss: float) -> Any:
         """State that holds the stage's present candidate and its loss."""
