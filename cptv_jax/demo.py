@@ -25,13 +25,14 @@ from cptv_jax.recipe import RecipeConfig
 DIGITS_VIT = Architecture(
     "digits_vit",
     "vit",
-    ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=4, heads=4),
+    ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 )
 
 _EPOCHS = 40
 _BATCH = 64
 _LEARNING_RATE = 2e-3
+_SHIFT = 3  # pixels, of 32
 
 
 def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
@@ -43,9 +44,12 @@ def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Arr
 
 
 def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:
-    """A digits ViT trained with AdamW on labelled images, shifted by up to three pixels."""
+    """A digits ViT trained with AdamW on labelled images, each shifted at random."""
     labels = jnp.asarray(images.require_labels())
     pixels = jnp.asarray(images.normalized(0, len(images)))
+    size = pixels.shape[1:]
+    margin = (_SHIFT, _SHIFT)
+    padded = jnp.pad(pixels, ((0, 0), margin, margin, (0, 0)), constant_values=-1.0)  # -1 is a digit's background
     steps = len(images) // _BATCH
     schedule = optax.cosine_onecycle_schedule(steps * epochs, _LEARNING_RATE)
     optimizer = optax.adamw(schedule, weight_decay=0.05)
@@ -58,12 +62,12 @@ def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = Fal
     def epoch(weights: Weights, state: optax.OptState, key: Array) -> tuple[Weights, optax.OptState]:
         shuffle, shift = jax.random.split(key)
         order = jax.random.permutation(shuffle, len(images))[: steps * _BATCH].reshape(steps, _BATCH)
-        shifts = jax.random.randint(shift, (steps, 2), -3, 4)
+        shifts = jax.random.randint(shift, (steps, _BATCH, 2), 0, 2 * _SHIFT + 1)
 
         def step(carry: tuple[Weights, optax.OptState], chosen: tuple[Array, Array]) -> tuple[tuple, None]:
             weights, state = carry
             rows, moved = chosen
-            x = jnp.roll(pixels[rows], moved, (1, 2))
+            x = jax.vmap(lambda image, by: jax.lax.dynamic_slice(image, (by[0], by[1], 0), size))(padded[rows], moved)
             updates, state = optimizer.update(jax.grad(loss_of)(weights, x, labels[rows]), state, weights)
             return (optax.apply_updates(weights, updates), state), None
 

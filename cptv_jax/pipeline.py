@@ -186,6 +186,7 @@ def _search(
     per_round = config.search.children if config.search.strategy == "generational" else 1
     per_pass = len(strategies) * config.search.rounds * per_round
     with bar("search", config.search.passes * per_pass, progress, max(0, state.evaluations - 1)) as shown:
+        evaluator.on_refresh = lambda done, total: shown.set_postfix_str(f"stage inputs, batch {done} of {total}")
 
         def on_round(stage: str, evaluated: int, best: float) -> None:
             shown.set_postfix_str(f"{stage} loss {best:.5f}")
