@@ -56,7 +56,7 @@ def quantized(folder: Path, preset: str) -> QuantizedModel:
     model = small_model(folder)
     recipe = resolve(RecipeConfig(preset=preset, weight_bits=4), sites_of(SMALL))
     images = small_images(folder)[0]
-    return QuantizedModel(model, recipe, calibrate(model, [images[:16], images[16:32]], recipe))
+    return QuantizedModel(model, recipe, calibrate(model, [images[:8], images[8:16]], recipe))
 
 
 # Without quantizers
