@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -92,8 +91,13 @@ DEMO_CONFIG = QuantizeConfig(
 )
 
 
-def run_demo(out: Path, config: QuantizeConfig = DEMO_CONFIG, progress: bool = True) -> Quantization:
-    """Trains (or reloads from an interrupted demo), quantizes, searches, evaluates and reports into `out`."""
+def run_demo(
+    out: Path, config: QuantizeConfig = DEMO_CONFIG, *, epochs: int = _EPOCHS, progress: bool = True
+) -> Quantization:
+    """Trains (or reloads from an interrupted demo), quantizes, searches, evaluates and reports into `out`.
+
+    The trained model is kept beside it, as `{out}-model`.
+    """
     checkpoint = out.with_name(f"{out.name}-model")
     if checkpoint.exists():
         model = load_float_model(str(checkpoint))
@@ -102,12 +106,7 @@ def run_demo(out: Path, config: QuantizeConfig = DEMO_CONFIG, progress: bool = T
                 f"{checkpoint} holds a {model.architecture.name}, not the demo's model; choose another --out"
             )
     else:
-        model = train(load_digits("train"), config.seed, progress=progress)
+        model = train(load_digits("train"), config.seed, epochs, progress)
         save_model(checkpoint, model)
     calibration, test = load_digits("calibration").without_labels(), load_digits("test")
     return quantize(model, calibration, config, out=out, evaluation=test, progress=progress)
-
-
-def accuracy_gain(outcome: Quantization) -> float:
-    """Points of top-1 that the search added."""
-    return float(np.subtract(outcome.results["final"]["top1"], outcome.results["base"]["top1"]))
