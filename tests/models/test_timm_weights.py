@@ -89,7 +89,7 @@ def configs(draw: st.DrawFn) -> ViTConfig:
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(config=configs())
 def test_tensors_of_any_size_survive_the_round_trip(config: ViTConfig) -> None:
     check_round_trip(make(config))
