@@ -61,7 +61,7 @@ class RunDirectory:
         if known.exists():
             try:
                 found = json.loads(known.read_text(encoding="utf-8"))["identity"]
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 raise InputError(f"{known} is damaged; choose another --out") from None
             different = _first_difference(found, identity)
             if different:
@@ -75,6 +75,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
         write_atomically(path / "config.yaml", yaml.safe_dump(identity["config"], sort_keys=False))
+        self._drop_states(self._states()[:-1])  # what an interruption left
 
     def base(self) -> QuantizedModel | None:
         """The base method's model, if it was finished."""
@@ -101,7 +102,10 @@ class RunDirectory:
     def results(self) -> dict[str, Any]:
         """Measurements so far, by name."""
         path = self.path / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError):
+            raise InputError(f"{path} is damaged; remove it, and the same command measures again") from None
 
     def save_results(self, results: Mapping[str, Any]) -> None:
         write_atomically(self.path / "results.json", json.dumps(results, indent=1))
@@ -109,8 +113,16 @@ class RunDirectory:
     def _states(self) -> list[Path]:
         return sorted(self.path.glob("state/[0-9]*"))
 
+    def _drop_states(self, paths: list[Path]) -> None:
+        for path in paths:
+            shutil.rmtree(path)
+
     def save_state(self, state: SearchState) -> None:
-        """Writes the search's state, then drops older ones and rewrites the log."""
+        """Rewrites the log and writes the search's state, then drops older ones.
+
+        The log comes first: ahead of the state it is only written again, behind the last state it would stay so.
+        """
+        self.write_log(state)
         earlier = self._states()
         number = int(earlier[-1].name) + 1 if earlier else 0
         described = {
@@ -119,9 +131,7 @@ class RunDirectory:
         }
         tree = {"scales": state.scales, "best_scales": state.best_scales}
         save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
-        self.write_log(state)
-        for path in earlier:
-            shutil.rmtree(path)
+        self._drop_states(earlier)
 
     def state(self) -> SearchState | None:
         """The newest saved state, if any."""
