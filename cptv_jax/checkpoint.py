@@ -1,5 +1,6 @@
 """Orbax checkpoints with JSON metadata: float models, quantized models, and the state of a run."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -44,6 +45,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _digests(directory: Path) -> dict[str, str]:
+    """sha256 of every file below a directory, by relative path."""
+    digests = {}
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with file.open("rb") as opened:
+            digests[file.relative_to(directory).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
 def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     """Writes nested dictionaries of arrays and their metadata as a new directory; it appears whole or not at all.
 
@@ -57,7 +67,13 @@ def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     arrays = jax.tree.map(np.asarray, tree)
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
-    description = {"format": FORMAT, "version": VERSION, **metadata, "tree": jax.tree.map(lambda _: "array", arrays)}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        **metadata,
+        "tree": jax.tree.map(lambda _: "array", arrays),
+        "files": _digests(temporary / _ARRAYS),
+    }
     write_atomically(temporary / METADATA, json.dumps(description, indent=1))
     os.replace(temporary, path)
 
@@ -70,11 +86,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is not a cptv checkpoint: it has no {METADATA}") from None
+        raise InputError(
+            f"{path} is not a cptv checkpoint, as it has no {METADATA}; give a checkpoint, a run or a file of weights"
+        ) from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path / METADATA} cannot be read ({error}); the checkpoint is damaged") from None
+        raise InputError(f"{path / METADATA} is damaged ({error}); import or quantize again") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise InputError(f"{path / METADATA} does not describe a cptv checkpoint")
+        raise InputError(f"{path / METADATA} does not describe a cptv checkpoint; import or quantize again")
     if metadata.get("version") != VERSION:
         raise InputError(
             f"{path} has checkpoint version {metadata.get('version')}, but this cptv reads {VERSION}; "
@@ -86,6 +104,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def restore_tree(path: Path) -> tuple[PyTree, dict[str, Any]]:
     """Arrays (NumPy) and metadata of a checkpoint directory. Raises InputError where it is damaged."""
     metadata = read_metadata(path)
+    # Checked before Orbax reads them: of a damaged file it also prints tracebacks from its threads.
+    expected, found = metadata.get("files"), _digests(path / _ARRAYS)
+    if not isinstance(expected, dict) or not isinstance(metadata.get("tree"), dict):
+        raise InputError(f"{path / METADATA} does not describe its arrays; import or quantize again")
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            state = "damaged" if name in found else "missing"
+            raise InputError(f"{path / _ARRAYS / name} is {state}; import or quantize again")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata["tree"])
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -109,8 +135,10 @@ def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture
         preprocessing: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given}
         config = FAMILIES[data["family"]][0](**data["config"])
         return Architecture(data["name"], data["family"], config, Preprocessing(**preprocessing))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path / METADATA} describes no architecture that this cptv knows ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path / METADATA} describes no architecture that this cptv knows ({error}); use the cptv that wrote it"
+        ) from None
 
 
 def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
@@ -168,12 +196,17 @@ def _load_checkpoint(path: Path) -> Model | QuantizedModel:
     model = Model(architecture, weights, metadata.get("source", ""), metadata.get("sha256", ""))
     if metadata.get("kind") != "quantized":
         return model
-    described = metadata["recipe"]
-    recipe = Recipe(**{**described, "sites": {site: SiteSpec(**spec) for site, spec in described["sites"].items()}})
-    # In the recipe's order: JSON keeps it, Orbax sorts.
-    quantizers = {
-        site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites
-    }
+    try:
+        described = metadata["recipe"]
+        recipe = Recipe(**{**described, "sites": {site: SiteSpec(**spec) for site, spec in described["sites"].items()}})
+        # In the recipe's order: JSON keeps it, Orbax sorts.
+        quantizers = {
+            site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path / METADATA} describes no recipe that this cptv knows ({error}); use the cptv that wrote it"
+        ) from None
     return QuantizedModel(model, recipe, quantizers)
 
 
