@@ -1,6 +1,7 @@
 """Configuration of a quantization: strict YAML, every field also a flag."""
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from contextlib import suppress
@@ -92,6 +93,7 @@ _AT_LEAST = {
     "search.images_at_once": 1,
     "search.candidates_at_once": 1,
 }
+_SEEDS = 2**32
 _POSITIVE = ("search.temperature", "search.step", "search.sigma", "search.cache_gib")
 
 
@@ -104,6 +106,10 @@ def check(config: QuantizeConfig) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise InputError(f"{name} is {flat[name]}; it must be positive")
+        if flat[name] is not None and name != "search.cache_gib" and math.isinf(flat[name]):
+            raise InputError(f"{name} is infinite; it must be a finite number")
+    if not 0 <= config.seed < _SEEDS:
+        raise InputError(f"seed is {config.seed}; it must be at least 0 and below 2^32")
     if not 0 <= config.search.holdout < 1:
         raise InputError(f"search.holdout is {config.search.holdout}; it must be at least 0 and below 1")
 
@@ -118,7 +124,7 @@ def load_config(path: str | None) -> QuantizeConfig:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"no configuration file {path}") from None
+        raise InputError(f"there is no configuration file {path}; check --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -159,6 +165,9 @@ def _convert(hint: Any, value: Any, source: str, name: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise InputError(f"{source}: {name} must be a mapping")
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{source}: {name} has the key {key!r}; it must be text")
         return dict(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
         with suppress(ValueError):
@@ -203,7 +212,7 @@ def override(config: QuantizeConfig, changes: Mapping[str, str]) -> QuantizeConf
         try:
             node[last] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise InputError(f"--{name}: '{text}' is not a value") from None
+            node[last] = text  # such as *.weight, which YAML takes for an alias
     return from_mapping(QuantizeConfig, data, "command line")
 
 
