@@ -59,7 +59,8 @@ def _search_summary(outcome: "Quantization") -> str:
             held_out = "" if record["held_out"] is None else f"{record['held_out']:.5f}"
             lines.append(f"| {name} | {record['loss']:.5f} | {held_out} | {record.get('evaluations', 1)} |")
     accepted = sum(record["event"] == "accepted" for record in outcome.log)
-    lines += ["", f"{accepted} steps were accepted; the row with the least held-out loss is the result."]
+    chosen = "last row" if outcome.log[0]["held_out"] is None else "row with the least held-out loss"
+    lines += ["", f"{accepted} steps were accepted; the {chosen} is the result."]
     return "\n".join(lines)
 
 
