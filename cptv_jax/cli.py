@@ -3,20 +3,35 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cptv_jax.config import QuantizeConfig, flatten
 from cptv_jax.errors import InputError
+from cptv_jax.suggest import did_you_mean
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad usage like any other bad input."""
+    """Reports bad usage like any other bad input, and knows no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # First of all: the value of an unknown option would be taken for a file.
+        if self._subparsers is None:
+            known = self._option_string_actions
+            for word in args:
+                option = word.partition("=")[0]
+                if option.startswith("--") and option != "--" and option not in known:
+                    raise InputError(f"unknown option {option}{did_you_mean(option, known)}")
+        return super().parse_known_args(args, namespace)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,13 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--out", required=True, help="checkpoint directory to create")
 
     quantize = command("quantize", "Quantize a model and improve it; any field of the configuration is a flag too.")
-    quantize.epilog = "Fields of the configuration: --search.passes 3, --recipe.weight_bits 4, --seed 1, ..."
     quantize.add_argument("model", help="checkpoint, timm weight file or hub:ORG/NAME")
     quantize.add_argument("--arch", help="timm name, where the file's name does not contain it")
     quantize.add_argument("--images", required=True, help="calibration images: a folder or tfds:NAME:SPLIT")
     quantize.add_argument("--config", help="YAML file (see configs/)")
     quantize.add_argument("--eval", dest="evaluation", help="labelled images, only evaluated on at the end")
     quantize.add_argument("--out", required=True, help="run directory; an interrupted run there is continued")
+
+    fields = quantize.add_argument_group("fields of the configuration", "They win over the file; values are YAML.")
+    for name, default in flatten(QuantizeConfig()).items():
+        shown = "null" if default is None else str(default).replace("%", "%%")
+        fields.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default: {shown}")
 
     evaluate = command("evaluate", "Accuracy of a run or a model on labelled images.")
     evaluate.add_argument("model", help="run directory, checkpoint, timm weight file or hub:ORG/NAME")
@@ -57,23 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(words: Sequence[str]) -> dict[str, str]:
-    """`--name value` and `--name=value` pairs."""
-    changes: dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise InputError(f"unexpected argument '{word}'")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise InputError(f"option {word} needs a value")
-            value = rest.pop(0)
-        changes[name] = value
-    return changes
-
-
 def _import(args: argparse.Namespace) -> int:
     from cptv_jax.checkpoint import load_float_model, save_model
 
@@ -83,19 +85,25 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _quantize(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _quantize(args: argparse.Namespace) -> int:
     from cptv_jax import data
     from cptv_jax.checkpoint import load_float_model
     from cptv_jax.config import check, load_config, override
+    from cptv_jax.evaluation import check_labels
     from cptv_jax.pipeline import quantize
 
-    config = override(load_config(args.config), overrides)
+    given = vars(args)
+    config = override(
+        load_config(args.config), {name: given[name] for name in flatten(QuantizeConfig()) if name in given}
+    )
     check(config)
     model = load_float_model(args.model, args.arch)
     preprocessing = model.architecture.preprocessing
     wanted = config.calibration.images
     images = data.load(args.images, preprocessing, labels=False, limit=wanted, need=wanted, seed=config.seed)
-    evaluation = data.load(args.evaluation, preprocessing, labels=True) if args.evaluation else None
+    evaluation = data.load(args.evaluation, preprocessing, labels=True) if args.evaluation is not None else None
+    if evaluation is not None:
+        check_labels(model.stages(), evaluation)  # before the hours of work
     outcome = quantize(model, images, config, out=args.out, evaluation=evaluation, progress=True)
     _print_outcome(outcome, Path(args.out))
     return 0
@@ -129,43 +137,64 @@ def _report(args: argparse.Namespace) -> int:
     path = Path(args.run) / "report.md"
     if not path.exists():
         unfinished = (Path(args.run) / "run.json").exists()
-        reason = "has not finished; run its command again" if unfinished else "is not a run directory"
+        reason = (
+            "is a run that has not finished; run its command again to finish it"
+            if unfinished
+            else "is not a run directory; give the --out of a cptv quantize"
+        )
         raise InputError(f"{args.run} {reason}")
     print(path.read_text(encoding="utf-8"))
     return 0
 
 
-def _run(argv: Sequence[str]) -> int:
-    args, rest = _parser().parse_known_args(argv)
-    if args.command == "quantize":
-        return _quantize(args, _overrides(rest))
-    if rest:
-        raise InputError(f"unexpected argument '{rest[0]}' (see cptv {args.command} --help)")
-    if args.command == "demo":
-        from cptv_jax.demo import run_demo
+def _demo(args: argparse.Namespace) -> int:
+    from cptv_jax.demo import run_demo
 
-        _print_outcome(run_demo(Path(args.out)), Path(args.out))
-        return 0
-    if args.command == "compare":
-        from cptv_jax.compare import run
+    _print_outcome(run_demo(Path(args.out).absolute()), Path(args.out))
+    return 0
 
-        return run(args.files)
-    return {"import": _import, "evaluate": _evaluate, "report": _report}[args.command](args)
+
+def _compare(args: argparse.Namespace) -> int:
+    from cptv_jax.compare import run
+
+    return run(args.files)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "import": _import,
+    "quantize": _quantize,
+    "evaluate": _evaluate,
+    "report": _report,
+    "compare": _compare,
+}
+
+
+def _complain(message: str) -> None:
+    print(f"cptv: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command; exits 0, 1 (compare: beyond tolerance), 2 (bad input) or 130 (interrupted)."""
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+        code = _COMMANDS[args.command](args)
+        sys.stdout.flush()
     except InputError as error:
-        print(f"cptv: {error}", file=sys.stderr)
+        _complain(str(error))
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("cptv: interrupted; the same command continues the run", file=sys.stderr)
+        _complain("interrupted; the same command continues the run")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a disk that is full, a folder without permission
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror}; check the path, its permissions and the space on the disk")
+        code = EXIT_BAD_INPUT
     sys.exit(code)
 
 

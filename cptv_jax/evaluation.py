@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,9 +29,26 @@ class Accuracy:
         return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} % on {self.images} images"
 
 
+def _size(images: Images) -> int:
+    """Images at once."""
+    return default_chunk(min(_CHUNK, len(images)))[0]
+
+
+def check_labels(stages: Sequence[Stage], images: Images) -> None:
+    """Raises InputError for unlabelled images or labels beyond the model's classes. Traces the model, runs nothing."""
+    labels = images.require_labels()
+    chunk = jax.ShapeDtypeStruct((_size(images), *images.pixels.shape[1:]), jnp.float32)
+    classes = jax.eval_shape(lambda x: forward(stages, x), chunk).logits.shape[1]
+    if labels.max() >= classes:
+        raise InputError(
+            f"the images have label {labels.max()}, but the model knows classes 0 to {classes - 1}; "
+            "give the images that belong to this model"
+        )
+
+
 def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:
     """Logits [N, classes] of all images, computed in chunks of one shape."""
-    size, _ = default_chunk(min(_CHUNK, len(images)))
+    size = _size(images)
     parts = []
     with bar(label, len(images), progress) as shown:
         for start in range(0, len(images), size):
@@ -43,11 +61,9 @@ def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, l
 
 def evaluate(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> Accuracy:
     """Top-1 and top-5 accuracy. Raises InputError for unlabelled images or labels beyond the model's classes."""
+    check_labels(stages, images)
     labels = images.require_labels()
     logits = logits_of(stages, images, progress, label)
-    classes = logits.shape[1]
-    if labels.max() >= classes:
-        raise InputError(f"the images have label {labels.max()}, but the model knows classes 0 to {classes - 1}")
     # Descending and stable: of equal logits the lower class counts first.
     ranked = np.argsort(-logits, 1, kind="stable")[:, :5]
     hits = ranked == labels[:, None]
