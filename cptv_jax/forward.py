@@ -1,6 +1,6 @@
 """Running stages one after the other, each compiled once per stage function."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jaxtyping import PyTree
@@ -28,9 +28,3 @@ def stage_inputs(stages: Sequence[Stage], x: PyTree) -> list[PyTree]:
     for stage in stages:
         inputs.append(apply_stage(stage.function, stage.state, inputs[-1]))
     return inputs
-
-
-def forward_batches(stages: Sequence[Stage], batches: Iterable[PyTree]) -> Iterator[PyTree]:
-    """`forward` for each batch in turn."""
-    for x in batches:
-        yield forward(stages, x)

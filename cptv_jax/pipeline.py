@@ -15,7 +15,7 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import Accuracy, evaluate
-from cptv_jax.forward import apply_stage, forward
+from cptv_jax.forward import forward
 from cptv_jax.mesh import default_chunk
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
@@ -275,5 +275,3 @@ def quantize(
         outcome.report(run.path)
     return outcome
 
-
-__all__ = ["Quantization", "apply_stage", "quantize", "strategy_for"]

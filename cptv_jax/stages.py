@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 from jaxtyping import Array, Float, PyTree
@@ -52,20 +52,3 @@ class Stage:
     def bound(self, candidate: PyTree) -> "Stage":
         """This stage with the candidate in place."""
         return Stage(self.name, self.function, self.bind(self.state, candidate), candidate, self.bind)
-
-
-def run_stage(function: Callable[..., Any], state: PyTree, x: PyTree) -> PyTree:
-    """function(state, x)."""
-    return function(state, x)
-
-
-def run_candidates(
-    function: StageFunction, bind: Callable[[PyTree, PyTree], PyTree], state: PyTree, candidates: PyTree, x: PyTree
-) -> PyTree:
-    """The stage's output for each candidate on one shared input; outputs have a leading population axis."""
-    return jax.vmap(lambda candidate: function(bind(state, candidate), x))(candidates)
-
-
-def run_population(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
-    """The stage's output where the input already has a leading population axis and the state is shared."""
-    return jax.vmap(lambda one: function(state, one))(x)
