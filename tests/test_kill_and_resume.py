@@ -1,0 +1,344 @@
+"""A run that is stopped anywhere and started again ends with the same bits as one that is never stopped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cptv_jax import (
+    CalibrationConfig,
+    Evaluator,
+    Images,
+    Model,
+    Quantization,
+    QuantizeConfig,
+    RecipeConfig,
+    SearchConfig,
+    load_images,
+    pipeline,
+    quantize,
+    save_model,
+)
+from cptv_jax.checkpoint import METADATA, restore_tree
+from cptv_jax.demo import DIGITS_VIT
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = replace(
+    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=2, heads=2)
+)
+CONFIG = QuantizeConfig(
+    recipe=RecipeConfig(weight_bits=3),
+    calibration=CalibrationConfig(images=24, batch=8),
+    search=SearchConfig(strategy="generational", passes=2, rounds=1, children=4, sigma=0.1),
+)
+OPTIONS = (
+    "--recipe.weight_bits 3 --calibration.images 24 --calibration.batch 8 "
+    "--search.strategy generational --search.passes 2 --search.rounds 1 --search.children 4 --search.sigma 0.1"
+).split()
+
+
+def tiny_model() -> Model:
+    """Random weights, large enough that every image has logits of its own."""
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda a: np.asarray(a + 0.2 * rng.standard_normal(a.shape), np.float32), TINY.initialize(0))
+    return Model(TINY, jax.tree.map(jax.numpy.asarray, weights))
+
+
+def outcome_of(run: Path) -> dict[str, Any]:
+    """Everything that a run leaves: text as bytes, checkpoints as arrays and what describes them."""
+    found: dict[str, Any] = {}
+    checkpoints = [path.parent for path in sorted(run.rglob(METADATA))]
+    for folder in checkpoints:
+        tree, metadata = restore_tree(folder)
+        del metadata["files"]  # Orbax names them at random
+        name = str(folder.relative_to(run))
+        found[name] = metadata
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[name + jax.tree_util.keystr(path)] = (leaf.dtype, leaf.shape, leaf.tobytes())
+    for path in sorted(run.rglob("*")):
+        if path.is_file() and not any(folder in path.parents for folder in checkpoints):
+            found[str(path.relative_to(run))] = path.read_bytes()
+    return found
+
+
+def assert_same(run: Path, expected: dict[str, Any]) -> None:
+    found = outcome_of(run)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+# Every step that writes, in turn
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the package may catch it."""
+
+
+class Saboteur:
+    """Ends the process, as it were, at the first writing step at which it has not yet done so.
+
+    What the step was about to write is left half written: a cut-off file, a folder that lacks files.
+    """
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.done = root, []
+        self.armed = True
+        self._strike(monkeypatch, os, "replace", self.halve)
+        self._strike(monkeypatch, shutil, "rmtree", self.halve)
+        self._strike(monkeypatch, ocp.PyTreeCheckpointer, "save", None)
+
+    def _strike(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, before: Callable | None) -> None:
+        original = getattr(owner, name)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            paths = [Path(arg) for arg in args if isinstance(arg, str | Path)]
+            ours = self.armed and paths and self.root in paths[0].parents and paths[0].exists() is (before is not None)
+            label = f"{name} {paths[-1].relative_to(self.root)}" if ours else ""
+            # A step within one that is watched (Orbax's own) is a part of it.
+            if not ours or label in self.done or "arrays" in paths[-1].parts[:-1]:
+                return original(*args, **kwargs)
+            self.done.append(label)
+            self.armed = False
+            if before is None:
+                original(*args, **kwargs)
+                self.halve(paths[0])
+            else:
+                before(paths[0])
+            raise Killed(label)
+
+        monkeypatch.setattr(owner, name, step)
+
+    @staticmethod
+    def halve(path: Path) -> None:
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+            return
+        for file in sorted(file for file in path.rglob("*") if file.is_file())[::2]:
+            file.unlink()
+
+
+class Quick(Evaluator):
+    """Evaluators that share their compiled programs, which in the package belong to one search each."""
+
+    programs: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        Quick.programs = Quick.programs or (self._run_candidates, self._run_shared, self._run_losses)
+        self._run_candidates, self._run_shared, self._run_losses = Quick.programs
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+@pytest.fixture
+def call(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Quantization]:
+    monkeypatch.setattr(pipeline, "Evaluator", Quick)
+    images: dict[str, Images] = {
+        split: load_images(f"digits:{split}", TINY.preprocessing, labels=split == "test", limit=24)
+        for split in ("calibration", "test")
+    }
+    return lambda out: quantize(model, images["calibration"], CONFIG, out=out, evaluation=images["test"])
+
+
+def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
+    call: Callable[[Path], Quantization], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = call(tmp_path / "whole")
+    expected = outcome_of(tmp_path / "whole")
+    assert any(record["event"] == "accepted" for record in outcome.log)  # else scales would be equal anyhow
+    saboteur = Saboteur(tmp_path / "killed", monkeypatch)
+    kills = 0
+    while True:
+        saboteur.armed = True
+        try:
+            call(tmp_path / "killed")
+            break
+        except Killed:
+            kills += 1
+            assert kills < 100, saboteur.done
+    steps = set(saboteur.done)
+    for step in (
+        "replace run.json",
+        "replace config.yaml",
+        "save .base.tmp/arrays",
+        "replace base",
+        "save state/.000000.tmp/arrays",
+        "replace state/000000",
+        "rmtree state/000003",
+        "replace log.jsonl",
+        "replace state/000004",
+        "save .model.tmp/arrays",
+        "replace model",
+        "replace results.json",
+        "replace loss.png",
+        "replace report.md",
+    ):
+        assert step in steps, sorted(steps)
+    assert_same(tmp_path / "killed", expected)
+
+
+def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantization], tmp_path: Path) -> None:
+    first = call(tmp_path / "run")
+    expected = outcome_of(tmp_path / "run")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("computed again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pipeline.METHODS, "fq-vit", fail)
+        patch.setattr(pipeline, "run_search", fail)
+        patch.setattr(pipeline, "evaluate", fail)
+        second = call(tmp_path / "run")
+    assert_same(tmp_path / "run", expected)
+    assert second.results == first.results
+    assert second.log == first.log
+
+
+# Processes
+
+
+def begin(model: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cptv_jax.cli", "quantize", str(model), *OPTIONS, "--out", str(out)]
+    command += ["--images", "digits:calibration", "--eval", "digits:test"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=model.parent
+    )
+
+
+def wait_for_opening(process: subprocess.Popen[str], out: Path, opened_before: int) -> int:
+    """Waits until the process has opened its run directory, or ended; config.yaml is written anew by each."""
+    while process.poll() is None:
+        if (out / "config.yaml").exists():
+            opened = (out / "config.yaml").stat().st_mtime_ns
+            if opened != opened_before:
+                return opened
+        time.sleep(0.01)
+    return 0
+
+
+def how_far(out: Path) -> str:
+    for name, phase in (
+        ("report.md", "done"),
+        ("results.json", "evaluation"),
+        ("model", "model saved"),
+        (".model.tmp", "saving the model"),
+        ("state", "search"),
+        ("base", "search begins"),
+        (".base.tmp", "saving the base"),
+    ):
+        if (out / name).exists():
+            return phase
+    return "calibration"
+
+
+@pytest.fixture
+def checkpoint(model: Model, tmp_path: Path) -> Path:
+    save_model(tmp_path / "tiny", model)
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    begun: list[subprocess.Popen[str]] = []
+    yield begun
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_bit(
+    checkpoint: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
+) -> None:
+    whole = begin(checkpoint, tmp_path / "whole")
+    processes.append(whole)
+    wait_for_opening(whole, tmp_path / "whole", 0)
+    opened = time.monotonic()
+    assert whole.wait() == 0
+    length = time.monotonic() - opened
+    expected = outcome_of(tmp_path / "whole")
+
+    rng = random.Random(20)
+    phases: list[str] = []
+    finished = 0
+    while len(phases) < 20 or not finished:
+        out = tmp_path / f"killed{finished}"
+        opened_before = (out / "config.yaml").stat().st_mtime_ns if (out / "config.yaml").exists() else 0
+        process = begin(checkpoint, out)
+        processes.append(process)
+        if len(phases) < 20:
+            wait_for_opening(process, out, opened_before)
+            try:
+                process.wait(rng.uniform(0, length))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read() if process.stderr else ""
+        if process.returncode == 0:
+            assert_same(out, expected)
+            finished += 1
+        else:
+            phases.append(how_far(out))
+    print(f"killed in: {', '.join(phases)}; {finished} runs finished; a run takes {length:.1f} s once opened")
+    last = tmp_path / f"killed{finished}"
+    if last.exists():
+        process = begin(checkpoint, last)
+        processes.append(process)
+        assert process.wait() == 0
+        assert_same(last, expected)
+    assert len(set(phases)) >= 3
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(checkpoint: Path, processes: list[subprocess.Popen[str]]) -> None:
+    out = checkpoint.parent / "run"
+    process = begin(checkpoint, out)
+    processes.append(process)
+    while process.poll() is None and not (out / "state").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert stderr.split("\n")[-2] == "cptv: interrupted; the same command continues the run"
+    assert not (out / "model").exists()
+    again = begin(checkpoint, out)
+    processes.append(again)
+    assert again.wait() == 0
+    assert json.loads((out / "results.json").read_text())["final"]["images"] == 297
+
+
+def test_an_interrupt_exits_with_130_and_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Model
+) -> None:
+    from cptv_jax.cli import main
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    save_model(tmp_path / "tiny", model)
+    monkeypatch.setattr(pipeline, "run_search", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", str(tmp_path / "tiny"), "--images", "digits:calibration", *OPTIONS, "--out", f"{tmp_path}/o"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.split("\n")[-2] == "cptv: interrupted; the same command continues the run"
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", str(tmp_path / "tiny"), "--images", "digits:calibration", *OPTIONS, "--out", f"{tmp_path}/o"])
+    assert ended.value.code == 0
