@@ -50,8 +50,8 @@ def _title(recording: Recording) -> str:
     if recording.kind == "losses":
         return f"{recording.reference}, losses"
     meta = recording.meta
-    bits = (f"{short}{meta.integer(f'bits.{name}')}" for short, name in (("w", "weights"), ("a", "activations")))
+    bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations", "softmax"))
     observers = f"{meta.choice('observer.weights', OBSERVERS)}/{meta.choice('observer.activations', OBSERVERS)}"
     options = ("ptf", "integer_layer_norm", "log_int_softmax", "bias_correction", "quantize_input")
     active = ", ".join(name for name in options if meta.flag(name))
-    return f"{recording.reference}, {recording.kind}, {' '.join(bits)}, observers {observers}; {active}"
+    return f"{recording.reference}, {recording.kind}; bits: {bits}; observers: {observers}; {active}"

@@ -63,7 +63,8 @@ class Meta:
         """A whole number within bounds."""
         value = self._get(name)
         # JSON written from NumPy or JavaScript may say 4.0.
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        whole = whole or (isinstance(value, float) and value.is_integer())
         if not whole or value < least or (most is not None and value > most):
             bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be a whole number {bounds}")

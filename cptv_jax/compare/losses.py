@@ -1,6 +1,8 @@
 """Files of kind `losses`: our objectives on recorded pairs of logits (step 5)."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,9 +23,7 @@ NOTES = (
 _KL_NOISE = 2e-7
 
 # q is the student, k the teacher.
-_LOSSES: dict[str, Callable[[Logits, Logits], float]] = {
-    "contrastive_T1": lambda q, k: float(info_nce(q, k, 1.0)),
-    "contrastive_T3": lambda q, k: float(info_nce(q, k, 3.0)),
+_TORCH_LOSSES: dict[str, Callable[[Logits, Logits], float]] = {
     "mse": lambda q, k: float(mean_squared_error(q, k, 1.0)),
     # torch's kl_div(log_softmax(q), softmax(k), "batchmean"): KL(teacher || student).
     "kl_dim1_batchmean": lambda q, k: float(kl_divergence(q, k, 1.0)),
@@ -32,23 +32,37 @@ _LOSSES: dict[str, Callable[[Logits, Logits], float]] = {
 }
 
 
+_CONTRASTIVE = re.compile(r"contrastive_T(\d+(?:\.\d+)?)")
+
+
 def compare_losses(recording: Recording) -> list[Check]:
-    """Every recorded loss of every pair, `{group}/{pair}/{loss}`. Raises InputError when there is none."""
+    """Every loss of every pair, `{group}/{pair}/{loss}`. Raises InputError for a pair with no contrastive one."""
     pairs = [key.removesuffix("/q") for key in recording.arrays if key.endswith("/q")]
+    if not pairs:
+        raise InputError(f"{recording.path} holds no pairs '.../q' and '.../k' to compute losses of")
     found: list[Check] = []
     for pair in pairs:
         q = recording.array(f"{pair}/q", None, None)
         k = recording.array(f"{pair}/k", *q.shape)
+        losses = dict(_TORCH_LOSSES)
+        for name in recording.under(f"{pair}/"):
+            match = _CONTRASTIVE.fullmatch(name)
+            if match and float(match[1]) > 0:
+                losses[name] = partial(_contrastive, temperature=float(match[1]))
+        if len(losses) == len(_TORCH_LOSSES):
+            raise InputError(f"{recording.path} lacks '{pair}/contrastive_T1' or another temperature's")
         found += [
             _check(
                 name, f"{pair}/{name}", loss(jnp.asarray(q), jnp.asarray(k)), recording.scalar(f"{pair}/{name}"), len(q)
             )
-            for name, loss in _LOSSES.items()
+            for name, loss in losses.items()
             if f"{pair}/{name}" in recording
         ]
-    if not found:
-        raise InputError(f"{recording.path} holds no pairs '.../q' and '.../k' with losses to compare")
     return found
+
+
+def _contrastive(q: Logits, k: Logits, temperature: float) -> float:
+    return float(info_nce(q, k, temperature))
 
 
 def _check(name: str, key: str, ours: float, recorded: float, images: int) -> Check:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from cptv_jax.compare import checks
 from cptv_jax.compare.checks import Check
@@ -26,6 +28,7 @@ DEQUANTIZED = "4 logits with quantizers off, integer functions on"
 def compare_quantized(recording: Recording) -> list[Check]:
     """All checks of one file."""
     subject = prepare(recording)
+    _require_keys(recording, subject)
     stages = subject.quantized.stages()
     found = subject.float_checks(recording)
     found += parameter_checks(recording, "param", subject.quantized.quantizers, subject.config.depth)
@@ -38,6 +41,19 @@ def compare_quantized(recording: Recording) -> list[Check]:
         ours = subject.logits(subject.quantized.stages(rounding=False))
         found += checks.logits_checks(DEQUANTIZED, ours, recorded, subject.limits)
     return found
+
+
+def _require_keys(recording: Recording, subject: Subject) -> None:
+    """Raises InputError for a missing array, before anything is computed."""
+    keys = ["fp_logits", "q_logits", "q_top1", "block_in/0"]
+    modules = modules_by_site(subject.config.depth)
+    for site, spec in subject.recipe.sites.items():
+        if spec.quantizer != "log2":
+            keys += [f"param/{modules[site]}/scale", f"param/{modules[site]}/zero_point"]
+        if site.endswith(".weight"):
+            keys.append(f"qweight/{modules[site]}")
+    for key in keys:
+        recording.raw(key)
 
 
 def parameter_checks(
@@ -88,6 +104,22 @@ def _parameter_row(key: str, deviation: np.ndarray) -> Check:
     return Check(PARAMETERS, key, share, None, "off", checks.largest(deviation), 1 - share, remark)
 
 
+@jax.jit
+def _effective_weight(quantizer: Quantizer, kernel: Array) -> tuple[Array, Array]:
+    """The weight that the matmul uses [inputs, outputs], and by how much a step of the code moves it [outputs]."""
+    weight, gain, shift = FakeQuant({"weight": quantizer}).weight("weight", kernel)
+    if gain is None or shift is None:
+        return weight.values, quantizer.scale
+    # Bias correction stretches and shifts the grid. A constant channel has no gain, and no codes that could matter.
+    step = jnp.maximum(quantizer.scale * gain, jnp.finfo(jnp.float32).tiny)
+    return weight.values * gain + shift, step
+
+
+@jax.jit
+def _on_grid(quantizer: Quantizer, values: Array) -> Tensor:
+    return Tensor(quantizer.steps(values), quantizer.scale)
+
+
 def _weight_checks(recording: Recording, subject: Subject) -> list[Check]:
     """Step 2: the weights that the matmuls use, bias correction included, in the reference's layout."""
     modules = modules_by_site(subject.config.depth)
@@ -102,12 +134,8 @@ def _weight_checks(recording: Recording, subject: Subject) -> list[Check]:
             kernel = kernel[name]
         key = f"qweight/{modules[site]}"
         theirs = entry.to_module(recording.array(key, *entry.shape))
-        weight, gain, shift = FakeQuant({site: quantizer}).weight(site, kernel)
-        # Bias correction leaves the grid; undone with our gain and shift, the recorded weight shows its codes.
-        gained, shifted = (1.0, 0.0) if gain is None or shift is None else (np.asarray(gain), np.asarray(shift))
-        deviation = np.asarray(weight.values) * gained + shifted - theirs
-        # A constant channel has no gain: its recorded codes cannot be told, nor do they matter.
-        step = np.maximum(np.asarray(weight.scale) * np.abs(gained), np.finfo(np.float32).tiny)
+        values, step = (np.asarray(array) for array in _effective_weight(quantizer, kernel))
+        deviation = values - theirs
         equal = ~checks.off(deviation / step, 0.5)
         share = checks.fraction(checks.off(deviation, checks.WEIGHT_ABSOLUTE))
         rows.append(Check(WEIGHTS, key, share, None, "off", checks.largest(deviation), checks.fraction(equal)))
@@ -124,7 +152,7 @@ def _weight_checks(recording: Recording, subject: Subject) -> list[Check]:
 def _block_checks(recording: Recording, subject: Subject) -> list[Check]:
     """Step 3: every block on the input that the reference's own block had."""
     stages = subject.quantized.stages()
-    indices = [int(name) if name.isdigit() else -1 for name in recording.under("block_out/")]
+    indices = [int(name) if name.isdecimal() else -1 for name in recording.under("block_out/")]
     for index in indices:
         if not 0 <= index < subject.config.depth:
             raise InputError(
@@ -132,16 +160,14 @@ def _block_checks(recording: Recording, subject: Subject) -> list[Check]:
             )
     found = []
     tokens, width = subject.config.num_tokens, subject.config.width
+    recording.array("block_in/0", None, tokens, width)
     for index in sorted(indices):
         before, stage = stages[index], stages[index + 1]
         key = f"block_out/{index}"
         recorded = recording.array("block_in/0" if index == 0 else f"block_out/{index - 1}", None, tokens, width)
         theirs = recording.array(key, len(recorded), tokens, width)
         # The recorded input is dequantized: its integer steps come back through the quantizer that made it.
-        x = Tensor(jnp.asarray(recorded, jnp.float32))
-        entrance = before.state["quantizers"].get(output_site(before.name))
-        if entrance is not None:
-            x = Tensor(entrance.steps(x.steps), entrance.scale)
+        x = _on_grid(before.state["quantizers"][output_site(before.name)], np.asarray(recorded, np.float32))
         deviation = np.asarray(apply_stage(stage.function, stage.state, x).values) - theirs
         quantizer = stage.state["quantizers"][output_site(stage.name)]
         scale = np.asarray(quantizer.scale)

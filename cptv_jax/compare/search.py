@@ -52,6 +52,11 @@ def compare_search(recording: Recording) -> list[Check]:
     """All checks of one file."""
     meta = recording.meta
     subject = prepare(recording)
+    names = recording.under("evo/")
+    if not names or sorted(names) != sorted(str(i) for i in range(len(names))):
+        raise InputError(f"{recording.path}: the searched blocks must be recorded under 'evo/0/', 'evo/1/' and so on")
+    for key in ("fp_logits", "o_fps", "q_logits_before", "q_top1_before"):
+        recording.raw(key)
     stages = subject.quantized.stages(lambda site: site.endswith(_SEARCHED))
     teacher = subject.targets(subject.quantized.stages(rounding=False))
     objective = Objective("infonce", "logits", meta.number("temperature"))
@@ -70,9 +75,6 @@ def compare_search(recording: Recording) -> list[Check]:
     for name in recording.under("cand/"):
         found += _candidate_checks(recording, subject, evaluator, f"cand/{name}")
 
-    names = recording.under("evo/")
-    if not names or sorted(names) != sorted(str(i) for i in range(len(names))):
-        raise InputError(f"{recording.path}: the searched blocks must be recorded under 'evo/0/', 'evo/1/' and so on")
     for name in sorted(names, key=int):
         found += _Replay(recording, subject, evaluator, strategy, f"evo/{name}").checks()
     quantizers = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from cptv_jax.stages import Output, Stage
 
 Images = Float[np.ndarray, "batch height width channels"]
 _PUBLISHED_OBSERVERS = ("minmax", "ema", "percentile", "omse")
+_DEEPEST = 1000  # blocks; beyond it meta is surely damaged
 _FORWARD_IMAGES = 512  # at once; results do not depend on it
 
 
@@ -33,15 +35,18 @@ class Subject:
     calibration: batches of images in order, the last perhaps smaller. limits: the file's tolerances.
     """
 
-    quantized: QuantizedModel
+    model: Model
+    recipe: Recipe
     calibration: tuple[Images, ...]
     test_images: Images
     test_labels: Int[np.ndarray, " images"]
     limits: Tolerances
 
-    @property
-    def model(self) -> Model:
-        return self.quantized.model
+    @cached_property
+    def quantized(self) -> QuantizedModel:
+        """The model calibrated as the recording's was; the first use takes most of a comparison's time."""
+        batches = [jnp.asarray(batch) for batch in self.calibration]
+        return QuantizedModel(self.model, self.recipe, calibrate(self.model, batches, self.recipe))
 
     @property
     def config(self) -> ViTConfig:
@@ -91,7 +96,7 @@ def architecture_of(meta: Meta) -> Architecture:
         in_channels=channels,
         num_classes=meta.integer("model.num_classes"),
         width=meta.integer("model.embed_dim"),
-        depth=meta.integer("model.depth"),
+        depth=meta.integer("model.depth", most=_DEEPEST),
         heads=meta.integer("model.num_heads"),
         mlp_ratio=meta.number("model.mlp_ratio"),
         qkv_bias=meta.flag("model.qkv_bias"),
@@ -141,7 +146,7 @@ def read_model(meta: Meta) -> Model:
 
 
 def prepare(recording: Recording) -> Subject:
-    """Reads the set's weights and data and calibrates as the recording was.
+    """Reads the set's weights and data.
 
     Raises InputError when a file or key is missing, or shapes and ranges do not fit.
     """
@@ -160,9 +165,8 @@ def prepare(recording: Recording) -> Subject:
     size = meta.integer("calibration.batch")
     meta.choice("calibration.score_batch", ("last",))
     batches = tuple(_channels_last(images[i : min(i + size, used.stop)]) for i in used[::size])
-    quantizers = calibrate(model, [jnp.asarray(batch) for batch in batches], recipe)
     limits = tolerances(recording.reference, recording.path.stem, model.sha256)
-    return Subject(QuantizedModel(model, recipe, quantizers), batches, _channels_last(tests), labels, limits)
+    return Subject(model, recipe, batches, _channels_last(tests), labels, limits)
 
 
 def _channels_last(images: np.ndarray) -> Images:
