@@ -1,0 +1,165 @@
+"""Two models for the search's tests: a toy of three unlike stages, and a small quantized ViT on real digits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cptv_jax.forward import forward
+from cptv_jax.methods import METHODS
+from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.models.preprocessing import Preprocessing
+from cptv_jax.models.timm_weights import from_timm
+from cptv_jax.models.vit import ViTConfig
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import RecipeConfig, resolve
+from cptv_jax.stages import Output, Stage
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an evaluator needs. teacher_stages: of the float model. images: before they are cut into chunks."""
+
+    stages: tuple[Stage, ...]
+    teacher_stages: tuple[Stage, ...]
+    images: np.ndarray
+
+    def batches(self, batch: int, chunk: int) -> list[list[jax.Array]]:
+        """All images, in batches of chunks."""
+        starts = range(0, len(self.images), batch)
+        return [
+            [jnp.asarray(self.images[i : i + chunk]) for i in range(start, start + batch, chunk)] for start in starts
+        ]
+
+    def teacher(self, batch: int) -> list[Output]:
+        return [forward(self.teacher_stages, jnp.concatenate(chunks)) for chunks in self.batches(batch, batch)]
+
+    def whole(self, stages: Sequence[Stage], chunks: Sequence[jax.Array]) -> Output:
+        """The output for one batch by the plain forward pass, chunk by chunk."""
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(forward(stages, chunk) for chunk in chunks))
+
+
+# ---- the toy --------------------------------------------------------------------------------------------------------
+# A hierarchy as Swin and LeViT have it: tokens are merged and widened between stages, which take and return different
+# shapes and pytrees. Everything is a multiple of 1/64 of small integers, so that float32 sums are exact.
+
+
+def _rounded(kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return kernel if scale is None else jnp.clip(jnp.round(kernel / scale), -7, 7) * scale
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Images [batch, 8, 8, 1] -> {"tokens": [batch, 16, 6]}."""
+
+    def __call__(self, state: Any, x: jax.Array) -> Any:
+        patches = x.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
+        return {"tokens": jnp.tanh(patches @ _rounded(state["kernel"], state["scale"]))}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """{"tokens": [batch, 16, 6]} -> tokens [batch, 4, 10], four tokens made one."""
+
+    merged: int = 4
+
+    def __call__(self, state: Any, x: Any) -> jax.Array:
+        tokens = x["tokens"].reshape(-1, 16 // self.merged, 6 * self.merged)
+        tokens = jnp.round(tokens / state["input"]["scale"]) * state["input"]["scale"]
+        return jax.nn.relu(tokens @ _rounded(state["kernel"], state["weight"]["scale"]))
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Tokens [batch, 4, 10] -> Output with 10 features and 5 logits."""
+
+    def __call__(self, state: Any, x: jax.Array) -> Output:
+        features = jnp.max(x, 1)
+        return Output(features, features @ _rounded(state["kernel"], state["scale"]))
+
+
+def bind_patches(state: Any, candidate: Any) -> Any:
+    return {**state, "scale": candidate["weight"]}
+
+
+def bind_merge(state: Any, candidate: Any) -> Any:
+    return {**state, "weight": {"scale": candidate["weight"]["scale"]}, "input": {"scale": candidate["input"]}}
+
+
+def bind_classify(state: Any, candidate: Any) -> Any:
+    return {**state, "scale": candidate["per_tensor"]}
+
+
+@pytest.fixture(scope="session")
+def make_toy() -> Callable[..., Subject]:
+    """make_toy(searched): the toy with candidates at the named stages."""
+
+    def make(searched: Sequence[str] = ("patches", "merge", "head"), images: int = 24) -> Subject:
+        rng = np.random.default_rng(0)
+
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+        patches = {"kernel": normal(4, 6), "scale": jnp.full(6, 0.4)}
+        merge = {"kernel": normal(24, 10), "weight": {"scale": jnp.full(10, 0.5)}, "input": {"scale": jnp.float32(0.2)}}
+        head = {"kernel": normal(10, 5), "scale": jnp.float32(0.6)}
+        candidates: dict[str, Any] = {
+            "patches": {"weight": patches["scale"]},
+            "merge": {"weight": {"scale": merge["weight"]["scale"]}, "input": merge["input"]["scale"]},
+            "head": {"per_tensor": head["scale"]},
+        }
+        candidates = {name: value if name in searched else None for name, value in candidates.items()}
+        stages = (
+            Stage("patches", Patches(), patches, candidates["patches"], bind_patches),
+            Stage("merge", Merge(), merge, candidates["merge"], bind_merge),
+            Stage("head", Classify(), head, candidates["head"], bind_classify),
+        )
+        exact = (
+            Stage("patches", Patches(), {**patches, "scale": None}),
+            Stage("merge", Merge(), {**merge, "weight": {"scale": None}, "input": {"scale": jnp.float32(1 / 256)}}),
+            Stage("head", Classify(), {**head, "scale": None}),
+        )
+        return Subject(stages, exact, rng.normal(size=(images, 8, 8, 1)).astype(np.float32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy(make_toy: Callable[..., Subject]) -> Subject:
+    return make_toy()
+
+
+# ---- the ViT --------------------------------------------------------------------------------------------------------
+
+WEIGHTS = ("attn.qkv.weight", "attn.proj.weight")
+WEIGHTS_AND_ACTIVATIONS = (*WEIGHTS, "mlp.fc1.weight", "attn.qkv", "attn.softmax", "mlp.gelu", "residual1")
+
+
+@pytest.fixture(scope="session")
+def vit_model(golden: Path) -> tuple[QuantizedModel, np.ndarray]:
+    """The golden ViT at 4-bit weights, and 50 real images."""
+    config = ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4)
+    architecture = Architecture("small", "vit", config, Preprocessing(image_size=32))
+    with np.load(golden / "model.npz") as file:
+        model = Model(architecture, from_timm(dict(file), architecture, "model.npz"))
+    with np.load(golden / "data.npz") as file:
+        images = file["calib_images"].transpose(0, 2, 3, 1)
+    recipe = resolve(RecipeConfig(preset="evol-q", weight_bits=4), sites_of(architecture))
+    calibration = [jnp.asarray(images[:32]), jnp.asarray(images[32:64])]
+    return METHODS["fq-vit"](model, calibration, recipe, jax.random.key(0)), images[:50]
+
+
+@pytest.fixture(scope="session", params=[WEIGHTS, WEIGHTS_AND_ACTIVATIONS], ids=["weights", "and activations"])
+def vit(request: pytest.FixtureRequest, vit_model: tuple[QuantizedModel, np.ndarray]) -> Subject:
+    """Its stages: embed, blocks.0 to 2, head; the blocks have candidates."""
+    quantized, images = vit_model
+
+    def searched(site: str) -> bool:
+        return site.startswith("blocks.") and site.split(".", 2)[2] in request.param
+
+    return Subject(quantized.stages(searched), quantized.model.stages(), images)
