@@ -44,10 +44,10 @@ CONFIG = QuantizeConfig(
     calibration=CalibrationConfig(images=24, batch=8),
     search=SearchConfig(strategy="generational", passes=2, rounds=1, children=4, sigma=0.1),
 )
-OPTIONS = (
-    "--recipe.weight_bits 3 --calibration.images 24 --calibration.batch 8 "
-    "--search.strategy generational --search.passes 2 --search.rounds 1 --search.children 4 --search.sigma 0.1"
-).split()
+OPTIONS = [
+    *("--recipe.weight_bits=3", "--calibration.images=24", "--calibration.batch=8", "--search.strategy=generational"),
+    *("--search.passes=2", "--search.rounds=1", "--search.children=4", "--search.sigma=0.1"),
+]
 
 
 def tiny_model() -> Model:
