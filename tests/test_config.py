@@ -1,0 +1,207 @@
+"""The configuration: strict YAML, and a flag for every field."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cptv_jax import CalibrationConfig, InputError, QuantizeConfig, RecipeConfig, SearchConfig, load_config, resolve
+from cptv_jax.cli import _parser
+from cptv_jax.config import check, flatten, from_mapping, override, to_mapping
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.models.zoo import ZOO
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+
+# A value for each field that differs from the default, as one would type it, and what it means.
+TYPED: dict[str, tuple[str, Any]] = {
+    "method": ("erq", "erq"),
+    "seed": ("7", 7),
+    "recipe.preset": ("fq-vit", "fq-vit"),
+    "recipe.weight_bits": ("3", 3),
+    "recipe.activation_bits": ("6", 6),
+    "recipe.softmax_bits": ("4", 4),
+    "recipe.weight_observer": ("omse", "omse"),
+    "recipe.activation_observer": ("percentile", "percentile"),
+    "recipe.weight_signed": ("true", True),
+    "recipe.bias_correction": ("false", False),
+    "recipe.power_of_two_factor": ("false", False),
+    "recipe.integer_layer_norm": ("no", False),
+    "recipe.log_int_softmax": ("yes", True),
+    "recipe.quantize_input": ("false", False),
+    "recipe.overrides": (
+        '{"*.fc1.weight": {bits: 4, bias_correction: false}, head.fc: null}',
+        {"*.fc1.weight": {"bits": 4, "bias_correction": False}, "head.fc": None},
+    ),
+    "calibration.images": ("32", 32),
+    "calibration.batch": ("16", 16),
+    "search.strategy": ("generational", "generational"),
+    "search.objective": ("kl", "kl"),
+    "search.on": ("features", "features"),
+    "search.temperature": ("2", 2.0),
+    "search.teacher": ("published", "published"),
+    "search.sites": ("['*.weight', head.fc]", ("*.weight", "head.fc")),
+    "search.passes": ("3", 3),
+    "search.rounds": ("2", 2),
+    "search.holdout": ("0", 0.0),
+    "search.images": ("200", 200),
+    "search.population": ("5", 5),
+    "search.samples": ("4", 4),
+    "search.step": ("1e-4", 1e-4),
+    "search.sigma": ("5.e-2", 0.05),
+    "search.children": ("4", 4),
+    "search.survivors": ("1", 1),
+    "search.images_at_once": ("5", 5),
+    "search.candidates_at_once": ("2", 2),
+    "search.cache_gib": (".inf", float("inf")),
+}
+CHANGED = override(QuantizeConfig(), {name: text for name, (text, _) in TYPED.items()})
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    return _parser().parse_args(["quantize", "model", "--images", "images", "--out", "out", *words])
+
+
+def test_every_field_has_an_example_here() -> None:
+    assert list(TYPED) == list(flatten(QuantizeConfig()))
+
+
+@pytest.mark.parametrize("name", flatten(QuantizeConfig()))
+@pytest.mark.parametrize("words", [1, 2])
+def test_every_field_has_a_flag(name: str, words: int) -> None:
+    text, value = TYPED[name]
+    flag = [f"--{name}={text}"] if words == 1 else [f"--{name}", text]
+    given = {name: getattr(parsed(*flag), name)}
+    config = override(QuantizeConfig(), given)
+    assert flatten(config) == {**flatten(QuantizeConfig()), name: value}
+    assert flatten(config)[name] != flatten(QuantizeConfig())[name]
+    assert type(flatten(config)[name]) is type(value)
+
+
+def test_fields_that_are_not_given_are_not_overridden() -> None:
+    assert not [name for name in flatten(QuantizeConfig()) if name in vars(parsed())]
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig(), CHANGED], ids=["defaults", "changed"])
+def test_yaml_and_back_is_the_same_configuration(config: QuantizeConfig, tmp_path: Path) -> None:
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False)
+    (tmp_path / "c.yaml").write_text(text)
+    again = load_config(str(tmp_path / "c.yaml"))
+    assert again == config
+    assert yaml.safe_dump(to_mapping(again), sort_keys=False) == text
+
+
+def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# nothing yet\n")
+    assert load_config(str(tmp_path / "c.yaml")) == load_config(None) == QuantizeConfig()
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E4", 1e4), ("-2.5e-1", -0.25), ("3", 3.0), (".5", 0.5)])
+def test_numbers_in_every_spelling_are_numbers(tmp_path: Path, text: str, value: float) -> None:
+    (tmp_path / "c.yaml").write_text(f"search: {{step: {text}}}")
+    step = load_config(str(tmp_path / "c.yaml")).search.step
+    assert step == value
+    assert isinstance(step, float)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 1\nsearch: {passes: 5, rounds: 4}")
+    config = override(load_config(str(tmp_path / "c.yaml")), {"search.passes": "2"})
+    assert (config.seed, config.search.passes, config.search.rounds) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("text", ["*.attn.qkv.weight", "'*.attn.qkv.weight'", "['*.attn.qkv.weight']"])
+def test_a_pattern_needs_no_quotes_and_one_needs_no_list(text: str) -> None:
+    assert override(QuantizeConfig(), {"search.sites": text}).search.sites == ("*.attn.qkv.weight",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("search.passes", "1.5", "search.passes is 1.5; it must be a whole number"),
+        ("search.passes", "null", "search.passes is None; it must be a whole number"),
+        ("search.passes", "yes", "search.passes is True; it must be a whole number"),
+        ("search.holdout", "some", "search.holdout is 'some'; it must be a number"),
+        ("search.holdout", "true", "search.holdout is True; it must be a number"),
+        ("search.images", "all", "search.images is 'all'; it must be a whole number"),
+        ("search.sites", "[]", "search.sites must be a list that is not empty"),
+        ("search.sites", "[1]", "search.sites is 1; it must be text"),
+        ("search.sites", "3", "search.sites must be a list that is not empty"),
+        ("search.strategy", "[evol-q]", "search.strategy is ['evol-q']; did you mean 'evol-q'?"),
+        ("recipe.weight_signed", "1", "recipe.weight_signed is 1; it must be true or false"),
+        ("recipe.overrides", "[a]", "recipe.overrides must be a mapping"),
+        ("recipe.overrides", "{", "recipe.overrides must be a mapping"),
+        ("method", "8", "method is 8; it must be text"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(name: str, text: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        override(QuantizeConfig(), {name: text})
+    assert says in str(caught.value)
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"unknown option --search.pases; did you mean 'search.passes'\?"):
+        override(QuantizeConfig(), {"search.pases": "3"})
+    with pytest.raises(InputError, match=r"c.yaml: unknown field 'calibration.imags'; did you mean 'images'\?"):
+        from_mapping(QuantizeConfig, {"calibration": {"imags": 3}}, "c.yaml")
+    with pytest.raises(InputError, match=r"c.yaml: unknown field '3'; known: calibration, method"):
+        from_mapping(QuantizeConfig, {3: 3}, "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantizeConfig(seed=-1),
+        QuantizeConfig(seed=2**32),
+        QuantizeConfig(calibration=CalibrationConfig(images=0)),
+        QuantizeConfig(calibration=CalibrationConfig(batch=0)),
+        *(
+            QuantizeConfig(search=SearchConfig(**{name: 0}))  # type: ignore[arg-type]
+            for name in (
+                *("temperature", "passes", "rounds", "images", "population", "samples", "step", "sigma", "children"),
+                *("survivors", "images_at_once", "candidates_at_once", "cache_gib"),
+            )
+        ),
+        *(QuantizeConfig(search=SearchConfig(holdout=value)) for value in (-0.1, 1.0, float("nan"))),
+        *(QuantizeConfig(search=SearchConfig(sigma=value)) for value in (float("inf"), float("nan"))),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused_by_name(config: QuantizeConfig) -> None:
+    name = next(name for name, value in flatten(config).items() if value != flatten(QuantizeConfig())[name])
+    with pytest.raises(InputError, match=f"^{name} is .*; it must be"):
+        check(config)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_seeds_that_are_allowed_work(seed: int) -> None:
+    import jax
+    import numpy as np
+
+    check(QuantizeConfig(seed=seed))
+    jax.random.key(seed)
+    np.random.default_rng([seed, 1])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_the_configurations_that_we_ship_are_valid(path: Path) -> None:
+    config = load_config(str(path))
+    check(config)
+    recipe = resolve(config.recipe, sites_of(ZOO["deit_tiny_patch16_224"]))
+    bits = path.stem.rpartition("_w")[2].partition("a")
+    if bits[1]:
+        assert (config.recipe.weight_bits, config.recipe.activation_bits) == (int(bits[0]), int(bits[2]))
+        assert recipe.sites["blocks.0.attn.qkv.weight"].bits == int(bits[0])
+
+
+def test_there_are_configurations_to_ship() -> None:
+    assert {"evol-q_w3a8", "evol-q_w4a8", "evol-q_w8a8", "fq-vit"} <= {path.stem for path in CONFIGS}
+
+
+def test_the_recipe_in_a_mapping_is_plain_data() -> None:
+    config = QuantizeConfig(recipe=RecipeConfig(overrides={"head.fc": {"bits": 4}}))
+    assert to_mapping(config)["recipe"] == asdict(config.recipe)
+    assert to_mapping(config)["search"]["sites"] == list(config.search.sites)
