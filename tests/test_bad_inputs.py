@@ -189,7 +189,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "search images too many": (SEARCH + " --search.images 6", "search.images is 6", "it must lie between 2"),
     "searched sites match nothing": (SEARCH + " --search.sites blocks.*.wieght", "search.sites", "did you mean"),
     "searched sites have no scale": (
-        SEARCH + " --recipe.preset fq-vit --search.sites *.softmax",
+        SEARCH + " --calibration.batch 1 --recipe.preset fq-vit --search.sites *.softmax",
         "blocks.0.attn.softmax",
         "search.sites",
     ),
