@@ -46,11 +46,14 @@ class Subject:
 
 # ---- the toy --------------------------------------------------------------------------------------------------------
 # A hierarchy as Swin and LeViT have it: tokens are merged and widened between stages, which take and return different
-# shapes and pytrees. Everything is a multiple of 1/64 of small integers, so that float32 sums are exact.
+# shapes and pytrees. As in the package, matmuls are of integers, so that their sums do not depend on their order.
 
 
-def _rounded(kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return kernel if scale is None else jnp.clip(jnp.round(kernel / scale), -7, 7) * scale
+def _product(steps: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Integer steps times a kernel, which is float where it has no scale."""
+    if scale is None:
+        return steps @ kernel
+    return (steps @ jnp.clip(jnp.round(kernel / scale), -7, 7)) * scale
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Patches:
 
     def __call__(self, state: Any, x: jax.Array) -> Any:
         patches = x.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
-        return {"tokens": jnp.tanh(patches @ _rounded(state["kernel"], state["scale"]))}
+        return {"tokens": _product(jnp.round(patches * 16), state["kernel"], state["scale"]) / 16}
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Merge:
 
     def __call__(self, state: Any, x: Any) -> jax.Array:
         tokens = x["tokens"].reshape(-1, 16 // self.merged, 6 * self.merged)
-        tokens = jnp.round(tokens / state["input"]["scale"]) * state["input"]["scale"]
-        return jax.nn.relu(tokens @ _rounded(state["kernel"], state["weight"]["scale"]))
+        steps = jnp.clip(jnp.round(tokens / state["input"]["scale"]), -2048, 2047)
+        return jax.nn.relu(_product(steps, state["kernel"], state["weight"]["scale"]) * state["input"]["scale"])
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Classify:
 
     def __call__(self, state: Any, x: jax.Array) -> Output:
         features = jnp.max(x, 1)
-        return Output(features, features @ _rounded(state["kernel"], state["scale"]))
+        return Output(features, _product(jnp.round(features * 16), state["kernel"], state["scale"]) / 16)
 
 
 def bind_patches(state: Any, candidate: Any) -> Any:
@@ -136,9 +139,6 @@ def toy(make_toy: Callable[..., Subject]) -> Subject:
 
 # ---- the ViT --------------------------------------------------------------------------------------------------------
 
-WEIGHTS = ("attn.qkv.weight", "attn.proj.weight")
-WEIGHTS_AND_ACTIVATIONS = (*WEIGHTS, "mlp.fc1.weight", "attn.qkv", "attn.softmax", "mlp.gelu", "residual1")
-
 
 @pytest.fixture(scope="session")
 def vit_model(golden: Path) -> tuple[QuantizedModel, np.ndarray]:
@@ -154,12 +154,19 @@ def vit_model(golden: Path) -> tuple[QuantizedModel, np.ndarray]:
     return METHODS["fq-vit"](model, calibration, recipe, jax.random.key(0)), images[:50]
 
 
-@pytest.fixture(scope="session", params=[WEIGHTS, WEIGHTS_AND_ACTIVATIONS], ids=["weights", "and activations"])
-def vit(request: pytest.FixtureRequest, vit_model: tuple[QuantizedModel, np.ndarray]) -> Subject:
-    """Its stages: embed, blocks.0 to 2, head; the blocks have candidates."""
+@pytest.fixture(scope="session")
+def make_vit(vit_model: tuple[QuantizedModel, np.ndarray]) -> Callable[[Sequence[str]], Subject]:
+    """make_vit(sites): its stages embed, blocks.0 to 2 and head; blocks are searched at those sites."""
     quantized, images = vit_model
 
-    def searched(site: str) -> bool:
-        return site.startswith("blocks.") and site.split(".", 2)[2] in request.param
+    def make(sites: Sequence[str]) -> Subject:
+        stages = quantized.stages(lambda site: site.startswith("blocks.") and site.split(".", 2)[2] in sites)
+        return Subject(stages, quantized.model.stages(), images)
 
-    return Subject(quantized.stages(searched), quantized.model.stages(), images)
+    return make
+
+
+@pytest.fixture(scope="session")
+def vit(make_vit: Callable[[Sequence[str]], Subject]) -> Subject:
+    """With the published sites: the weights of the attention."""
+    return make_vit(("attn.qkv.weight", "attn.proj.weight"))

@@ -84,23 +84,23 @@ def test_candidates_of_unlike_stages_do_not_see_one_another(toy: Subject, width:
         assert values.dtype == np.float64 and len(set(values)) == 5
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
-def test_candidates_of_a_vit_do_not_see_one_another(vit: Subject, width: int) -> None:
+WEIGHTS = ("attn.qkv.weight", "attn.proj.weight")
+ACTIVATIONS = ("attn.qkv", "attn.scores", "attn.softmax", "residual1", "norm2", "mlp.gelu")
+
+
+@pytest.mark.parametrize("sites", [WEIGHTS, (*WEIGHTS, *ACTIVATIONS)], ids=["weights", "weights and activations"])
+def test_candidates_of_a_vit_do_not_see_one_another(make_vit: Any, sites: tuple[str, ...]) -> None:
     """Outputs equal to the last bit: matmuls are sums of integers, and no other operation mixes candidates."""
-    several = evaluator(vit, 50, 25, width=width)
+    vit = make_vit(sites)
+    by_width = {width: evaluator(vit, 25, 25, width=width) for width in (1, 2, 3)}
     for index in indices(vit):
-        population = population_of(vit.stages[index], 5, index)
-        values = several.losses(index, population)
-        single = [evaluator_value for evaluator_value in _singly(vit, index, population)]
-        np.testing.assert_array_equal(values, single)
-        assert len(set(values)) == 5
-
-
-def _singly(subject: Subject, index: int, population: Any) -> list[float]:
-    return [
-        full_loss(subject, replaced(subject.stages, index, member(population, i)), 50, 25, fingerprint)
-        for i in range(5)
-    ]
+        population = population_of(vit.stages[index], 4, index)
+        single = [
+            full_loss(vit, replaced(vit.stages, index, member(population, i)), 25, 25, fingerprint) for i in range(4)
+        ]
+        assert len(set(single)) == 4
+        for width, several in by_width.items():
+            np.testing.assert_array_equal(several.losses(index, population), single, f"{width} at once")
 
 
 @pytest.mark.parametrize("name", ["infonce", "mse", "kl", "cosine"])
@@ -113,7 +113,7 @@ def test_objectives_of_a_vit_move_by_a_unit_in_the_last_place_at_most(vit: Subje
     """
     index = 3
     population = population_of(vit.stages[index], 5)
-    values = [evaluator(vit, 50, 25, Objective(name), width=w).losses(index, population) for w in (1, width)]  # type: ignore[arg-type]
+    values = [evaluator(vit, 25, 25, Objective(name), width=w).losses(index, population) for w in (1, width)]  # type: ignore[arg-type]
     largest = np.float32(max(1.0, np.max(values[0])))  # cosine and KL are differences of numbers near one
     np.testing.assert_allclose(values[1], values[0], rtol=0, atol=2 * np.spacing(largest))
 
@@ -147,17 +147,20 @@ def test_the_cache_of_a_vit_gives_what_the_full_forward_gives_however_small(vit:
     for cache_bytes in (float("inf"), 2.5 * token_bytes, ONE_STAGE):
         refreshes: list[int] = []
         cached = evaluator(
-            vit, 50, 25, width=2, cache_bytes=cache_bytes, on_refresh=lambda d, t, r=refreshes: r.append(d)
+            vit, 25, 25, width=2, cache_bytes=cache_bytes, on_refresh=lambda d, t, r=refreshes: r.append(d)
         )
         for index in (3, 2, 1):
             population = population_of(vit.stages[index], 2, index)
             expected = [
-                full_loss(vit, replaced(vit.stages, index, member(population, i)), 50, 25, fingerprint)
+                full_loss(vit, replaced(vit.stages, index, member(population, i)), 25, 25, fingerprint)
                 for i in range(2)
             ]
             np.testing.assert_array_equal(cached.losses(index, population), expected)
         made[cache_bytes] = len(refreshes)
-    assert list(made.values()) == [1, 2, 3]  # once a pass where all fits; of three stages two, then one at a time
+    # Two batches each time: made once where all fits; two of three stages, then the third; one at a time.
+    assert list(made.values()) == [2, 4, 6]
+        "two batches each"
+    )  # once a pass where all fits; of three stages two, then one at a time
 
 
 @pytest.mark.parametrize("cache_bytes", [float("inf"), ONE_STAGE])
@@ -237,7 +240,7 @@ def test_teacher_and_batches_must_match(toy: Subject, batches: int) -> None:
 
 def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
     """Three blocks, two passes, both strategies: a program for the blocks' candidates, one for each later function."""
-    cached = evaluator(vit, 50, 25, Objective(), width=2)
+    cached = evaluator(vit, 25, 25, Objective(), width=2)
     for strategy in (EvolQ(rounds=2), Generational(children=3, rounds=2)):
         state = run_search(cached, lambda name, s=strategy: s, 1, jax.random.key(0), initial_state(cached))
         programs = forward_module.apply_stage._cache_size()  # type: ignore[attr-defined]
