@@ -159,8 +159,6 @@ def test_the_cache_of_a_vit_gives_what_the_full_forward_gives_however_small(vit:
         made[cache_bytes] = len(refreshes)
     # Two batches each time: made once where all fits; two of three stages, then the third; one at a time.
     assert list(made.values()) == [2, 4, 6]
-        "two batches each"
-    )  # once a pass where all fits; of three stages two, then one at a time
 
 
 @pytest.mark.parametrize("cache_bytes", [float("inf"), ONE_STAGE])
