@@ -36,6 +36,7 @@ from cptv_jax.checkpoint import METADATA, restore_tree
 from cptv_jax.demo import DIGITS_VIT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+KILLS = 20
 TINY = replace(
     DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=2, heads=2)
 )
@@ -278,12 +279,12 @@ def test_twenty_kills_at_random_moments_change_no_bit(
     rng = random.Random(20)
     phases: list[str] = []
     finished = 0
-    while len(phases) < 20 or not finished:
+    while len(phases) < KILLS or not finished:
         out = tmp_path / f"killed{finished}"
         opened_before = (out / "config.yaml").stat().st_mtime_ns if (out / "config.yaml").exists() else 0
         process = begin(checkpoint, out)
         processes.append(process)
-        if len(phases) < 20:
+        if len(phases) < KILLS:
             wait_for_opening(process, out, opened_before)
             try:
                 process.wait(rng.uniform(0, length))
