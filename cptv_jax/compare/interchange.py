@@ -88,8 +88,7 @@ class Meta:
         """One of the known words."""
         value = self._get(name)
         if value not in known:
-            hint = did_you_mean(value, known) if isinstance(value, str) else ""
-            raise InputError(f"{self.path}: meta.{name} is {value!r}; supported: {', '.join(known)}{hint}")
+            raise InputError(f"{self.path}: meta.{name} is {value!r}; supported: {', '.join(known)}")
         return str(value)
 
     def neighbour(self, name: str) -> Path:
