@@ -101,6 +101,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str) -> None:
         ("timm/deit_tiny_distilled_patch16_224.fb_in1k", "deit_tiny_distilled_patch16_224"),
         ("hf_hub:timm/vit_base_patch16_224.augreg2_in21k_ft_in1k", "vit_base_patch16_224"),
         ("timm/vit_large_patch16_224.augreg_in21k_ft_in1k", "vit_large_patch16_224"),
+        # Where several names occur, the longest wins.
+        ("from_deit_tiny_patch16_224/deit_tiny_distilled_patch16_224.pth", "deit_tiny_distilled_patch16_224"),
     ],
 )
 def test_the_architecture_is_guessed_from_a_file_name_or_hub_id(source: str, name: str) -> None:
