@@ -1,6 +1,6 @@
 """The evaluator: exact whatever is computed together, cached or cut up; one program per entry."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax import forward as forward_module
+from cptv_jax.forward import apply_stage
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective
 from cptv_jax.search.run import initial_state, run_search
 from cptv_jax.stages import Output, Stage
@@ -236,21 +236,29 @@ def test_teacher_and_batches_must_match(toy: Subject, batches: int) -> None:
 # Compilation
 
 
+@pytest.fixture
+def nothing_compiled() -> None:
+    """Wrappers that jax.jit makes of one function share a cache, so evaluators count one another's programs."""
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
-    """Three blocks, two passes, both strategies: a program for the blocks' candidates, one for each later function."""
+    """Three blocks, several passes, both strategies: one program for candidates, one for each later function."""
+    once = {"candidates": 1, "shared": 2, "losses": 1}  # shared: block and head
     cached = evaluator(vit, 25, 25, Objective(), width=2)
+    programs = []
     for strategy in (EvolQ(rounds=2), Generational(children=3, rounds=2)):
-        state = run_search(cached, lambda name, s=strategy: s, 1, jax.random.key(0), initial_state(cached))
-        programs = forward_module.apply_stage._cache_size()  # type: ignore[attr-defined]
-        assert cached.compile_counts() == {"candidates": 1, "shared": 2, "losses": 1}  # block and head
-    run_search(cached, lambda name: EvolQ(rounds=1), 2, jax.random.key(1), initial_state(cached))
-    assert state.pass_index == 1
-    assert cached.compile_counts() == {"candidates": 1, "shared": 2, "losses": 1}
-    assert forward_module.apply_stage._cache_size() == programs  # type: ignore[attr-defined]
+        for passes in (1, 2):
+            run_search(cached, lambda name, s=strategy: s, passes, jax.random.key(0), initial_state(cached))
+            assert cached.compile_counts() == once
+            programs.append(apply_stage._cache_size())  # type: ignore[attr-defined]
+    assert programs == [programs[0]] * 4  # a later pass refreshes its cache with the programs that are there
 
 
-def test_unlike_stages_have_a_program_each(make_toy: Callable[..., Subject]) -> None:
-    toy = make_toy()
+@pytest.mark.usefixtures("nothing_compiled")
+def test_unlike_stages_have_a_program_each(toy: Subject) -> None:
     cached = evaluator(toy, 12, 6, Objective(), width=2)
-    run_search(cached, lambda name: Generational(children=3), 2, jax.random.key(0), initial_state(cached))
-    assert cached.compile_counts() == {"candidates": 3, "shared": 2, "losses": 1}
+    for passes in (1, 2):
+        run_search(cached, lambda name: Generational(children=3), passes, jax.random.key(0), initial_state(cached))
+        assert cached.compile_counts() == {"candidates": 3, "shared": 2, "losses": 1}
