@@ -220,7 +220,14 @@ def begin(model: Path, out: Path) -> subprocess.Popen[str]:
     command += ["--images", "digits:calibration", "--eval", "digits:test"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=model.parent
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=model.parent,
+        # Tests that run in the background of a script ignore SIGINT, and their children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 
 
