@@ -215,8 +215,17 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
 # Processes
 
 
+# Tests that run in the background of a script ignore SIGINT, which their children inherit: here it acts again.
+CLI = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cptv_jax.cli import main
+main()
+"""
+
+
 def begin(model: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cptv_jax.cli", "quantize", str(model), *OPTIONS, "--out", str(out)]
+    command = [sys.executable, "-c", CLI, "quantize", str(model), *OPTIONS, "--out", str(out)]
     command += ["--images", "digits:calibration", "--eval", "digits:test"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
@@ -226,8 +235,6 @@ def begin(model: Path, out: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=model.parent,
-        # Tests that run in the background of a script ignore SIGINT, and their children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 
 
