@@ -109,7 +109,11 @@ def make_toy() -> Callable[..., Subject]:
             return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
         patches = {"kernel": normal(4, 6), "scale": jnp.full(6, 0.4, jnp.float32)}
-        merge = {"kernel": normal(24, 10), "weight": {"scale": jnp.full(10, 0.5, jnp.float32)}, "input": {"scale": jnp.float32(0.2)}}
+        merge = {
+            "kernel": normal(24, 10),
+            "weight": {"scale": jnp.full(10, 0.5, jnp.float32)},
+            "input": {"scale": jnp.float32(0.2)},
+        }
         head = {"kernel": normal(10, 5), "scale": jnp.float32(0.6)}
         candidates: dict[str, Any] = {
             "patches": {"weight": patches["scale"]},

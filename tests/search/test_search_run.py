@@ -25,16 +25,9 @@ LOSS = Objective("mse")
 
 @pytest.fixture(scope="module")
 def make_evaluator(toy: Subject) -> Callable[..., Evaluator]:
-    """make_evaluator(): a new evaluator of the toy; all share one set of compiled programs."""
-    template = Evaluator(toy.stages, toy.batches(24, 12)[:1], toy.teacher(24)[:1], LOSS, width=2)
-
-    def make(stages: Sequence[Stage] = toy.stages) -> Evaluator:
-        made = Evaluator(stages, template.batches, template.teacher, LOSS, width=2)
-        made._run_candidates, made._run_shared = template._run_candidates, template._run_shared
-        made._run_losses = template._run_losses
-        return made
-
-    return make
+    """make_evaluator(): a new evaluator of the toy as it was before any search."""
+    batches, teacher = toy.batches(24, 12), toy.teacher(24)
+    return lambda stages=toy.stages: Evaluator(stages, batches, teacher, LOSS, width=2)
 
 
 def search(
