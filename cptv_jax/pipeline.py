@@ -113,6 +113,18 @@ def _stage_bits(recipe: Recipe, stage: str, searched: Sequence[str]) -> int:
     return [spec.bits for site, spec in recipe.of_stage(stage).items() if f"{stage}.{site}" in searched][-1]
 
 
+def _searched_sites(recipe: Recipe, search: SearchConfig) -> frozenset[str]:
+    """The quantized sites that match search.sites. Raises InputError where there are none, or some have no scale."""
+    sites = [site for site in recipe.sites if any(fnmatchcase(site, pattern) for pattern in search.sites)]
+    if not sites:
+        near = did_you_mean(search.sites[0], recipe.sites)
+        raise InputError(f"search.sites {list(search.sites)} match no quantized site{near}")
+    fixed = [site for site in sites if recipe.sites[site].quantizer == "log2"]
+    if fixed:
+        raise InputError(f"search.sites match {fixed[0]}, whose log2 quantizer has no scale to search; leave it out")
+    return frozenset(sites)
+
+
 def _chunks(batch: Images, size: int) -> list[jax.Array]:
     return [jnp.asarray(batch.normalized(i, i + size)) for i in range(0, len(batch), size)]
 
@@ -138,15 +150,8 @@ def _make_evaluators(
     search = config.search
     size, width = _chunk_size(config)
 
-    def searched(site: str) -> bool:
-        return any(fnmatchcase(site, pattern) for pattern in search.sites)
-
-    sites = [site for site in base.quantizers if searched(site)]
-    if not sites:
-        raise InputError(
-            f"search.sites {list(search.sites)} match no quantized site{did_you_mean(search.sites[0], base.quantizers)}"
-        )
-    stages = base.stages(searched)
+    sites = _searched_sites(base.recipe, search)
+    stages = base.stages(lambda site: site in sites)
     reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
     batches = [_chunks(batch, size) for batch in split.calibration[: split.searched]]
     held_out = [_chunks(batch, size) for batch in split.held_out]
@@ -230,6 +235,8 @@ def quantize(
         evaluation.require_labels()
     recipe = resolve(config.recipe, sites_of(model.architecture))
     split = _split(images, config)
+    if config.search.strategy != "none":
+        _searched_sites(recipe, config.search)  # bad input is refused before anything is written
     run = None
     if out is not None:
         identity = {

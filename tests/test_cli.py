@@ -101,7 +101,6 @@ def test_import_copies_a_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.C
     succeed("evaluate", tmp_path / "deep" / "copy", "--images", "digits:test", "--limit", 1)
 
 
-@pytest.mark.xfail(reason="Observing.softmax reads ranges that the first batch has not made yet")
 def test_one_batch_calibrates_an_integer_softmax_too(tiny: Path, tmp_path: Path) -> None:
     options = ("--calibration.images", 10, "--calibration.batch", 10, "--search.strategy", "none")
     options += ("--recipe.preset", "fq-vit")

@@ -47,9 +47,10 @@ class Observing(FakeQuant):
         return Tensor(kernel), None, None
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
-        if not self.tag_scores or x.scale is None:
+        spec = self.specs.get(site)
+        if not self.tag_scores or x.scale is None or spec is None or spec.quantizer != "log2":
             return super().softmax(site, x)
-        quantizer = self.fitted[site] = observers.fit(self.specs[site], self.ranges[site], x.values)
+        quantizer = self._observe(site, x.values)
         assert isinstance(quantizer, Log2)
         return Tensor(quantizer.values(quantizer.clip_exponents(log_int_softmax_exponents(x.steps, x.scale))))
 
