@@ -281,4 +281,3 @@ def quantize(
     if run:
         outcome.report(run.path)
     return outcome
-
