@@ -161,6 +161,17 @@ def test_a_quantized_linear_layer_is_the_float_layer_of_the_dequantized_tensors(
     assert np.abs(expected - (exact_x @ KERNEL + (BIAS if with_bias else 0))).max() > 0.05
 
 
+def test_the_sums_of_a_quantized_linear_layer_are_exact() -> None:
+    # 768 products of 8-bit steps stay below 2^24, so only two products with scales round: 3 * 2^-24. Summing values
+    # instead is off by far more where a sum nearly cancels, and depends on the order of summation.
+    x, kernel = normal(10, 16, 768), normal(11, 768, 64)
+    qx, qw = uniform(0.03, 128.0), uniform(np.ptp(kernel, axis=0) / 255, 127.0)
+    ops = FakeQuant({"fc.weight": qw})
+    tensor = Tensor(qx.steps(jnp.asarray(x)), qx.scale)
+    found = jax.jit(lambda t: ops.linear("fc", jnp.asarray(kernel), None, t))(tensor)
+    np.testing.assert_allclose(found.values, dequantized(qx, x) @ dequantized(qw, kernel), rtol=2e-7)
+
+
 def test_the_output_of_a_linear_layer_is_quantized_after_the_bias() -> None:
     x, out = normal(3, 4, 24), uniform(0.5, 8.0, 0, 15)
     found = FakeQuant({"fc": out}).linear("fc", jnp.asarray(KERNEL), jnp.asarray(BIAS), Tensor(jnp.asarray(x)))
