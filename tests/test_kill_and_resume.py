@@ -108,7 +108,7 @@ class Saboteur:
         def step(*args: Any, **kwargs: Any) -> Any:
             paths = [Path(arg) for arg in args if isinstance(arg, str | Path)]
             ours = self.armed and paths and self.root in paths[0].parents and paths[0].exists() is (before is not None)
-            label = f"{name} {paths[-1].relative_to(self.root)}" if ours else ""
+            label = f"{name} {paths[-1].relative_to(self.root)} {self.moment()}" if ours else ""
             # A step within one that is watched (Orbax's own) is a part of it.
             if not ours or label in self.done or "arrays" in paths[-1].parts[:-1]:
                 return original(*args, **kwargs)
@@ -122,6 +122,12 @@ class Saboteur:
             raise Killed(label)
 
         monkeypatch.setattr(owner, name, step)
+
+    def moment(self) -> str:
+        """Tells apart the times at which one file is written anew."""
+        results = self.root / "results.json"
+        states = sorted(path.name for path in self.root.glob("state/[0-9]*"))
+        return f"after {states[-1:]}, {results.stat().st_size if results.exists() else 0}"
 
     @staticmethod
     def halve(path: Path) -> None:
@@ -174,7 +180,9 @@ def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
         except Killed:
             kills += 1
             assert kills < 100, saboteur.done
-    steps = set(saboteur.done)
+    steps = {label.partition(" after ")[0] for label in saboteur.done}
+    assert sum(label.startswith("replace log.jsonl") for label in saboteur.done) == 5
+    assert sum(label.startswith("replace results.json") for label in saboteur.done) == 3
     for step in (
         "replace run.json",
         "replace config.yaml",

@@ -1,6 +1,7 @@
 """The directory of a run: what it holds, and whom it lets in."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,20 @@ def test_the_log_is_never_behind_the_state(tmp_path: Path, monkeypatch: pytest.M
         if path.exists():
             raise OSError("interrupted")
 
+    replace = os.replace
+
+    def fail_for_log(old: Path, new: Path) -> None:
+        if new.name == "log.jsonl":
+            raise OSError("interrupted")
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_for_log)
+        with pytest.raises(OSError, match="interrupted"):
+            run.save_state(state(1))
+    found = RunDirectory(tmp_path, IDENTITY).state()
+    assert found is not None
+    assert log_of(run) == list(found.log)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)  # as the older state is dropped
         with pytest.raises(OSError, match="interrupted"):
