@@ -14,7 +14,7 @@ from cptv_jax.checkpoint import save_model
 from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
-from cptv_jax.evaluation import Accuracy, evaluate
+from cptv_jax.evaluation import Accuracy, check_labels, evaluate
 from cptv_jax.forward import forward
 from cptv_jax.mesh import default_chunk
 from cptv_jax.methods import METHODS
@@ -106,6 +106,19 @@ def strategy_for(config: SearchConfig, weight_bits: int) -> Strategy:
         step = published_step(weight_bits) if config.step is None else config.step
         return EvolQ(step, config.population, config.samples, config.rounds)
     return Generational(config.sigma, config.children, config.survivors, config.rounds)
+
+
+def _check_size(model: Model, images: Images | None) -> None:
+    """Raises InputError for images of another size or number of channels than the model's."""
+    if images is None:
+        return
+    preprocessing = model.architecture.preprocessing
+    wanted = (preprocessing.image_size, preprocessing.image_size, len(preprocessing.mean))
+    if tuple(images.pixels.shape[1:]) != wanted:
+        raise InputError(
+            f"the images have shape {tuple(images.pixels.shape[1:])}, but {model.architecture.name} needs {wanted}; "
+            "load them with the model's preprocessing"
+        )
 
 
 def _stage_bits(recipe: Recipe, stage: str, searched: Sequence[str]) -> int:
@@ -231,8 +244,10 @@ def quantize(
     if config.method not in METHODS:
         raise InputError(f"unknown method '{config.method}'{did_you_mean(config.method, METHODS)}")
     images = images.without_labels()
+    for given in (images, evaluation):
+        _check_size(model, given)
     if evaluation is not None:
-        evaluation.require_labels()
+        check_labels(model.stages(), evaluation)
     recipe = resolve(config.recipe, sites_of(model.architecture))
     split = _split(images, config)
     if config.search.strategy != "none":
@@ -266,8 +281,11 @@ def quantize(
         if run:
             run.save_final(final)
 
-    results = run.results() if run else {}
+    results: dict[str, Any] = run.results() if run else {}
     if evaluation is not None:
+        evaluated = digest([evaluation.pixels, evaluation.require_labels()])
+        if results.get("images") != evaluated:  # accuracies of other images are none of these
+            results = {"images": evaluated}
         for name, stages in (("float", model.stages()), ("base", base.stages()), ("final", final.stages())):
             if name in results:
                 continue
@@ -277,7 +295,8 @@ def quantize(
                 results[name] = vars(evaluate(stages, evaluation, progress, f"evaluate {name}"))
             if run:
                 run.save_results(results)
-    outcome = Quantization(final, base, model, config, state.log if state else (), results)
+    accuracies = {name: result for name, result in results.items() if name != "images"}
+    outcome = Quantization(final, base, model, config, state.log if state else (), accuracies)
     if run:
         outcome.report(run.path)
     return outcome

@@ -1,5 +1,6 @@
 """The pipeline: which images may reach what, on a tiny ViT trained on a few digits."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from cptv_jax import pipeline
 from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig
 from cptv_jax.data import Images, load_digits
+from cptv_jax.errors import InputError
 from cptv_jax.forward import forward
 from cptv_jax.interpreters import Float, Tensor
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
@@ -290,3 +292,18 @@ def test_the_published_strategy_steps_by_the_weights_width(bits: int, step: floa
 def test_the_generational_strategy_takes_its_own_settings() -> None:
     config = SearchConfig(strategy="generational", sigma=0.5, children=7, survivors=3, rounds=4)
     assert strategy_for(config, 4) == Generational(0.5, 7, 3, 4)
+
+
+def test_a_finished_run_measures_other_evaluation_images_anew(
+    model: Model, calibration: Images, evaluation: Images, tmp_path: Path
+) -> None:
+    first = quantize(model, calibration, CONFIG, out=tmp_path / "run", evaluation=evaluation)
+    other = evaluation.take(slice(0, len(evaluation) // 2))
+    again = quantize(model, calibration, CONFIG, out=tmp_path / "run", evaluation=other)
+    assert first.results["final"]["images"] == len(evaluation)
+    assert again.results["final"]["images"] == len(other)
+
+
+def test_images_of_another_size_are_refused(model: Model, calibration: Images) -> None:
+    with pytest.raises(InputError, match="the images have shape"):
+        quantize(model, changed(calibration, pixels=calibration.pixels[:, ::2, ::2]), CONFIG)
