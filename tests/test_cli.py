@@ -90,7 +90,7 @@ def test_the_same_command_evaluates_a_finished_run(run: Path, tiny: Path, capsys
     succeed("quantize", tiny, "--images", "digits:calibration", "--eval", "digits:test", "--out", run, *options)
     out = capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
-    assert list(results) == ["float", "base", "final"]
+    assert list(results) == ["images", "float", "base", "final"]
     assert f"full precision    top-1 {results['float']['top1']:6.2f} %" in out
     assert str(run / "report.md") in out
 
