@@ -66,7 +66,7 @@ class Evaluator:
         self.teacher = teacher
         self.loss = loss
         self.width = width
-        # Own jit wrappers, so that their compile counts are this search's.
+        # JAX keeps the programs of one function together, so evaluators of equal stages share them.
         self._run_candidates = jax.jit(_run_candidates, static_argnums=(0, 1))
         self._run_shared = jax.jit(_run_shared, static_argnums=0)
         self._run_losses = jax.jit(_losses, static_argnums=0)
@@ -125,7 +125,7 @@ class Evaluator:
         return outputs
 
     def compile_counts(self) -> dict[str, int]:
-        """How many programs each jitted entry holds, for tests of recompilation."""
+        """How many programs each jitted entry holds, over all evaluators of the process, for tests of recompilation."""
         entries: dict[str, Any] = {
             "candidates": self._run_candidates,
             "shared": self._run_shared,
