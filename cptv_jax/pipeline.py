@@ -1,7 +1,7 @@
 """quantize(): from a float model and unlabelled images to a quantized model, a run that can be interrupted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from cptv_jax.errors import InputError
 from cptv_jax.evaluation import Accuracy, check_labels, evaluate
 from cptv_jax.forward import forward
 from cptv_jax.mesh import default_chunk
-from cptv_jax.methods import METHODS
+from cptv_jax.methods import METHODS, Method
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import Recipe, resolve
+from cptv_jax.recipe import PRESETS, Recipe, resolve
 from cptv_jax.run_directory import RunDirectory, digest
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
 from cptv_jax.search.run import SearchState, initial_state, run_search
@@ -98,6 +98,20 @@ def _split(images: Images, config: QuantizeConfig) -> _Split:
             f"it must lie between {batch} (a batch) and {(count - held_out) * batch}"
         )
     return _Split(batches[: count - held_out], batches[count - held_out :], searched)
+
+
+def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:
+    """The configuration with the recipe preset filled in, and its base method. Raises InputError where they clash."""
+    if config.method not in METHODS:
+        raise InputError(f"unknown method '{config.method}'{did_you_mean(config.method, METHODS)}")
+    method = METHODS[config.method]
+    preset = config.recipe.preset or method.presets[0]
+    if preset in PRESETS and preset not in method.presets:
+        raise InputError(
+            f"method {config.method} cannot carry out the recipe preset '{preset}'; "
+            f"set --recipe.preset to one of {', '.join(method.presets)}"
+        )
+    return replace(config, recipe=replace(config.recipe, preset=preset)), method
 
 
 def strategy_for(config: SearchConfig, weight_bits: int) -> Strategy:
@@ -241,8 +255,7 @@ def quantize(
     `out` that holds something else.
     """
     check(config)
-    if config.method not in METHODS:
-        raise InputError(f"unknown method '{config.method}'{did_you_mean(config.method, METHODS)}")
+    config, method = _with_method(config)
     images = images.without_labels()
     for given in (images, evaluation):
         _check_size(model, given)
@@ -266,8 +279,9 @@ def quantize(
     if base is None:
         batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        options = {} if method.options is None else {"options": getattr(config, method.options)}
         with bar(f"calibrate ({config.method})", len(batches), progress) as shown:
-            base = METHODS[config.method](model, batches, recipe, key, counter(shown))
+            base = method.quantize(model, batches, recipe, key, counter(shown), **options)
         del batches
         if run:
             run.save_base(base)

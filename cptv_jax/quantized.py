@@ -43,6 +43,15 @@ def bind_scales(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
     return {**state, "quantizers": quantizers}
 
 
+def _replaced(node: Mapping[str, Any], path: list[str], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    if not path:
+        unknown = set(arrays) - set(node)
+        if unknown:
+            raise KeyError(f"the layer has no {sorted(unknown)}")
+        return {**node, **arrays}
+    return {**node, path[0]: _replaced(node[path[0]], path[1:], arrays)}
+
+
 @dataclass(frozen=True)
 class Model:
     """A full-precision model.
@@ -61,6 +70,26 @@ class Model:
             Stage(name, ModelStageFunction(graph), {"weights": self.weights[name], "quantizers": {}})
             for name, graph in stage_graphs(self.architecture).items()
         )
+
+    def layer(self, site: str) -> dict[str, jax.Array]:
+        """Arrays of the linear layer (kernel, bias) or LayerNorm (weight, bias) at a site such as blocks.0.attn.qkv."""
+        stage, path = self._path(site)
+        node = self.weights[stage]
+        for name in path:
+            node = node[name]
+        return dict(node)
+
+    def with_layers(self, layers: Mapping[str, Mapping[str, jax.Array]]) -> "Model":
+        """The same model with other arrays in the named layers."""
+        weights = dict(self.weights)
+        for site, arrays in layers.items():
+            stage, path = self._path(site)
+            weights[stage] = _replaced(weights[stage], path, arrays)
+        return replace(self, weights=weights)
+
+    def _path(self, site: str) -> tuple[str, list[str]]:
+        stage = next(name for name in self.weights if site.startswith(name + "."))
+        return stage, site.removeprefix(stage + ".").split(".")
 
 
 @dataclass(frozen=True)

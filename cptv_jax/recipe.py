@@ -10,8 +10,10 @@ from cptv_jax.errors import InputError
 from cptv_jax.sites import Site
 from cptv_jax.suggest import did_you_mean
 
-ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf"]
-OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf")
+ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf", "method"]
+OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf", "method")
+QuantizerName = Literal["uniform", "log2"]
+QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "log2")
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -19,16 +21,16 @@ MIN_BITS, MAX_BITS = 2, 8
 class SiteSpec:
     """How one tensor is quantized.
 
-    quantizer: "uniform" or "log2".
+    quantizer: a name in QUANTIZERS.
     bits: width of the codes, 2 to 8.
     signed: codes from -2^(bits-1) instead of from 0.
     symmetric: zero point 0 and a range mirrored around zero.
     per_channel: one scale for each entry of the last axis (a weight's output channels, a token's features).
-    observer: the calibration statistic that sets scale and zero point.
+    observer: the calibration statistic that sets scale and zero point; "method": the base method's own search does.
     bias_correction: restore each output channel's mean and deviation (weights only).
     """
 
-    quantizer: Literal["uniform", "log2"] = "uniform"
+    quantizer: QuantizerName = "uniform"
     bits: int = 8
     signed: bool = False
     symmetric: bool = False
@@ -41,7 +43,7 @@ class SiteSpec:
 class RecipeConfig:
     """What a user writes; `resolve` turns it into a table of sites.
 
-    preset: a name in PRESETS; it fixes which kinds of site are quantized and how.
+    preset: a name in PRESETS; it fixes which kinds of site are quantized and how. Null means the base method's own.
     weight_bits, activation_bits, softmax_bits: widths, 2 to 8; softmax_bits null means activation_bits
         (FQ-ViT's preset: 4).
     weight_observer, activation_observer: null means the preset's.
@@ -51,7 +53,7 @@ class RecipeConfig:
         the site in float; later patterns win.
     """
 
-    preset: str = "evol-q"
+    preset: str | None = None
     weight_bits: int = 8
     activation_bits: int = 8
     softmax_bits: int | None = None
@@ -68,8 +70,16 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """The published choices behind a recipe name (null fields of RecipeConfig take these)."""
+    """The published choices behind a recipe name (null fields of RecipeConfig take these).
 
+    scope: "full" quantizes every tensor that an operation produces; "matmuls" only weights and what linear layers and
+        matmuls read, as most methods do.
+    softmax, gelu: quantizers of what these functions produce, in a recipe of scope "matmuls".
+    """
+
+    scope: Literal["full", "matmuls"] = "full"
+    softmax: QuantizerName = "uniform"
+    gelu: QuantizerName = "uniform"
     weight_observer: ObserverName = "minmax"
     activation_observer: ObserverName = "omse"
     weight_signed: bool = False
@@ -93,14 +103,21 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+DEFAULT_PRESET = "evol-q"
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Every quantized site with its specification, and the arithmetic of LayerNorm and softmax."""
+    """Every quantized site with its specification, and the arithmetic of LayerNorm and softmax.
+
+    scope: "full" or "matmuls", see Preset.
+    """
 
     name: str
     sites: Mapping[str, SiteSpec]
     integer_layer_norm: bool
     log_int_softmax: bool
+    scope: str = "full"
 
     def of_stage(self, stage: str) -> dict[str, SiteSpec]:
         """The specifications of one stage, by site name relative to it."""
@@ -113,9 +130,10 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
 
     Raises InputError for an unknown preset, observer or field, a width out of range, or a pattern that matches no site.
     """
-    if config.preset not in PRESETS:
-        raise InputError(f"unknown recipe preset '{config.preset}'{did_you_mean(config.preset, PRESETS)}")
-    preset = PRESETS[config.preset]
+    preset_name = config.preset or DEFAULT_PRESET
+    if preset_name not in PRESETS:
+        raise InputError(f"unknown recipe preset '{preset_name}'{did_you_mean(preset_name, PRESETS)}")
+    preset = PRESETS[preset_name]
 
     def choice(name: str) -> Any:
         chosen = getattr(config, name)
@@ -142,18 +160,28 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         bias_correction=choice("bias_correction"),
     )
     by_kind = {"weight": weight, "add": residual, "softmax": softmax}
+    if preset.scope == "matmuls":
+        by_kind["softmax"] = dataclasses.replace(softmax, quantizer=preset.softmax)
+        by_kind["gelu"] = dataclasses.replace(activation, quantizer=preset.gelu)
+        by_kind.pop("add")
+    read = {name for site in sites for name in site.reads}
 
     specs: dict[str, SiteSpec] = {}
     for site in sites:
-        if site.kind in ("operand", "hidden") or (site.name == "embed.input" and not choice("quantize_input")):
+        if site.name == "embed.input" and not choice("quantize_input"):
             continue
-        specs[site.name] = by_kind.get(site.kind, activation)
+        if preset.scope == "matmuls":
+            wanted = site.kind == "weight" or site.name in read
+        else:
+            wanted = site.kind not in ("operand", "hidden")
+        if wanted:
+            specs[site.name] = by_kind.get(site.kind, activation)
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
     for name, spec in specs.items():
         _check(name, spec)
     integer_layer_norm = choice("integer_layer_norm") and factor
-    return Recipe(config.preset, specs, integer_layer_norm, log_softmax)
+    return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope)
 
 
 def _override(
@@ -181,9 +209,8 @@ def _check(name: str, spec: SiteSpec) -> None:
         raise InputError(f"{name}: {spec.bits} bits asked for; widths from {MIN_BITS} to {MAX_BITS} are supported")
     if spec.observer not in OBSERVERS:
         raise InputError(f"{name}: unknown observer '{spec.observer}'{did_you_mean(spec.observer, OBSERVERS)}")
-    if spec.quantizer not in ("uniform", "log2"):
-        known = ("uniform", "log2")
-        raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, known)}")
+    if spec.quantizer not in QUANTIZERS:
+        raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, QUANTIZERS)}")
     if spec.observer == "ptf" and not spec.per_channel:
         raise InputError(f"{name}: observer 'ptf' needs per_channel: true")
     if spec.observer == "percentile" and spec.per_channel:

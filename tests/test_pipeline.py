@@ -244,6 +244,32 @@ def test_the_pass_with_the_least_held_out_loss_is_handed_back(
     assert float(found) == pytest.approx(min(judged), rel=1e-6)
 
 
+@pytest.mark.parametrize("held_out", [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+def test_a_search_that_only_fits_its_own_images_is_undone(
+    monkeypatch: pytest.MonkeyPatch, model: Model, calibration: Images, held_out: list[float]
+) -> None:
+    """The start or the first pass is handed back where held-out losses, here made up, are least there."""
+    remaining = iter(held_out)
+    search, states = pipeline.run_search, []
+
+    def with_made_up_losses(*arguments: Any) -> Any:
+        *first, _, on_round, on_stage = arguments
+        states.append(search(*first, lambda stages: next(remaining), on_round, on_stage))
+        return states[-1]
+
+    monkeypatch.setattr(pipeline, "run_search", with_made_up_losses)
+    found = quantize(model, calibration, CONFIG)
+    (state,) = states
+    best = int(np.argmin(held_out))
+    assert state.best_pass == best
+    for stage, sites in state.best_scales.items():
+        for site, scale in sites.items():
+            np.testing.assert_array_equal(found.model.quantizers[f"{stage}.{site}"].scale, scale)
+    if best == 0:
+        for x, y in zip(quantizers(found.base), quantizers(found.model), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 def test_a_search_without_held_out_images_ends_with_its_last_pass(model: Model, calibration: Images) -> None:
     search = SearchConfig(**{**vars(CONFIG.search), "holdout": 0.0})
     found = quantize(model, calibration, QuantizeConfig(**{**vars(CONFIG), "search": search}))
@@ -271,6 +297,7 @@ def test_the_seed_determines_the_result(model: Model, calibration: Images, outco
     assert_same_models(quantize(model, calibration, CONFIG), outcome)
     other = quantize(model, calibration, QuantizeConfig(**{**vars(CONFIG), "seed": 1}))
     assert losses(other.log) != losses(outcome.log)
+    assert not same_base(other, outcome)  # other images are held out
 
 
 def test_without_a_search_the_base_model_is_the_result(model: Model, calibration: Images, evaluation: Images) -> None:

@@ -14,10 +14,13 @@ from cptv_jax.recipe import OBSERVERS
 
 __all__ = ["Check", "Comparison", "compare_file", "render", "run"]
 
-_KINDS: dict[str, Callable[[Recording], list[Check]]] = {
-    "quantized": compare_quantized,
-    "search": compare_search,
-    "losses": compare_losses,
+Compare = Callable[[Recording], list[Check]]
+
+# By kind and reference: what compares such a file. A new reference adds a line.
+_COMPARE: dict[str, dict[str, Compare]] = {
+    "quantized": {"evol-q": compare_quantized, "fq-vit": compare_quantized},
+    "search": {"evol-q": compare_search},
+    "losses": {"evol-q": compare_losses},
 }
 _NOTES = {
     "quantized": ("observer states (obs_min, obs_max) and traces repeat what scales and blocks show: not compared",),
@@ -30,8 +33,8 @@ def compare_file(path: str | Path) -> Comparison:
 
     Weights and data are looked up beside the file. Raises InputError when the file cannot be compared.
     """
-    recording = read_recording(Path(path))
-    checks = _KINDS[recording.kind](recording)
+    recording = read_recording(Path(path), {kind: tuple(known) for kind, known in _COMPARE.items()})
+    checks = _COMPARE[recording.kind][recording.reference](recording)
     return Comparison(str(path), _title(recording), tuple(checks), _NOTES.get(recording.kind, ()))
 
 
@@ -50,6 +53,9 @@ def _title(recording: Recording) -> str:
     if recording.kind == "losses":
         return f"{recording.reference}, losses"
     meta = recording.meta
+    if recording.reference not in ("evol-q", "fq-vit"):
+        bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations"))
+        return f"{recording.reference}, {recording.kind}; bits: {bits}"
     bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations", "softmax"))
     observers = f"{meta.choice('observer.weights', OBSERVERS)}/{meta.choice('observer.activations', OBSERVERS)}"
     options = ("ptf", "integer_layer_norm", "log_int_softmax", "bias_correction", "quantize_input")

@@ -65,11 +65,16 @@ _FLOORS = {
     "evolq_fq_w8a8": Floor("evol-q", 0.048, 0.0069),
     "evolq_search_w4a8": Floor("evol-q", 0.0, 0.0043),
     "fqvit_w8a8_attn4": Floor("fq-vit", 0.120, 0.0441),
+    "baseptq_cosine_w6a6": Floor("ptq4vit", 0.0, 0.0546),
+    "ptq4vit_hessian_w6a6": Floor("ptq4vit", 0.884, 0.1497),
+    "ptq4vit_l2_w6a6": Floor("ptq4vit", 0.0, 0.0),
+    "repq_w4a4": Floor("repq-vit", 0.0, 0.0031),
+    "erq_w4a4": Floor("erq", 0.309, 0.2194),
 }
 # The weights that the table was measured on (SHA-256 of that model.npz).
 _MEASURED_ON = "ae411c1e17344d298bceb9e190258cf3ecba0d056f2608152cca9ca733855354"
 # Predictions that may differ, of 297 (step 4).
-_PREDICTIONS = {"evol-q": 2, "fq-vit": 4}
+_PREDICTIONS = {"evol-q": 2, "fq-vit": 4, "ptq4vit": 4, "repq-vit": 2, "erq": 4}
 _PREDICTIONS_OF = 297
 
 

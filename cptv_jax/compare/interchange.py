@@ -12,8 +12,6 @@ from cptv_jax.errors import InputError
 from cptv_jax.suggest import did_you_mean
 
 FORMAT = 1
-KINDS = ("quantized", "search", "losses")
-REFERENCES = ("evol-q", "fq-vit")
 _REMEDY = "see docs/interchange.md"
 
 
@@ -186,8 +184,11 @@ class Recording(ArrayFile):
     reference: str
 
 
-def read_recording(path: Path) -> Recording:
-    """Reads a result file. Raises InputError for another format, version, kind or reference."""
+def read_recording(path: Path, references: Mapping[str, Sequence[str]]) -> Recording:
+    """Reads a result file. Raises InputError for another format, version, kind or reference.
+
+    references: by kind, those that can be compared.
+    """
     arrays = read_arrays(path)
     if "meta" not in arrays:
         raise InputError(f"{path} lacks the array 'meta'; is it a result file of the interchange format? {_REMEDY}")
@@ -202,6 +203,6 @@ def read_recording(path: Path) -> Recording:
     version = meta._get("format")
     if version != FORMAT or isinstance(version, bool):
         raise InputError(f"{path}: meta.format is {version!r}; this program reads version {FORMAT}")
-    kind = meta.choice("kind", KINDS)
-    reference = meta.choice("reference", REFERENCES if kind == "quantized" else ("evol-q",))
+    kind = meta.choice("kind", tuple(references))
+    reference = meta.choice("reference", references[kind])
     return Recording(path, arrays, meta, kind, reference)

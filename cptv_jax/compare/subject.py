@@ -1,12 +1,13 @@
 """The subject of a comparison: model, recipe and data of a recording, computed anew from the set's files."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from cptv_jax.compare.checks import FLOAT_LOGITS, Check, Tolerances, fraction, largest, logits_checks, off, tolerances
 from cptv_jax.compare.interchange import ArrayFile, Meta, Recording, read_arrays
@@ -22,6 +23,7 @@ from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import MAX_BITS, MIN_BITS, Recipe, RecipeConfig, resolve
 from cptv_jax.stages import Output, Stage
 
+Quantize = Callable[[Model, Sequence[Array], Recipe], QuantizedModel]
 Images = Float[np.ndarray, "batch height width channels"]
 _PUBLISHED_OBSERVERS = ("minmax", "ema", "percentile", "omse")
 _DEEPEST = 1000  # blocks; beyond it meta is surely damaged
@@ -33,8 +35,10 @@ class Subject:
     """Everything that a recording's meta asks to be recomputed.
 
     calibration: batches of images in order, the last perhaps smaller. limits: the file's tolerances.
+    quantize: makes the quantized model from the float one, the batches and the recipe, as the reference does.
     """
 
+    quantize: Quantize
     model: Model
     recipe: Recipe
     calibration: tuple[Images, ...]
@@ -45,8 +49,7 @@ class Subject:
     @cached_property
     def quantized(self) -> QuantizedModel:
         """The model calibrated as the recording's was; the first use takes most of a comparison's time."""
-        batches = [jnp.asarray(batch) for batch in self.calibration]
-        return QuantizedModel(self.model, self.recipe, calibrate(self.model, batches, self.recipe))
+        return self.quantize(self.model, [jnp.asarray(batch) for batch in self.calibration], self.recipe)
 
     @property
     def config(self) -> ViTConfig:
@@ -116,6 +119,7 @@ def architecture_of(meta: Meta) -> Architecture:
 def recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
     """The recipe that meta's options describe."""
     bits = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations", "softmax")}
+    meta.choice("calibration.score_batch", ("last",))
     weight_observer = meta.choice("observer.weights", _PUBLISHED_OBSERVERS)
     if weight_observer == "percentile":
         raise InputError(f"{meta.path}: meta.observer.weights is 'percentile', which works per tensor only")
@@ -145,9 +149,19 @@ def read_model(meta: Meta) -> Model:
     return Model(architecture, from_timm(file.tensors, architecture, file.source), file.source, file.sha256)
 
 
-def prepare(recording: Recording) -> Subject:
+def calibrated(model: Model, batches: Sequence[Array], recipe: Recipe) -> QuantizedModel:
+    """The base of Evol-Q and FQ-ViT."""
+    return QuantizedModel(model, recipe, calibrate(model, batches, recipe))
+
+
+def prepare(
+    recording: Recording,
+    recipe_of: Callable[[Meta, Architecture], Recipe] = recipe_of,
+    quantize: Quantize = calibrated,
+) -> Subject:
     """Reads the set's weights and data.
 
+    recipe_of: the recipe that the reference's meta describes. quantize: see Subject.
     Raises InputError when a file or key is missing, or shapes and ranges do not fit.
     """
     meta = recording.meta
@@ -163,10 +177,9 @@ def prepare(recording: Recording) -> Subject:
     labels = data.integers("test_labels", len(tests))
     used = meta.index_range("calibration.images", len(images), f"calibration images in {path.name}")
     size = meta.integer("calibration.batch")
-    meta.choice("calibration.score_batch", ("last",))
     batches = tuple(_channels_last(images[i : min(i + size, used.stop)]) for i in used[::size])
     limits = tolerances(recording.reference, recording.path.stem, model.sha256)
-    return Subject(model, recipe, batches, _channels_last(tests), labels, limits)
+    return Subject(quantize, model, recipe, batches, _channels_last(tests), labels, limits)
 
 
 def _channels_last(images: np.ndarray) -> Images:

@@ -1,6 +1,7 @@
 """The sites of a forward pass, found by tracing it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -11,23 +12,51 @@ from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.sites import Site
 
 
-class _Listing(FakeQuant):
-    """Runs in float and notes every site that is passed."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Named(Tensor):
+    """A tensor that knows the site it comes from, through reshapes and slices."""
 
-    def __init__(self) -> None:
+    site: str = field(default="", metadata={"static": True})
+
+
+def _origin(*tensors: Tensor) -> tuple[str, ...]:
+    return tuple(tensor.site for tensor in tensors if isinstance(tensor, _Named))
+
+
+class _Listing(FakeQuant):
+    """Runs in float and notes every site that is passed, by full name."""
+
+    def __init__(self, stage: str) -> None:
         super().__init__({})
-        self.sites: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.stage = stage
+        self.sites: dict[str, Site] = {}
 
     def emit(self, site: str, kind: str, values: Array) -> Tensor:
-        self.sites[site] = (kind, values.shape)
-        return Tensor(values)
+        name = f"{self.stage}.{site}"
+        self.sites[name] = Site(name, kind, values.shape)  # type: ignore[arg-type]
+        return _Named(values, site=name)
 
     def weight(self, site: str, kernel: Array) -> tuple[Tensor, Array | None, Array | None]:
-        self.sites[site] = ("weight", kernel.shape)
+        self.emit(site, "weight", kernel)
         return Tensor(kernel), None, None
 
     def operand(self, site: str, x: Tensor) -> Tensor:
         return self.emit(site, "operand", x.values)
+
+    def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
+        output = super().linear(site, kernel, bias, x, hidden=hidden)
+        self._reads(f"{site}.weight", x)
+        return output
+
+    def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+        output = super().matmul(site, a, b, factor)
+        self._reads(site, a, b)
+        return output
+
+    def _reads(self, site: str, *tensors: Tensor) -> None:
+        name = f"{self.stage}.{site}"
+        self.sites[name] = replace(self.sites[name], reads=_origin(*tensors))
 
 
 def list_sites(forward: Callable[..., Any], stage: str, *inputs: Any) -> tuple[tuple[Site, ...], Any]:
@@ -35,7 +64,6 @@ def list_sites(forward: Callable[..., Any], stage: str, *inputs: Any) -> tuple[t
 
     forward(operations, *inputs) is traced, not run; inputs may be abstract. Site names get the stage's name in front.
     """
-    listing = _Listing()
+    listing = _Listing(stage)
     output = jax.eval_shape(lambda *args: forward(listing, *args), *inputs)
-    sites = tuple(Site(f"{stage}.{name}", kind, shape) for name, (kind, shape) in listing.sites.items())  # type: ignore[arg-type]
-    return sites, output
+    return tuple(listing.sites.values()), output

@@ -1,7 +1,8 @@
 """The value that flows through a forward pass: an array and, once quantized, the step it is measured in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 from jaxtyping import Array, Float
@@ -24,6 +25,6 @@ class Tensor:
     def values(self) -> Float[Array, "..."]:
         return self.steps if self.scale is None else self.steps * self.scale
 
-    def move(self, movement: Callable[[Array], Array]) -> "Tensor":
+    def move(self, movement: Callable[[Array], Array]) -> Self:
         """Reshape, transpose or slice; the last axis must survive where the scale is per channel."""
-        return Tensor(movement(self.steps), self.scale)
+        return replace(self, steps=movement(self.steps))

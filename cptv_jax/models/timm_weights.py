@@ -74,8 +74,8 @@ def _vit_table(config: ViTConfig) -> list[Entry]:
         linear(f"{stage}.attn.qkv", stage, "attn", "qkv", inputs=width, outputs=3 * width, bias=config.qkv_bias)
         linear(f"{stage}.attn.proj", stage, "attn", "proj", inputs=width, outputs=width)
         layer_norm(f"{stage}.norm2", stage, "norm2")
-        linear(f"{stage}.mlp.fc1", stage, "fc1", inputs=width, outputs=hidden)
-        linear(f"{stage}.mlp.fc2", stage, "fc2", inputs=hidden, outputs=width)
+        linear(f"{stage}.mlp.fc1", stage, "mlp", "fc1", inputs=width, outputs=hidden)
+        linear(f"{stage}.mlp.fc2", stage, "mlp", "fc2", inputs=hidden, outputs=width)
     layer_norm("norm", "head", "norm")
     linear("head", "head", "fc", inputs=width, outputs=config.num_classes)
     if config.distilled:

@@ -1,6 +1,7 @@
 """Vision Transformer and DeiT, written once against an interpreter's operations, as Flax NNX modules.
 
-Every module is called as module(operations, x). The stages are Embed, then a Block for each layer, then Head.
+Every module is called as module(operations, x). The stages are Embed, then a Block for each layer, then Head. The site
+of a linear layer or LayerNorm is its path in the stage, so that a site finds its weights.
 """
 
 from dataclasses import dataclass
@@ -117,6 +118,18 @@ class Attention(nnx.Module):
         return self.proj(ops, f"{site}.proj", context.move(lambda a: a.swapaxes(1, 2).reshape(batch, tokens, width)))
 
 
+class Mlp(nnx.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.fc1 = Linear(config.width, config.hidden, rngs=rngs)
+        self.fc2 = Linear(config.hidden, config.width, rngs=rngs)
+
+    def __call__(self, ops: Operations, site: str, x: Tensor) -> Tensor:
+        hidden = ops.gelu(f"{site}.gelu", self.fc1(ops, f"{site}.fc1", x, hidden=True))
+        return self.fc2(ops, f"{site}.fc2", hidden)
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block."""
 
@@ -124,13 +137,11 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.attn = Attention(config, rngs=rngs)
         self.norm2 = LayerNorm(config.width, config.layer_norm_epsilon)
-        self.fc1 = Linear(config.width, config.hidden, rngs=rngs)
-        self.fc2 = Linear(config.hidden, config.width, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(self, ops: Operations, x: Tensor) -> Tensor:
         x = ops.add("residual1", x, self.attn(ops, "attn", self.norm1(ops, "norm1", x)))
-        hidden = ops.gelu("mlp.gelu", self.fc1(ops, "mlp.fc1", self.norm2(ops, "norm2", x), hidden=True))
-        return ops.add("residual2", x, self.fc2(ops, "mlp.fc2", hidden))
+        return ops.add("residual2", x, self.mlp(ops, "mlp", self.norm2(ops, "norm2", x)))
 
 
 class Head(nnx.Module):

@@ -88,7 +88,7 @@ def test_ranges_are_those_of_the_float_forward_pass_stage_after_stage(golden: Pa
         np.testing.assert_allclose(quantizers[site].scale, np.ptp(tensor) / 255, rtol=5e-6, err_msg=site)
     logits = np.concatenate([output[-1].logits for output in outputs])
     np.testing.assert_allclose(quantizers["head.fc"].scale, np.ptp(logits) / 255, rtol=5e-6)
-    kernel = np.asarray(model.weights["blocks.1"]["fc1"]["kernel"])
+    kernel = np.asarray(model.weights["blocks.1"]["mlp"]["fc1"]["kernel"])
     np.testing.assert_array_equal(quantizers["blocks.1.mlp.fc1.weight"].scale, np.ptp(kernel, axis=0) / np.float32(255))
 
 

@@ -109,7 +109,7 @@ def test_tensors_go_to_the_places_that_their_names_say() -> None:
     tensors = random_tensors(SMALL.config)
     weights: Any = from_timm(tensors, SMALL, "test")
     np.testing.assert_array_equal(weights["blocks.1"]["attn"]["qkv"]["kernel"], tensors["blocks.1.attn.qkv.weight"].T)
-    np.testing.assert_array_equal(weights["blocks.0"]["fc2"]["bias"], tensors["blocks.0.mlp.fc2.bias"])
+    np.testing.assert_array_equal(weights["blocks.0"]["mlp"]["fc2"]["bias"], tensors["blocks.0.mlp.fc2.bias"])
     np.testing.assert_array_equal(weights["blocks.0"]["norm2"]["weight"], tensors["blocks.0.norm2.weight"])
     np.testing.assert_array_equal(weights["head"]["fc"]["kernel"], tensors["head.weight"].T)
     np.testing.assert_array_equal(weights["head"]["norm"]["bias"], tensors["norm.bias"])
