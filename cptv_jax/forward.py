@@ -1,10 +1,12 @@
 """Running stages one after the other, each compiled once per stage function."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import jax
 from jaxtyping import PyTree
 
+from cptv_jax.mesh import compiler_options
 from cptv_jax.stages import Stage, StageFunction
 
 
@@ -12,7 +14,14 @@ def _run(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
     return function(state, x)
 
 
-apply_stage: Callable[..., PyTree] = jax.jit(_run, static_argnums=0)
+@cache
+def _program() -> Callable[..., PyTree]:
+    return jax.jit(_run, static_argnums=0, compiler_options=compiler_options())
+
+
+def apply_stage(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
+    """The stage's output for one batch, by a program that all equal functions share."""
+    return _program()(function, state, x)
 
 
 def forward(stages: Sequence[Stage], x: PyTree) -> PyTree:

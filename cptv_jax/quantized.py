@@ -1,33 +1,47 @@
 """Models as values: architecture and weights, with or without a recipe and quantizer parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from cptv_jax.interpreters import FakeQuant, Tensor
+from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, Tensor, quantize_weight
+from cptv_jax.mesh import fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
-from cptv_jax.quantizers import Quantizer
+from cptv_jax.quantizers import Quantizer, Uniform
 from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
+
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
 class ModelStageFunction:
-    """Computes a stage of a model from {"weights": ..., "quantizers": {site: quantizer}}."""
+    """Computes a stage of a model from its state.
+
+    The state has "weights", the module's arrays; "quantizers" by site; "quantized", the weights as matmuls read them,
+    by site (their kernels among the module's arrays are empty); and "searched", the kernels of the weights whose
+    scales are searched.
+    """
 
     graph: nnx.GraphDef[Any]
     integer_layer_norm: bool = False
     log_int_softmax: bool = False
     rounding: bool = True
+    all_tokens: bool = False
+    arithmetic: Arithmetic = Arithmetic()  # noqa: RUF009 - frozen
 
     def __call__(self, state: PyTree, x: PyTree) -> PyTree:
         ops = FakeQuant(
             state["quantizers"],
+            weights=state["quantized"],
+            arithmetic=self.arithmetic,
+            all_tokens=self.all_tokens,
             integer_layer_norm=self.integer_layer_norm,
             log_int_softmax=self.log_int_softmax,
             rounding=self.rounding,
@@ -36,11 +50,46 @@ class ModelStageFunction:
 
 
 def bind_scales(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
-    """The state with the scales of the candidate's sites replaced; a searched scale is positive by construction."""
-    quantizers = dict(state["quantizers"])
+    """The state with the scales of the candidate's sites replaced; a searched scale is positive by construction.
+
+    Only the candidate's weights are quantized anew.
+    """
+    quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
     for site, scale in candidate.items():
         quantizers[site] = quantizers[site].with_scale(scale)
-    return {**state, "quantizers": quantizers}
+        if site in state["searched"]:
+            weights[site] = quantize_weight(quantizers[site], state["searched"][site])
+    return {**state, "quantizers": quantizers, "quantized": weights}
+
+
+_quantize_weight = jax.jit(quantize_weight)
+
+
+def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Collection[str]) -> dict[str, PyTree]:
+    """A stage's state with its weights quantized once, so that no forward pass does it again."""
+    quantized, kernels = {}, {}
+    for site, quantizer in quantizers.items():
+        if not site.endswith(_WEIGHT):
+            continue
+        path = site.removesuffix(_WEIGHT).split(".")
+        kernel = jnp.asarray(_at(weights, path)["kernel"])
+        quantized[site] = _quantize_weight(quantizer, kernel)
+        if site in searched:
+            kernels[site] = kernel
+        weights = _replaced(weights, path, {"kernel": jnp.zeros(0, kernel.dtype)})
+    return {"weights": weights, "quantizers": dict(quantizers), "quantized": quantized, "searched": kernels}
+
+
+def _integral_zero_points(quantizers: Iterable[Quantizer]) -> bool:
+    uniform = (getattr(quantizer, "base", quantizer) for quantizer in quantizers)
+    points = jax.device_get([quantizer.zero_point for quantizer in uniform if isinstance(quantizer, Uniform)])
+    return all(np.array_equal(point, np.round(point)) for point in points)
+
+
+def _at(node: Mapping[str, Any], path: Iterable[str]) -> Mapping[str, Any]:
+    for name in path:
+        node = node[name]
+    return node
 
 
 def _replaced(node: Mapping[str, Any], path: list[str], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -64,20 +113,20 @@ class Model:
     source: str = ""
     sha256: str = ""
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages of the float forward pass: the teacher."""
+    def stages(self, *, all_tokens: bool = False) -> tuple[Stage, ...]:
+        """The stages of the float forward pass: the teacher.
+
+        all_tokens: compute also the tokens of the last block that the head does not read.
+        """
         return tuple(
-            Stage(name, ModelStageFunction(graph), {"weights": self.weights[name], "quantizers": {}})
+            Stage(name, ModelStageFunction(graph, all_tokens=all_tokens), _state(self.weights[name], {}, ()))
             for name, graph in stage_graphs(self.architecture).items()
         )
 
     def layer(self, site: str) -> dict[str, jax.Array]:
         """Arrays of the linear layer (kernel, bias) or LayerNorm (weight, bias) at a site such as blocks.0.attn.qkv."""
         stage, path = self._path(site)
-        node = self.weights[stage]
-        for name in path:
-            node = node[name]
-        return dict(node)
+        return dict(_at(self.weights[stage], path))
 
     def with_layers(self, layers: Mapping[str, Mapping[str, jax.Array]]) -> "Model":
         """The same model with other arrays in the named layers."""
@@ -104,13 +153,29 @@ class QuantizedModel:
     quantizers: Mapping[str, Quantizer]
 
     def stages(
-        self, searched: Callable[[str], bool] = lambda site: False, *, rounding: bool = True
+        self,
+        searched: Callable[[str], bool] = lambda site: False,
+        *,
+        rounding: bool = True,
+        all_tokens: bool = False,
+        arithmetic: ArithmeticName | None = None,
     ) -> tuple[Stage, ...]:
         """The stages of the quantized forward pass.
 
         searched: which sites' scales form the candidates.
         rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
+        all_tokens: compute also the tokens of the last block that the head does not read.
+        arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
+            zero points that are not integral (RepQ-ViT's), which only "float32" can hold.
         """
+        specs = self.recipe.sites
+        if not _integral_zero_points(self.quantizers.values()):
+            arithmetic = "float32"
+        exact = Arithmetic(
+            arithmetic or fastest_arithmetic(),
+            weight_bits=max((spec.bits for site, spec in specs.items() if site.endswith(_WEIGHT)), default=8),
+            activation_bits=max((spec.bits for site, spec in specs.items() if not site.endswith(_WEIGHT)), default=8),
+        )
         stages = []
         for name, graph in stage_graphs(self.model.architecture).items():
             prefix = name + "."
@@ -122,8 +187,12 @@ class QuantizedModel:
             candidate = {
                 site: jnp.asarray(quantizer.scale) for site, quantizer in quantizers.items() if searched(prefix + site)
             }
-            function = ModelStageFunction(graph, self.recipe.integer_layer_norm, self.recipe.log_int_softmax, rounding)
-            state = {"weights": self.model.weights[name], "quantizers": quantizers}
+            function = ModelStageFunction(
+                graph, self.recipe.integer_layer_norm, self.recipe.log_int_softmax, rounding, all_tokens, exact
+            )
+            state = _state(self.model.weights[name], quantizers, candidate)
+            if not rounding:
+                state = {**state, "weights": self.model.weights[name], "quantized": {}}
             stages.append(Stage(name, function, state, candidate, bind_scales))
         return tuple(stages)
 

@@ -14,7 +14,7 @@ from cptv_jax.compare.names import modules_by_site, output_site
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
 from cptv_jax.forward import apply_stage
-from cptv_jax.interpreters import FakeQuant, Tensor
+from cptv_jax.interpreters import Tensor, quantize_weight
 from cptv_jax.models.timm_weights import key_table
 from cptv_jax.quantizers import Log2, Quantizer, Uniform
 
@@ -107,7 +107,7 @@ def _parameter_row(key: str, deviation: np.ndarray) -> Check:
 @jax.jit
 def _effective_weight(quantizer: Quantizer, kernel: Array) -> tuple[Array, Array]:
     """The weight that the matmul uses [inputs, outputs], and by how much a step of the code moves it [outputs]."""
-    weight, gain, shift = FakeQuant({"weight": quantizer}).weight("weight", kernel)
+    weight, gain, shift = quantize_weight(quantizer, kernel)
     if gain is None or shift is None:
         return weight.values, quantizer.scale
     # Bias correction stretches and shifts the grid. A constant channel has no gain, and no codes that could matter.
@@ -151,7 +151,7 @@ def _weight_checks(recording: Recording, subject: Subject) -> list[Check]:
 
 def _block_checks(recording: Recording, subject: Subject) -> list[Check]:
     """Step 3: every block on the input that the reference's own block had."""
-    stages = subject.quantized.stages()
+    stages = subject.quantized.stages(all_tokens=True)
     indices = [int(name) if name.isdecimal() else -1 for name in recording.under("block_out/")]
     for index in indices:
         if not 0 <= index < subject.config.depth:

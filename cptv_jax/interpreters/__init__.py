@@ -1,10 +1,24 @@
 """Interpreters: the meanings that the operations of a forward pass can have."""
 
+from cptv_jax.interpreters.arithmetic import ARITHMETICS, Arithmetic, ArithmeticName
 from cptv_jax.interpreters.capturing import Capturing
-from cptv_jax.interpreters.fake_quant import FakeQuant, Float
+from cptv_jax.interpreters.fake_quant import FakeQuant, Float, Weight, quantize_weight
 from cptv_jax.interpreters.observing import Observing
 from cptv_jax.interpreters.operations import Operations
 from cptv_jax.interpreters.sites import list_sites
 from cptv_jax.interpreters.tensor import Tensor
 
-__all__ = ["Capturing", "FakeQuant", "Float", "Observing", "Operations", "Tensor", "list_sites"]
+__all__ = [
+    "ARITHMETICS",
+    "Arithmetic",
+    "ArithmeticName",
+    "Capturing",
+    "FakeQuant",
+    "Float",
+    "Observing",
+    "Operations",
+    "Tensor",
+    "Weight",
+    "list_sites",
+    "quantize_weight",
+]

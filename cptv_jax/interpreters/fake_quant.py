@@ -1,18 +1,20 @@
-"""Simulated quantization in float32, on integer-valued steps. Without quantizers it is the float model."""
+"""Simulated quantization on integer codes. Without quantizers it is the float model."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cptv_jax.interpreters.arithmetic import Arithmetic
 from cptv_jax.interpreters.integer_functions import integer_layer_norm, log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, true_divide
-
-_PRECISION = jax.lax.Precision.HIGHEST  # float32 is meant, also where the hardware would prefer less
+from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, rounded_product, true_divide
 
 _SQRT_HALF = 0.5**0.5
+_LAST_BYTE_COUNTS = 2.0**23
 
 
 def _product(*factors: Array | float | None) -> Array | float:
@@ -24,31 +26,74 @@ def _product(*factors: Array | float | None) -> Array | float:
     return result
 
 
+class Weight(NamedTuple):
+    """A linear layer's weight as its matmul reads it: kernel [inputs, outputs] in steps or values.
+
+    gain, shift: [outputs], what bias correction multiplies the product with and adds to every weight.
+    """
+
+    kernel: Tensor
+    gain: Array | None = None
+    shift: Array | None = None
+
+
+def coded(quantizer: Uniform, codes: Array) -> Tensor:
+    """Codes of a uniform quantizer (integers in float32) as a tensor of uint8."""
+    # Beside 2^23 the last byte of a float32 is its last 8 binary digits before the point. A conversion would give the
+    # same, but XLA's CPU backend then merges it with what reads the tensor into slow programs (YNNPACK's).
+    bits = jax.lax.bitcast_convert_type(codes - quantizer.low + _LAST_BYTE_COUNTS, jnp.uint32)
+    return Tensor(bits.astype(jnp.uint8), quantizer.scale, quantizer.zero_point - quantizer.low)
+
+
+def quantized(quantizer: Quantizer, values: Array) -> Tensor:
+    """Values as a quantizer leaves them."""
+    if isinstance(quantizer, Uniform):
+        return coded(quantizer, quantizer.codes(values))
+    return Tensor(quantizer.steps(values), quantizer.scale)
+
+
+def quantize_weight(quantizer: Quantizer, kernel: Array) -> Weight:
+    """A weight that a linear layer can be given in place of its float kernel."""
+    if isinstance(quantizer, BiasCorrected):
+        weight = quantized(quantizer.base, kernel)
+        return Weight(weight, *quantizer.correction(kernel, weight.steps))
+    return Weight(quantized(quantizer, kernel))
+
+
 class FakeQuant:
     """Runs the operations with every site in `quantizers` quantized and all other sites in float32.
 
     quantizers: by site, relative to the stage.
+    weights: quantized weights by site; a layer that has one here ignores its float kernel.
+    arithmetic: how codes are multiplied; every one gives the same numbers.
     integer_layer_norm: LayerNorms whose input is quantized run in integer arithmetic.
     log_int_softmax: softmaxes whose input is quantized run in integer arithmetic.
     rounding: False leaves every value unrounded and every weight float, yet marks tensors with their scales, so
         that the integer functions above still act. This is what the published code calls its full-precision model.
+    all_tokens: compute also the tokens that no later stage reads.
 
-    Matmuls multiply steps, not values, and apply the scales afterwards: sums of integers do not depend on the order
-    of summation, so one candidate's result does not depend on what else shares its batch.
+    Tensors hold codes, and matmuls multiply steps, not values, and apply the scales afterwards: sums of integers do not
+    depend on the order of summation, so one candidate's result does not depend on what else shares its batch.
     """
 
     def __init__(
         self,
         quantizers: Mapping[str, Quantizer],
         *,
+        weights: Mapping[str, Weight] = MappingProxyType({}),
+        arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 - frozen
         integer_layer_norm: bool = False,
         log_int_softmax: bool = False,
         rounding: bool = True,
+        all_tokens: bool = False,
     ) -> None:
         self.quantizers = quantizers
+        self.weights = weights
+        self.arithmetic = arithmetic
         self.integer_layer_norm = integer_layer_norm
         self.log_int_softmax = log_int_softmax
         self.rounding = rounding
+        self.all_tokens = all_tokens
 
     def emit(self, site: str, kind: str, values: Array) -> Tensor:
         """The tensor produced at a site, quantized if the site is."""
@@ -57,17 +102,16 @@ class FakeQuant:
             return Tensor(values)
         if not self.rounding:
             return Tensor(true_divide(values, quantizer.scale), quantizer.scale)
-        return Tensor(quantizer.steps(values), quantizer.scale)
+        return quantized(quantizer, values)
 
-    def weight(self, site: str, kernel: Array) -> tuple[Tensor, Array | None, Array | None]:
-        """A kernel's steps, and the gain and shift that bias correction adds after the matmul."""
+    def weight(self, site: str, kernel: Array) -> Weight:
+        """A linear layer's weight: the one that was given, or its kernel, quantized if the site is."""
+        if site in self.weights:
+            return self.weights[site]
         quantizer = self.quantizers.get(site)
         if quantizer is None or not self.rounding:
-            return Tensor(kernel), None, None
-        steps = quantizer.steps(kernel)
-        if isinstance(quantizer, BiasCorrected):
-            return Tensor(steps, quantizer.scale), *quantizer.correction(kernel, steps)
-        return Tensor(steps, quantizer.scale), None, None
+            return Weight(Tensor(kernel))
+        return quantize_weight(quantizer, kernel)
 
     def tensor(self, site: str, x: Tensor) -> Tensor:
         return self.emit(site, "tensor", x.values)
@@ -79,24 +123,26 @@ class FakeQuant:
         if x.scale is not None and x.scale.ndim:  # a scale per input channel cannot wait until after the sum
             x = Tensor(x.values)
         weight, gain, shift = self.weight(f"{site}.weight", kernel)
-        y = jnp.matmul(x.steps, weight.steps, precision=_PRECISION) * _product(x.scale, weight.scale, gain)
+        y = rounded_product(self.arithmetic.matmul_weight(x, weight), _product(x.scale, weight.scale, gain))
         if shift is not None:
-            y = y + jnp.sum(x.steps, -1, keepdims=True) * _product(x.scale, shift)
+            y = y + rounded_product(self.arithmetic.row_sums(x), _product(x.scale, shift))
         return self.emit(site, "hidden" if hidden else "linear", y if bias is None else y + bias)
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-        y = jnp.matmul(a.steps, b.steps, precision=_PRECISION)
+        y = self.arithmetic.matmul(a, b)
         return self.emit(site, "matmul", y * _product(a.scale, b.scale, factor))
 
     def layer_norm(self, site: str, weight: Array, bias: Array, epsilon: float, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
         if self.integer_layer_norm and x.scale is not None and isinstance(quantizer, Uniform):
             steps = integer_layer_norm(x.steps, x.scale, weight, bias, quantizer.scale)
-            return Tensor(quantizer.clip_steps(steps) if self.rounding else steps, quantizer.scale)
+            return coded(quantizer, quantizer.clip(steps)) if self.rounding else Tensor(steps, quantizer.scale)
         values = x.values
         centred = values - jnp.mean(values, -1, keepdims=True)
         variance = jnp.mean(centred**2, -1, keepdims=True)
-        return self.emit(site, "layer_norm", centred * jax.lax.rsqrt(variance + epsilon) * weight + bias)
+        return self.emit(
+            site, "layer_norm", rounded_product(centred * jax.lax.rsqrt(variance + epsilon), weight) + bias
+        )
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
@@ -112,6 +158,11 @@ class FakeQuant:
 
     def add(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         return self.emit(site, "add", x.values + y.values)
+
+    def first(self, x: Tensor, count: int | None, axis: int) -> Tensor:
+        if count is None or self.all_tokens:
+            return x
+        return x.move(lambda a: jax.lax.slice_in_dim(a, 0, count, axis=axis))
 
 
 class Float(FakeQuant):

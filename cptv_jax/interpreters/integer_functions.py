@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cptv_jax.quantizers import true_divide
+from cptv_jax.quantizers import rounded_product, true_divide
 
 # Second-order polynomial of I-BERT (equation 11) for exp on (-ln 2, 0], and its number of fractional bits.
 _EXP_COEFFICIENTS = (0.35815147, 0.96963238, 1.0)
@@ -56,7 +56,7 @@ def integer_layer_norm(
     magnitude = jnp.abs(multiplier)
     shift = _power_of_two(jnp.clip(_MULTIPLIER_BITS - 1 - _floor_log2(magnitude), 0, 31))
     mantissa = jnp.clip(jnp.floor(magnitude * shift), 0, 2**_MULTIPLIER_BITS - 1)
-    offset = jnp.where(constant, 0.0, mean / deviation) * weight
+    offset = rounded_product(jnp.where(constant, 0.0, mean / deviation), weight)
     intercept = jnp.round(true_divide(bias - offset, out_scale) * shift)
     return jnp.round((jnp.sign(multiplier) * mantissa * shifted + intercept) / shift)
 

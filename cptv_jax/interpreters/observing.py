@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxtyping import Array
 
 from cptv_jax import observers
-from cptv_jax.interpreters.fake_quant import FakeQuant
+from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.integer_functions import log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.observers import Range
@@ -25,7 +25,7 @@ class Observing(FakeQuant):
     def __init__(
         self, specs: Mapping[str, SiteSpec], ranges: Mapping[str, Range], *, fit: bool, log_int_softmax: bool = False
     ) -> None:
-        super().__init__({}, rounding=False)
+        super().__init__({}, rounding=False, all_tokens=True)
         self.specs = specs
         self.ranges = dict(ranges)
         self.fitted: dict[str, Quantizer] = {}
@@ -42,9 +42,9 @@ class Observing(FakeQuant):
         self._observe(site, x.values)
         return x
 
-    def weight(self, site: str, kernel: Array) -> tuple[Tensor, Array | None, Array | None]:
+    def weight(self, site: str, kernel: Array) -> Weight:
         self._observe(site, kernel)
-        return Tensor(kernel), None, None
+        return Weight(Tensor(kernel))
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
         spec = self.specs.get(site)

@@ -45,5 +45,11 @@ class Operations(Protocol):
     def gelu(self, site: str, x: Tensor) -> Tensor:
         """Exact (erf) GELU."""
 
+    def first(self, x: Tensor, count: int | None, axis: int) -> Tensor:
+        """The first `count` entries of an axis, where nothing reads the others; all of them for None.
+
+        An interpreter that wants to see every token may return x whole.
+        """
+
     def add(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """Residual addition."""

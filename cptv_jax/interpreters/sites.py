@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from cptv_jax.interpreters.fake_quant import FakeQuant
+from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.sites import Site
 
@@ -28,7 +28,7 @@ class _Listing(FakeQuant):
     """Runs in float and notes every site that is passed, by full name."""
 
     def __init__(self, stage: str) -> None:
-        super().__init__({})
+        super().__init__({}, all_tokens=True)
         self.stage = stage
         self.sites: dict[str, Site] = {}
 
@@ -37,9 +37,9 @@ class _Listing(FakeQuant):
         self.sites[name] = Site(name, kind, values.shape)  # type: ignore[arg-type]
         return _Named(values, site=name)
 
-    def weight(self, site: str, kernel: Array) -> tuple[Tensor, Array | None, Array | None]:
+    def weight(self, site: str, kernel: Array) -> Weight:
         self.emit(site, "weight", kernel)
-        return Tensor(kernel), None, None
+        return Weight(Tensor(kernel))
 
     def operand(self, site: str, x: Tensor) -> Tensor:
         return self.emit(site, "operand", x.values)

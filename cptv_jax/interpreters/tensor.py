@@ -5,26 +5,39 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from cptv_jax.quantizers.rounding import rounded_product
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tensor:
-    """steps * scale, or plain values when scale is None.
+    """(stored - zero) * scale; without a zero, stored * scale; without a scale, the plain values.
 
-    steps: float32. After a uniform quantizer these are integers (code minus zero point), so a matmul of steps is
-        exact integer arithmetic while its sums stay below 2^24.
+    stored: uint8 codes, counted from the lowest code of their quantizer, where there is a zero; else float32.
     scale: input units per step, () or (channels,); None for a value that no quantizer has touched.
+    zero: float32, the stored code of the value 0; broadcasts with scale.
     """
 
-    steps: Float[Array, "..."]
+    stored: Shaped[Array, "..."]
     scale: Float[Array, "..."] | None = None
+    zero: Float[Array, "..."] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def steps(self) -> Float[Array, "..."]:
+        """In units of `scale`, float32: integers after a uniform quantizer."""
+        return self.stored if self.zero is None else self.stored.astype(jnp.float32) - self.zero
 
     @property
     def values(self) -> Float[Array, "..."]:
-        return self.steps if self.scale is None else self.steps * self.scale
+        return self.steps if self.scale is None else rounded_product(self.steps, self.scale)
 
     def move(self, movement: Callable[[Array], Array]) -> Self:
         """Reshape, transpose or slice; the last axis must survive where the scale is per channel."""
-        return replace(self, steps=movement(self.steps))
+        return replace(self, stored=movement(self.stored))

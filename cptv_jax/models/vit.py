@@ -38,8 +38,13 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """The class token, and DeiT's distillation token."""
+        return 2 if self.distilled else 1
+
+    @property
     def num_tokens(self) -> int:
-        return self.num_patches + (2 if self.distilled else 1)
+        return self.num_patches + self.num_prefix_tokens
 
     @property
     def hidden(self) -> int:
@@ -83,7 +88,7 @@ class Embed(nnx.Module):
 
     def __call__(self, ops: Operations, images: Tensor) -> Tensor:
         x = ops.tensor("input", images)
-        batch, height, width, channels = x.steps.shape
+        batch, height, width, channels = x.shape
         side = self.config.patch_size
         grid = (height // side, width // side)
         x = x.move(lambda a: a.reshape(batch, grid[0], side, grid[1], side, channels).swapaxes(2, 3))
@@ -96,15 +101,16 @@ class Embed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. read: how many tokens, from the first, are asked for; None means all."""
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ViTConfig, *, read: int | None = None, rngs: nnx.Rngs) -> None:
         self.heads = config.heads
+        self.read = read
         self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, rngs=rngs)
         self.proj = Linear(config.width, config.width, rngs=rngs)
 
     def __call__(self, ops: Operations, site: str, x: Tensor) -> Tensor:
-        batch, tokens, width = x.steps.shape
+        batch, tokens, width = x.shape
         head = width // self.heads
         qkv = self.qkv(ops, f"{site}.qkv", x)
         # [batch, tokens, 3 * width] -> three of [batch, heads, tokens, head]
@@ -113,9 +119,10 @@ class Attention(nnx.Module):
             ops.operand(f"{site}.{name}", qkv.move(lambda a, i=i: a[i]))  # type: ignore[misc]
             for i, name in enumerate(("query", "key", "value"))
         )
+        query = ops.first(query, self.read, axis=-2)
         scores = ops.matmul(f"{site}.scores", query, key.move(lambda a: a.swapaxes(-1, -2)), head**-0.5)
         context = ops.matmul(f"{site}.context", ops.softmax(f"{site}.softmax", scores), value)
-        return self.proj(ops, f"{site}.proj", context.move(lambda a: a.swapaxes(1, 2).reshape(batch, tokens, width)))
+        return self.proj(ops, f"{site}.proj", context.move(lambda a: a.swapaxes(1, 2).reshape(batch, -1, width)))
 
 
 class Mlp(nnx.Module):
@@ -131,16 +138,18 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. read: how many tokens, from the first, later stages read; None means all."""
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ViTConfig, *, read: int | None = None, rngs: nnx.Rngs) -> None:
+        self.read = read
         self.norm1 = LayerNorm(config.width, config.layer_norm_epsilon)
-        self.attn = Attention(config, rngs=rngs)
+        self.attn = Attention(config, read=read, rngs=rngs)
         self.norm2 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(self, ops: Operations, x: Tensor) -> Tensor:
-        x = ops.add("residual1", x, self.attn(ops, "attn", self.norm1(ops, "norm1", x)))
+        attended = self.attn(ops, "attn", self.norm1(ops, "norm1", x))
+        x = ops.add("residual1", ops.first(x, self.read, axis=1), attended)
         return ops.add("residual2", x, self.mlp(ops, "mlp", self.norm2(ops, "norm2", x)))
 
 
@@ -148,13 +157,13 @@ class Head(nnx.Module):
     """Tokens -> class logits, from the class token (and DeiT's distillation token)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.prefix = config.num_prefix_tokens
         self.norm = LayerNorm(config.width, config.layer_norm_epsilon)
         self.fc = Linear(config.width, config.num_classes, rngs=rngs)
         self.fc_dist = Linear(config.width, config.num_classes, rngs=rngs) if config.distilled else None
 
     def __call__(self, ops: Operations, x: Tensor) -> Output:
-        prefix = 1 if self.fc_dist is None else 2
-        tokens = self.norm(ops, "norm", x.move(lambda a: a[:, :prefix]))
+        tokens = self.norm(ops, "norm", x.move(lambda a: a[:, : self.prefix]))
         logits = self.fc(ops, "fc", tokens.move(lambda a: a[:, 0])).values
         if self.fc_dist is not None:
             logits = (logits + self.fc_dist(ops, "fc_dist", tokens.move(lambda a: a[:, 1])).values) / 2
@@ -168,7 +177,9 @@ class VisionTransformer(nnx.Module):
         self.config = config
         self.embed = Embed(config, rngs=rngs)
         for i in range(config.depth):
-            setattr(self, f"block{i}", Block(config, rngs=rngs))
+            # The head reads the class token (and the distillation token) alone.
+            read = config.num_prefix_tokens if i == config.depth - 1 else None
+            setattr(self, f"block{i}", Block(config, read=read, rngs=rngs))
         self.head = Head(config, rngs=rngs)
 
     def stages(self) -> dict[str, nnx.Module]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cptv_jax.quantizers.division import true_divide
+from cptv_jax.quantizers.rounding import true_divide
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +39,9 @@ class Uniform:
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.codes(values) - self.zero_point
 
-    def clip_steps(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Steps already on this grid, limited to the range of the codes (an integer LayerNorm emits such)."""
-        return jnp.clip(steps + self.zero_point, self.low, self.high) - self.zero_point
+    def clip(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Codes of steps that are on this grid already (an integer LayerNorm emits such)."""
+        return jnp.clip(steps + self.zero_point, self.low, self.high)
 
 
 def grid(bits: int, signed: bool) -> tuple[float, float]:

@@ -79,7 +79,7 @@ def test_ranges_are_those_of_the_float_forward_pass_stage_after_stage(golden: Pa
     model, recipe = small_model(golden), recipe_of(**PLAIN)
     batches = [images(golden)[:8], images(golden)[8:16]]
     quantizers = calibrate(model, batches, recipe)
-    outputs = [stage_inputs(model.stages(), batch) for batch in batches]
+    outputs = [stage_inputs(model.stages(all_tokens=True), batch) for batch in batches]
     # Each stage's last site is its output, so a stage fed with anything else would show. XLA compiles the observed
     # forward anew, hence a few roundings.
     last_sites = ["embed.sum", *(f"blocks.{i}.residual2" for i in range(3))]

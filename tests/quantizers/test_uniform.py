@@ -133,10 +133,10 @@ def test_with_scale_changes_the_scale_alone() -> None:
     np.testing.assert_array_equal(old.scale, np.arange(1, 9))
 
 
-def test_clip_steps_limits_steps_to_what_the_codes_can_hold() -> None:
+def test_clip_limits_steps_to_what_the_codes_can_hold() -> None:
     steps = np.arange(-20, 21, dtype=np.float32)
-    clipped = make(0.1, 3.0, 4).clip_steps(jnp.asarray(steps))  # codes 0 to 15, so steps -3 to 12
-    np.testing.assert_array_equal(clipped, np.clip(steps, -3, 12))
+    clipped = make(0.1, 3.0, 4).clip(jnp.asarray(steps))  # codes 0 to 15, so steps -3 to 12
+    np.testing.assert_array_equal(clipped, np.clip(steps, -3, 12) + 3)
 
 
 def test_grid_bounds() -> None:

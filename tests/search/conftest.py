@@ -155,7 +155,7 @@ def vit_model(golden: Path) -> tuple[QuantizedModel, np.ndarray]:
         images = file["calib_images"].transpose(0, 2, 3, 1)
     recipe = resolve(RecipeConfig(preset="evol-q", weight_bits=4), sites_of(architecture))
     calibration = [jnp.asarray(images[:32]), jnp.asarray(images[32:64])]
-    return METHODS["fq-vit"](model, calibration, recipe, jax.random.key(0)), images[:50]
+    return METHODS["fq-vit"].quantize(model, calibration, recipe, jax.random.key(0)), images[:50]
 
 
 @pytest.fixture(scope="session")

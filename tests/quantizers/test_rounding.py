@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cptv_jax.quantizers import true_divide
+from cptv_jax.quantizers import rounded_product, true_divide
 
 # Results stay far from 2^-126: below it XLA may flush to zero, where NumPy goes on with fewer bits.
 MAGNITUDES = st.floats(2.0**-40, 2.0**40, width=32) | st.floats(-(2.0**40), -(2.0**-40), width=32)
@@ -60,3 +60,16 @@ def test_infinities_and_nan_are_kept() -> None:
     result = np.asarray(COMPILED(x, jnp.float32(3.0)))
     np.testing.assert_array_equal(result, x / np.float32(3.0))  # treats NaN as equal to NaN
     np.testing.assert_array_equal(np.signbit(result[3:5]), [False, True])
+
+
+def test_a_rounded_product_is_not_contracted_with_a_sum() -> None:
+    """x * y + z in one loop: XLA's CPU compiler makes it one operation with one rounding, ours has two."""
+    rng = np.random.default_rng(3)
+    x, y, z = (rng.normal(size=4096).astype(np.float32) for _ in range(3))
+    found = jax.jit(lambda x, y, z: rounded_product(x, y) + z)(x, y, z)
+    np.testing.assert_array_equal(found, x * y + z)
+
+
+def test_a_rounded_product_keeps_nan_and_infinity() -> None:
+    found = jax.jit(rounded_product)(np.array([np.nan, np.inf, -np.inf], np.float32), np.float32(2))
+    np.testing.assert_array_equal(found, [np.nan, np.inf, -np.inf])

@@ -1,4 +1,4 @@
-"""Correctly rounded division."""
+"""Arithmetic with one rounding an operation, whatever the compiler makes of its surroundings."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,3 +13,13 @@ def true_divide(numerator: Float[Array, "..."], denominator: Float[Array, "..."]
     The comparison is false only for NaN, which stays NaN.
     """
     return numerator / jnp.where(numerator == numerator, denominator, 1.0)
+
+
+def rounded_product(a: Float[Array, "..."] | float, b: Float[Array, "..."] | float) -> Float[Array, "..."]:
+    """a * b, rounded before anything is added to it, as the published PyTorch code has it.
+
+    XLA's CPU compiler contracts a product and a sum to one operation where it compiles both in one loop. What shares a
+    loop depends on shapes and surroundings, and the last place of the sum with it.
+    """
+    product = jnp.asarray(a * b)
+    return jnp.where(product == product, product, jnp.nan)
