@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from cptv_jax.config import QuantizeConfig, flatten
 from cptv_jax.errors import InputError
+from cptv_jax.mesh import use_all_cores
 from cptv_jax.suggest import did_you_mean
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -177,6 +178,7 @@ def _complain(message: str) -> None:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command; exits 0, 1 (compare: beyond tolerance), 2 (bad input) or 130 (interrupted)."""
     try:
+        use_all_cores()
         args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         code = _COMMANDS[args.command](args)
         sys.stdout.flush()

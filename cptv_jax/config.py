@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from cptv_jax.errors import InputError
+from cptv_jax.interpreters.arithmetic import ArithmeticName
 from cptv_jax.recipe import RecipeConfig
 from cptv_jax.suggest import did_you_mean
 
@@ -41,7 +42,10 @@ class SearchConfig:
     images: how many of the remaining ones the search uses, in whole batches; null means all.
     population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
     sigma, children, survivors: of generational; sigma is in log-scale.
-    images_at_once, candidates_at_once: bound the memory of activations; null lets the device decide.
+    arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
+    memory_gib: bound on the activations of each device; null lets the device decide.
+    images_at_once, candidates_at_once: how many, on all devices together, instead of as many as fit.
+    population_devices: how many groups of devices divide the candidates; the devices of a group divide the images.
     cache_gib: bound on the cached stage inputs.
     """
 
@@ -61,8 +65,11 @@ class SearchConfig:
     sigma: float = 0.01
     children: int = 8
     survivors: int = 2
+    arithmetic: ArithmeticName | None = None
+    memory_gib: float | None = None
     images_at_once: int | None = None
     candidates_at_once: int | None = None
+    population_devices: int = 1
     cache_gib: float = 4.0
 
 
@@ -92,9 +99,10 @@ _AT_LEAST = {
     "search.images": 1,
     "search.images_at_once": 1,
     "search.candidates_at_once": 1,
+    "search.population_devices": 1,
 }
 _SEEDS = 2**32
-_POSITIVE = ("search.temperature", "search.step", "search.sigma", "search.cache_gib")
+_POSITIVE = ("search.temperature", "search.step", "search.sigma", "search.cache_gib", "search.memory_gib")
 
 
 def check(config: QuantizeConfig) -> None:
@@ -106,7 +114,7 @@ def check(config: QuantizeConfig) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise InputError(f"{name} is {flat[name]}; it must be positive")
-        if flat[name] is not None and name != "search.cache_gib" and math.isinf(flat[name]):
+        if flat[name] is not None and not name.endswith("_gib") and math.isinf(flat[name]):
             raise InputError(f"{name} is infinite; it must be a finite number")
     if not 0 <= config.seed < _SEEDS:
         raise InputError(f"seed is {config.seed}; it must be at least 0 and below 2^32")

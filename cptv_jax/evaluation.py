@@ -9,12 +9,9 @@ import numpy as np
 
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward
-from cptv_jax.mesh import default_chunk
+from cptv_jax.forward import forward, outputs
 from cptv_jax.progress import bar
 from cptv_jax.stages import Stage
-
-_CHUNK = 100  # images at once where the device does not ask for fewer
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,10 @@ class Accuracy:
         return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} % on {self.images} images"
 
 
-def _size(images: Images) -> int:
-    """Images at once."""
-    return default_chunk(min(_CHUNK, len(images)))[0]
-
-
 def check_labels(stages: Sequence[Stage], images: Images) -> None:
     """Raises InputError for unlabelled images or labels beyond the model's classes. Traces the model, runs nothing."""
     labels = images.require_labels()
-    chunk = jax.ShapeDtypeStruct((_size(images), *images.pixels.shape[1:]), jnp.float32)
+    chunk = jax.ShapeDtypeStruct((1, *images.pixels.shape[1:]), jnp.float32)
     classes = jax.eval_shape(lambda x: forward(stages, x), chunk).logits.shape[1]
     if labels.max() >= classes:
         raise InputError(
@@ -47,16 +39,9 @@ def check_labels(stages: Sequence[Stage], images: Images) -> None:
 
 
 def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:
-    """Logits [N, classes] of all images, computed in chunks of one shape."""
-    size = _size(images)
-    parts = []
+    """Logits [N, classes] of all images, computed in pieces of one shape."""
     with bar(label, len(images), progress) as shown:
-        for start in range(0, len(images), size):
-            chunk = images.normalized(start, min(start + size, len(images)))
-            padded = np.concatenate([chunk, np.repeat(chunk[-1:], size - len(chunk), 0)])
-            parts.append(np.asarray(forward(stages, jnp.asarray(padded)).logits)[: len(chunk)])
-            shown.update(len(chunk))
-    return np.concatenate(parts)
+        return outputs(stages, images.normalized, len(images), on_progress=shown.update).logits
 
 
 def evaluate(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> Accuracy:

@@ -1,12 +1,16 @@
 """Running stages one after the other, each compiled once per stage function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from cptv_jax.mesh import compiler_options
+from cptv_jax.mesh import DATA, compiler_options, make_mesh, place, rows_at_once
 from cptv_jax.stages import Stage, StageFunction
 
 
@@ -15,12 +19,14 @@ def _run(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
 
 
 @cache
-def _program() -> Callable[..., PyTree]:
+def _program() -> Any:
     return jax.jit(_run, static_argnums=0, compiler_options=compiler_options())
 
 
 def apply_stage(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
     """The stage's output for one batch, by a program that all equal functions share."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)):
+        return function(state, x)  # part of a larger program, which has its own options
     return _program()(function, state, x)
 
 
@@ -37,3 +43,55 @@ def stage_inputs(stages: Sequence[Stage], x: PyTree) -> list[PyTree]:
     for stage in stages:
         inputs.append(apply_stage(stage.function, stage.state, inputs[-1]))
     return inputs
+
+
+def activation_bytes(stages: Sequence[Stage], x: PyTree) -> int:
+    """An estimate of the memory that one image takes on its way: twice what the largest operation reads and writes.
+
+    x: the input of the first stage for a batch of one, arrays or their shapes. Traces the stages, runs nothing.
+    """
+    largest = 0
+    for stage in stages:
+        jaxpr, x = jax.make_jaxpr(stage.function, return_shape=True)(stage.state, x)
+        for equation in jaxpr.jaxpr.eqns:
+            sizes = [v.aval.size * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars)]
+            largest = max(largest, sum(sizes))
+    return 2 * largest
+
+
+def pieces(read: Callable[[int, int], np.ndarray], count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Images [size, ...] in order with how many of them count; the last piece is padded by repeating its last image.
+
+    read(start, stop): the images themselves.
+    """
+    for start in range(0, count, size):
+        piece = read(start, min(start + size, count))
+        padding = np.repeat(piece[-1:], size - len(piece), 0)
+        yield (np.concatenate([piece, padding]) if len(padding) else piece), len(piece)
+
+
+def outputs(
+    stages: Sequence[Stage],
+    read: Callable[[int, int], np.ndarray],
+    count: int,
+    mesh: Mesh | None = None,
+    budget: float | None = None,
+    on_progress: Callable[[int], None] = lambda images: None,
+) -> PyTree:
+    """The output of the last stage for `count` images, on the host, computed in pieces of one shape on all devices.
+
+    read(start, stop): inputs of the first stage. budget: bytes for activations on each device, see mesh.rows_at_once.
+    on_progress(images): called with the number of images that are newly done.
+    """
+    mesh = mesh or make_mesh()
+    one = read(0, 1)
+    rows = rows_at_once(activation_bytes(stages, jax.eval_shape(jnp.asarray, one)), budget)
+    devices = mesh.shape[DATA]
+    size = min(rows, -(-count // devices)) * devices
+    placed = [Stage(s.name, s.function, place(mesh, s.state)) for s in stages]
+    parts = []
+    for piece, real in pieces(read, count, size):
+        output = forward(placed, place(mesh, piece, DATA))
+        parts.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], output))
+        on_progress(real)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

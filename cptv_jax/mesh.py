@@ -1,24 +1,59 @@
 """The only file that mentions devices."""
 
+import os
 import time
 from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from cptv_jax.interpreters.arithmetic import ARITHMETICS, Arithmetic, ArithmeticName
 from cptv_jax.interpreters.tensor import Tensor
 
+POPULATION, DATA = "population", "data"
+_CPU_ROWS = 10  # images times candidates that a core computes at once: more of them fall out of its caches
+_MEMORY_SHARE = 0.5  # of an accelerator's memory, for activations
 
-def default_chunk(batch: int) -> tuple[int, int]:
-    """Images and candidates to compute at once on the present backend.
 
-    On a CPU small chunks stay in its caches: ten images at a time run 1.6 times as fast as a hundred.
+def use_all_cores() -> None:
+    """Makes every CPU core a device of its own, where JAX has not started yet and nobody has chosen otherwise.
+
+    XLA's CPU backend runs most operations on one core; two programs side by side keep two cores busy.
     """
-    if jax.default_backend() == "cpu":
-        return min(batch, 10), 1
-    return batch, 8
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or jax.config.jax_num_cpu_devices not in (-1, 1):  # type: ignore[attr-defined]
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    except (RuntimeError, AttributeError):  # JAX has started; or this system has no affinities
+        return
+
+
+def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
+    """A mesh of population x data devices; data None takes all that are left over.
+
+    Raises ValueError where there are too few devices.
+    """
+    data = jax.device_count() // population if data is None else data
+    if population < 1 or data < 1 or population * data > jax.device_count():
+        raise ValueError(f"a mesh of {population} x {data} devices asked for; there are {jax.device_count()}")
+    devices = jax.devices()[: population * data]
+    return jax.make_mesh((population, data), (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def place(mesh: Mesh, tree: PyTree, axis: str | None = None) -> PyTree:
+    """Arrays on the devices of a mesh: their leading axis divided among an axis of it, or copied to every device."""
+    sharding = NamedSharding(mesh, PartitionSpec(axis) if axis else PartitionSpec())
+    return jax.device_put(tree, sharding)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """For what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 @cache
@@ -28,6 +63,39 @@ def compiler_options() -> dict[str, Any]:
     XLA's CPU compiler vectorizes to 256 bits unless told otherwise.
     """
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
+
+
+def activation_budget() -> float | None:
+    """Bytes of a device that activations may take; None on a CPU, where the caches set the size of a piece of work."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return None
+    statistics = device.memory_stats() or {}
+    return _MEMORY_SHARE * statistics.get("bytes_limit", 8 * 2**30)
+
+
+def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
+    """Images times candidates that one device computes at once.
+
+    bytes_a_row: activations of one image. budget: bytes for activations; None asks the device.
+    """
+    found = activation_budget()
+    limit = budget if budget is not None else found
+    rows = _CPU_ROWS if found is None else 2**62
+    return max(1, rows if limit is None else min(rows, int(limit // max(1, bytes_a_row))))
+
+
+def pieces_at_once(
+    mesh: Mesh, bytes_a_row: int, images: int, candidates: int, budget: float | None = None
+) -> tuple[int, int]:
+    """Images and candidates to compute at once on a whole mesh, for so many in all; arguments as of rows_at_once.
+
+    Images first: all candidates of a piece of images read the same input, and pieces of all images need one call.
+    """
+    rows = rows_at_once(bytes_a_row, budget)
+    each = min(rows, -(-images // mesh.shape[DATA]))
+    width = min(max(1, rows // each), -(-candidates // mesh.shape[POPULATION]))
+    return each * mesh.shape[DATA], width * mesh.shape[POPULATION]
 
 
 @cache
@@ -47,5 +115,5 @@ def fastest_arithmetic() -> ArithmeticName:
             start = time.perf_counter()
             jax.block_until_ready(run(tensor, tensor))
             times.append(time.perf_counter() - start)
-        seconds[name] = min(times)
+        seconds[name] = float(np.min(times))
     return min(seconds, key=lambda name: seconds[name])

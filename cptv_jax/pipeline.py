@@ -15,8 +15,8 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import Accuracy, check_labels, evaluate
-from cptv_jax.forward import forward
-from cptv_jax.mesh import default_chunk
+from cptv_jax.forward import activation_bytes, outputs
+from cptv_jax.mesh import make_mesh, pieces_at_once
 from cptv_jax.methods import METHODS, Method
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.progress import bar, counter
@@ -152,55 +152,57 @@ def _searched_sites(recipe: Recipe, search: SearchConfig) -> frozenset[str]:
     return frozenset(sites)
 
 
-def _chunks(batch: Images, size: int) -> list[jax.Array]:
-    return [jnp.asarray(batch.normalized(i, i + size)) for i in range(0, len(batch), size)]
+def _outputs(
+    stages: Sequence[Stage], batches: Sequence[Images], search: SearchConfig, progress: bool, label: str
+) -> list[Output]:
+    """The output for each batch, in float32 on the host."""
+    with bar(label, sum(len(batch) for batch in batches), progress) as shown:
+        return [
+            outputs(stages, batch.normalized, len(batch), budget=_budget(search), on_progress=shown.update)
+            for batch in batches
+        ]
 
 
-def _chunk_size(config: QuantizeConfig) -> tuple[int, int]:
-    """Images and candidates at once; the images divide a batch, so that all chunks have one shape."""
-    batch = config.calibration.batch
-    images, candidates = default_chunk(batch)
-    images = min(config.search.images_at_once or images, batch)
-    while batch % images:
-        images -= 1
-    return images, config.search.candidates_at_once or candidates
-
-
-def _whole_outputs(stages: Sequence[Stage], chunks: Sequence[Any]) -> Output:
-    parts = [forward(stages, chunk) for chunk in chunks]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+def _budget(search: SearchConfig) -> float | None:
+    return None if search.memory_gib is None else search.memory_gib * _GIB
 
 
 def _make_evaluators(
     teacher: Model, base: QuantizedModel, split: _Split, config: QuantizeConfig, progress: bool
 ) -> tuple[Evaluator, Any]:
     search = config.search
-    size, width = _chunk_size(config)
-
     sites = _searched_sites(base.recipe, search)
-    stages = base.stages(lambda site: site in sites)
+    stages = base.stages(lambda site: site in sites, arithmetic=search.arithmetic)
     reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
-    batches = [_chunks(batch, size) for batch in split.calibration[: split.searched]]
-    held_out = [_chunks(batch, size) for batch in split.held_out]
     objective = Objective(search.objective, search.on, search.temperature)
-    with bar("teacher outputs", len(batches) + len(held_out), progress) as shown:
-        targets = []
-        for chunks in [*batches, *held_out]:
-            targets.append(_whole_outputs(reference, chunks))
-            shown.update(1)
+    searched = split.calibration[: split.searched]
+    targets = _outputs(reference, [*searched, *split.held_out], search, progress, "teacher outputs")
     loss_of = jax.jit(objective)
 
     def held_out_loss(current: Sequence[Stage]) -> float:
-        losses = [
-            float(loss_of(_whole_outputs(current, chunks), target))
-            for chunks, target in zip(held_out, targets[len(batches) :], strict=True)
-        ]
-        return sum(losses) / len(losses)
+        found = _outputs(current, split.held_out, search, False, "held-out images")
+        pairs = zip(found, targets[len(searched) :], strict=True)
+        return float(np.mean([float(loss_of(output, target)) for output, target in pairs]))
 
-    evaluator = Evaluator(
-        stages, batches, targets[: len(batches)], objective, width, cache_bytes=search.cache_gib * _GIB
+    mesh = make_mesh(search.population_devices)
+    images, width = pieces_at_once(
+        mesh,
+        activation_bytes(stages, jax.ShapeDtypeStruct((1, *searched[0].pixels.shape[1:]), jnp.float32)),
+        config.calibration.batch * len(searched),
+        search.children if search.strategy == "generational" else 1,
+        _budget(search),
     )
-    return evaluator, held_out_loss if held_out else None
+    evaluator = Evaluator(
+        stages,
+        [batch.normalized(0, len(batch)) for batch in searched],
+        targets[: len(searched)],
+        objective,
+        search.images_at_once or images,
+        search.candidates_at_once or width,
+        mesh,
+        cache_bytes=search.cache_gib * _GIB,
+    )
+    return evaluator, held_out_loss if split.held_out else None
 
 
 def _search(

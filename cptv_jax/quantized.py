@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, Tensor, quantize_weight
 from cptv_jax.mesh import fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
-from cptv_jax.quantizers import Quantizer, Uniform
+from cptv_jax.quantizers import Quantizer, Uniform, moments
 from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
 
@@ -25,8 +25,8 @@ class ModelStageFunction:
     """Computes a stage of a model from its state.
 
     The state has "weights", the module's arrays; "quantizers" by site; "quantized", the weights as matmuls read them,
-    by site (their kernels among the module's arrays are empty); and "searched", the kernels of the weights whose
-    scales are searched.
+    by site (their kernels among the module's arrays are empty); and "searched", the kernels, and their moments, of the
+    weights whose scales are searched.
     """
 
     graph: nnx.GraphDef[Any]
@@ -58,11 +58,12 @@ def bind_scales(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
     for site, scale in candidate.items():
         quantizers[site] = quantizers[site].with_scale(scale)
         if site in state["searched"]:
-            weights[site] = quantize_weight(quantizers[site], state["searched"][site])
+            weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
     return {**state, "quantizers": quantizers, "quantized": weights}
 
 
 _quantize_weight = jax.jit(quantize_weight)
+_moments = jax.jit(moments)
 
 
 def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Collection[str]) -> dict[str, PyTree]:
@@ -73,9 +74,10 @@ def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Colle
             continue
         path = site.removesuffix(_WEIGHT).split(".")
         kernel = jnp.asarray(_at(weights, path)["kernel"])
-        quantized[site] = _quantize_weight(quantizer, kernel)
+        wanted = _moments(kernel)
+        quantized[site] = _quantize_weight(quantizer, kernel, wanted)
         if site in searched:
-            kernels[site] = kernel
+            kernels[site] = (kernel, wanted)
         weights = _replaced(weights, path, {"kernel": jnp.zeros(0, kernel.dtype)})
     return {"weights": weights, "quantizers": dict(quantizers), "quantized": quantized, "searched": kernels}
 

@@ -9,6 +9,7 @@ import pytest
 from cptv_jax import Images, InputError, Output, Stage, evaluate, images_from_arrays
 from cptv_jax import evaluation as module
 from cptv_jax.evaluation import check_labels, logits_of
+from cptv_jax.forward import outputs
 
 CLASSES = 7
 
@@ -62,11 +63,17 @@ def test_of_equal_logits_the_lower_class_counts_first() -> None:
     assert constant.top5 == pytest.approx(500 / 7)
 
 
-def test_every_image_has_its_own_logits_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_has_its_own_logits_in_order() -> None:
     logits = np.arange(23 * CLASSES, dtype=np.float32).reshape(23, CLASSES)
-    for size in (1, 4, 23, 50):
-        monkeypatch.setattr(module, "default_chunk", lambda batch, size=size: (min(size, batch), 1))
-        np.testing.assert_array_equal(logits_of(STAGES, images_of(logits, None)), logits)
+    images = images_of(logits, None)
+    np.testing.assert_array_equal(logits_of(STAGES, images), logits)
+    for budget in (1.0, 4000.0, None):  # one image at once, a few, and what the device takes
+        done: list[int] = []
+        found = outputs(STAGES, images.normalized, 23, budget=budget, on_progress=done.append)
+        np.testing.assert_array_equal(found.logits, logits)
+        assert sum(done) == 23
+        if budget == 1.0:
+            assert done == [1] * 23
 
 
 def test_labels_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

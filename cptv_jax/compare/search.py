@@ -71,7 +71,7 @@ def compare_search(recording: Recording) -> list[Check]:
     found.append(_mean_check(TARGETS, "o_fps", logits - recorded, subject))
     found += subject.quantized_logit_checks(recording, f"{TARGETS}: logits", stages, "q_logits_before", "q_top1_before")
 
-    evaluator = Evaluator(stages, [[batch] for batch in subject.calibration], teacher, objective)
+    evaluator = Evaluator(stages, subject.calibration, teacher, objective)
     for name in recording.under("cand/"):
         found += _candidate_checks(recording, subject, evaluator, f"cand/{name}")
 

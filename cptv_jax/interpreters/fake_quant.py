@@ -11,7 +11,7 @@ from jaxtyping import Array
 from cptv_jax.interpreters.arithmetic import Arithmetic
 from cptv_jax.interpreters.integer_functions import integer_layer_norm, log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, rounded_product, true_divide
+from cptv_jax.quantizers import BiasCorrected, Log2, Moments, Quantizer, Uniform, moments, rounded_product, true_divide
 
 _SQRT_HALF = 0.5**0.5
 _LAST_BYTE_COUNTS = 2.0**23
@@ -52,11 +52,14 @@ def quantized(quantizer: Quantizer, values: Array) -> Tensor:
     return Tensor(quantizer.steps(values), quantizer.scale)
 
 
-def quantize_weight(quantizer: Quantizer, kernel: Array) -> Weight:
-    """A weight that a linear layer can be given in place of its float kernel."""
+def quantize_weight(quantizer: Quantizer, kernel: Array, wanted: Moments | None = None) -> Weight:
+    """A weight that a linear layer can be given in place of its float kernel.
+
+    wanted: the kernel's moments, where bias correction shall not compute them anew.
+    """
     if isinstance(quantizer, BiasCorrected):
         weight = quantized(quantizer.base, kernel)
-        return Weight(weight, *quantizer.correction(kernel, weight.steps))
+        return Weight(weight, *quantizer.correction(wanted or moments(kernel), weight.steps))
     return Weight(quantized(quantizer, kernel))
 
 

@@ -1,9 +1,19 @@
 """Quantizers: pure maps between values and integer codes, each a pytree of its parameters."""
 
 from cptv_jax.quantizers.base import Quantizer
-from cptv_jax.quantizers.bias_correction import BiasCorrected
+from cptv_jax.quantizers.bias_correction import BiasCorrected, Moments, moments
 from cptv_jax.quantizers.logarithmic import Log2
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.uniform import Uniform, grid
 
-__all__ = ["BiasCorrected", "Log2", "Quantizer", "Uniform", "grid", "rounded_product", "true_divide"]
+__all__ = [
+    "BiasCorrected",
+    "Log2",
+    "Moments",
+    "Quantizer",
+    "Uniform",
+    "grid",
+    "moments",
+    "rounded_product",
+    "true_divide",
+]

@@ -1,14 +1,48 @@
 """Weight bias correction: give each output channel of a quantized weight its original mean and deviation."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.uniform import Uniform
 
 EPSILON = 1e-8  # added to the quantized deviation, as in the published code
+_EXACT_ROWS = 256  # so many squares of 8-bit steps have a sum that is exact in float32
+
+
+class Moments(NamedTuple):
+    """Mean and unbiased deviation of each output channel of a weight, [outputs]."""
+
+    mean: Float[Array, " outputs"]
+    deviation: Float[Array, " outputs"]
+
+
+def moments(weight: Float[Array, "inputs outputs"]) -> Moments:
+    """What bias correction restores. The last place of the sums depends on what they are compiled with."""
+    return Moments(jnp.mean(weight, 0), jnp.std(weight, 0, ddof=1))
+
+
+def _sum(integers: Float[Array, "inputs outputs"]) -> Float[Array, " outputs"]:
+    """Sum over the inputs, exact in parts that are added in order: the same number however it is compiled."""
+    parts = [jnp.sum(integers[i : i + _EXACT_ROWS], 0) for i in range(0, integers.shape[0], _EXACT_ROWS)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _moments_of_steps(steps: Float[Array, "inputs outputs"]) -> Moments:
+    """`moments` of integers, from exact sums around the integer nearest to the mean."""
+    count = steps.shape[0]
+    mean = true_divide(_sum(steps), count)
+    centre = jnp.round(mean)
+    excess = rounded_product(count, rounded_product(mean - centre, mean - centre))
+    variance = true_divide(_sum((steps - centre) ** 2) - excess, count - 1)
+    return Moments(mean, jnp.sqrt(jnp.maximum(variance, 0.0)))
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +73,13 @@ class BiasCorrected:
         return self.base.steps(values)
 
     def correction(
-        self, weight: Float[Array, "inputs outputs"], steps: Float[Array, "inputs outputs"]
+        self, wanted: Moments, steps: Float[Array, "inputs outputs"]
     ) -> tuple[Float[Array, " outputs"], Float[Array, " outputs"]]:
-        """Gain and shift that restore each output channel's mean and (unbiased) deviation."""
-        quantized = steps * self.scale
-        gain = jnp.std(weight, 0, ddof=1) / (jnp.std(quantized, 0, ddof=1) + EPSILON)
-        return gain, jnp.mean(weight, 0) - gain * jnp.mean(quantized, 0)
+        """Gain and shift that give each output channel the wanted mean and (unbiased) deviation.
+
+        steps: the quantized weight's. The result does not depend on what it is compiled with, so a candidate has the
+        same weights wherever it is evaluated.
+        """
+        found = _moments_of_steps(steps)
+        gain = true_divide(wanted.deviation, rounded_product(found.deviation, self.scale) + EPSILON)
+        return gain, wanted.mean - rounded_product(gain, rounded_product(found.mean, self.scale))

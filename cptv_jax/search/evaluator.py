@@ -2,111 +2,227 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from cptv_jax.forward import stage_inputs
+from cptv_jax.forward import pieces, stage_inputs
+from cptv_jax.mesh import DATA, POPULATION, compiler_options, make_mesh, place, replicated
 from cptv_jax.stages import Stage, StageFunction
 
 Loss = Callable[[PyTree, PyTree], Array]
 Bind = Callable[[PyTree, PyTree], PyTree]
 
 
-def _run_candidates(function: StageFunction, bind: Bind, state: PyTree, population: PyTree, x: PyTree) -> PyTree:
-    return jax.vmap(lambda candidate: function(bind(state, candidate), x))(population)
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive stages that compute alike: their common function and how many there are."""
+
+    function: StageFunction
+    length: int
+
+    def state(self, states: PyTree, index: Array | int) -> PyTree:
+        """One stage's state. states: stacked along a leading axis, where there are several."""
+        if self.length == 1:
+            return states
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
+
+    def apply(self, states: PyTree, start: Array | int, x: PyTree) -> PyTree:
+        """Outputs [K, ...] of the last stage from inputs [K, ...] of the one at `start`, which may be traced."""
+
+        def step(index: Array | int, x: PyTree) -> PyTree:
+            state = self.state(states, index)
+            return jax.vmap(lambda one: self.function(state, one))(x)
+
+        if self.length == 1:
+            return step(0, x)
+        return jax.lax.fori_loop(start, self.length, step, x)
 
 
-def _run_shared(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
-    return jax.vmap(lambda one: function(state, one))(x)
+def _generation(
+    home: _Run,
+    bind: Bind,
+    tail: tuple[_Run, ...],
+    states: PyTree,
+    index: Array,
+    population: PyTree,
+    later: Sequence[PyTree],
+    x: PyTree,
+) -> PyTree:
+    """Outputs [K, images, ...] of K candidates of the stage `index` of run `home`, through all later stages.
+
+    All candidates read the same input x, so the layers under search multiply it by the weights of all of them at once;
+    further on, a population is a batch. One program serves every stage of the run.
+    """
+    state = home.state(states, index)
+    y = jax.vmap(lambda candidate: home.function(bind(state, candidate), x))(population)
+    if home.length > 1:
+        y = home.apply(states, index + 1, y)
+    for run, states in zip(tail, later, strict=True):
+        y = run.apply(states, 0, y)
+    return y
 
 
-def _losses(loss: Loss, chunks: Sequence[PyTree], teacher: PyTree) -> Array:
-    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *chunks)
-    return jax.vmap(lambda output: loss(output, teacher))(outputs)
+def _losses(loss: Loss, whole: NamedSharding, first: int, parts: Sequence[PyTree], teacher: Sequence[PyTree]) -> Array:
+    """Losses [K, batches] of outputs [K, images, ...], given in parts. teacher: outputs [batch, ...] of each batch.
+
+    first: the image at which the first batch begins.
+    """
+    # Every device sees everything, so that sums are taken in one order whatever the mesh.
+    outputs = jax.lax.with_sharding_constraint(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts), whole)
+    losses = []
+    for target in teacher:
+        size = jax.tree.leaves(target)[0].shape[0]
+        batch = jax.tree.map(lambda leaf, a=first, b=first + size: leaf[:, a:b], outputs)
+        # One candidate after the other: an objective's float sums then do not depend on how many there are.
+        losses.append(jax.lax.map(lambda output, target=target: loss(output, target), batch))
+        first += size
+    return jnp.stack(losses, 1)
+
+
+# JAX keeps the programs of one function together, so evaluators of equal stages share them.
+@cache
+def _generation_program() -> Any:
+    return jax.jit(_generation, static_argnums=(0, 1, 2), compiler_options=compiler_options())
+
+
+@cache
+def _losses_program() -> Any:
+    return jax.jit(_losses, static_argnums=(0, 1, 2))
 
 
 class Evaluator:
     """Losses of candidates against a teacher, over batches of calibration images.
 
     stages: of the quantized model.
-    batches: each a list of chunks, inputs to the first stage. A loss is computed over a whole batch, since the
-        contrastive loss couples its images; the forward pass goes chunk by chunk. All chunks have one shape.
-    teacher: the teacher's output for each whole batch.
+    batches: inputs of the first stage, [batch, ...] each, on the host. A loss is computed over a whole batch, since the
+        contrastive loss couples its images; the forward pass goes piece by piece.
+    teacher: the teacher's output for each batch.
     loss(output, teacher): a scalar, hashable as a function.
-    width: how many candidates are computed at once. Activations take memory for width times a chunk, whatever the
+    images: how many images are computed at once, on all devices together.
+    width: how many candidates are computed at once. Activations take memory for width times images, whatever the
         population and the number of images. A population is padded to a multiple of width, so that every call has
-        one shape and each entry compiles once for all stages that compute alike.
+        one shape.
+    mesh: candidates are divided among its population axis, images among its data axis; None takes all devices for the
+        images. Losses do not depend on it.
     cache_bytes: bound on the prefix cache (one stage is always held).
-    on_refresh(done, total): called after each batch while the cache is made.
+    on_refresh(done, total): called as the cache is made.
 
     The prefix cache holds the inputs of stages, so that a candidate of stage b costs only stages b and later. It holds
     as many stages as fit, ending at the one in use, and is made anew when another is needed: a search that goes from
     the last stage to the first makes it once a pass where all of them fit. It is exact: it is dropped when a stage
-    before a cached one changes.
+    before a cached one changes. In a fully quantized model it holds uint8 codes.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
-        batches: Sequence[Sequence[PyTree]],
+        batches: Sequence[np.ndarray],
         teacher: Sequence[PyTree],
         loss: Loss,
+        images: int | None = None,
         width: int = 1,
+        mesh: Mesh | None = None,
         cache_bytes: float = math.inf,
         on_refresh: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         if not batches or len(batches) != len(teacher):
             raise ValueError(f"{len(batches)} batches and {len(teacher)} teacher outputs; they must match, and be some")
-        self.stages = list(stages)
-        self.batches = batches
-        self.teacher = teacher
+        self.mesh = mesh or make_mesh()
+        self.batches = [np.asarray(batch) for batch in batches]
+        self._bounds = np.cumsum([0, *map(len, self.batches)])  # the first image of each batch, and the number of all
+        self.images = _round_up(min(images or self._count, self._count), self.mesh.shape[DATA])
+        self.width = _round_up(width, self.mesh.shape[POPULATION])
+        self.teacher = place(self.mesh, list(teacher))
         self.loss = loss
-        self.width = width
-        # JAX keeps the programs of one function together, so evaluators of equal stages share them.
-        self._run_candidates = jax.jit(_run_candidates, static_argnums=(0, 1))
-        self._run_shared = jax.jit(_run_shared, static_argnums=0)
-        self._run_losses = jax.jit(_losses, static_argnums=0)
         self.cache_bytes = cache_bytes
         self.on_refresh = on_refresh
+        self.stages = [self._placed(stage) for stage in stages]
+        self._runs, self._home = _runs_of(self.stages)
+        self._states = [self._stacked(run) for run in range(len(self._runs))]
         self._cached = range(0)  # stages whose inputs are held
-        self._inputs: list[list[dict[int, PyTree]]] = []  # by batch, chunk, stage
+        self._inputs: list[dict[int, PyTree]] = []  # by piece, stage
+
+    def _placed(self, stage: Stage) -> Stage:
+        return replace(stage, state=place(self.mesh, stage.state))
+
+    def _members(self, run: int) -> list[Stage]:
+        return [stage for stage, (home, _) in zip(self.stages, self._home, strict=True) if home == run]
+
+    def _stacked(self, run: int) -> PyTree:
+        states = [stage.state for stage in self._members(run)]
+        return states[0] if len(states) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    @property
+    def _count(self) -> int:
+        return int(self._bounds[-1])
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Images across the borders of batches."""
+        first = int(np.searchsorted(self._bounds, start, "right")) - 1
+        last = int(np.searchsorted(self._bounds, stop, "left"))
+        joined = self.batches[first] if last == first + 1 else np.concatenate(self.batches[first:last])
+        return joined[start - self._bounds[first] : stop - self._bounds[first]]
 
     def _refresh(self, index: int) -> None:
         """Caches the inputs of stage `index` and of as many before it as fit."""
         self._inputs, self._cached = [], range(0)
-        for done, chunks in enumerate(self.batches, 1):
-            kept = []
-            for chunk in chunks:
-                inputs = stage_inputs(self.stages[:index], chunk)
-                if not self._cached:
-                    largest = max(sum(leaf.nbytes for leaf in jax.tree.leaves(x)) for x in inputs[1:] or inputs)
-                    total = largest * sum(len(chunks) for chunks in self.batches)
-                    count = min(index + 1, max(1, int(min(self.cache_bytes / total, len(self.stages)))))
-                    self._cached = range(index + 1 - count, index + 1)
-                kept.append({stage: inputs[stage] for stage in self._cached})
-            self._inputs.append(kept)
-            self.on_refresh(done, len(self.batches))
+        count = -(-self._count // self.images)
+        for done, (piece, _) in enumerate(pieces(self._read, self._count, self.images), 1):
+            inputs = stage_inputs(self.stages[:index], place(self.mesh, piece, DATA))
+            if not self._cached:
+                largest = max(sum(leaf.nbytes for leaf in jax.tree.leaves(x)) for x in inputs[1:] or inputs)
+                fit = min(index + 1, max(1, int(min(self.cache_bytes / (largest * count), len(self.stages)))))
+                self._cached = range(index + 1 - fit, index + 1)
+            self._inputs.append({stage: inputs[stage] for stage in self._cached})
+            jax.block_until_ready(inputs)  # else inputs that are not kept pile up
+            self.on_refresh(done, count)
 
-    def losses(self, index: int, population: PyTree) -> np.ndarray:
-        """Losses [K], float64, of K candidates (leading axis of every leaf) at stage `index`; mean over the batches."""
+    def batch_losses(self, index: int, population: PyTree, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Losses [K, batches], float64, of K candidates (leading axis of every leaf) at stage `index`.
+
+        first, last: the batches to evaluate on, half-open; all of them by default.
+        """
+        last = len(self.batches) if last is None else last
         if index not in self._cached:
             self._refresh(index)
+        home, position = self._home[index]
+        stage, tail = self.stages[index], tuple(self._runs[home + 1 :])
         count = jax.tree.leaves(population)[0].shape[0]
+        begin, end = int(self._bounds[first]), int(self._bounds[last])
+        used = range(begin // self.images, -(-end // self.images))
         pending = []
         for start in range(0, count, self.width):
-            part = _padded_slice(population, start, self.width)
-            for chunks, teacher in zip(self._inputs, self.teacher, strict=True):
-                outputs = [self._outputs(index, part, inputs[index]) for inputs in chunks]
-                pending.append((start, self._run_losses(self.loss, outputs, teacher)))
-        # Summed in float64: the losses of candidates differ in their fifth digit.
-        totals = np.zeros(count)
-        for start, values in pending:
-            totals[start : start + self.width] += np.asarray(values, np.float64)[: count - start]
-        return totals / len(self.batches)
+            part = place(self.mesh, _padded_slice(population, start, self.width), POPULATION)
+            parts = [
+                _generation_program()(
+                    self._runs[home],
+                    stage.bind,
+                    tail,
+                    self._states[home],
+                    jnp.int32(position),
+                    part,
+                    self._states[home + 1 :],
+                    self._inputs[piece][index],
+                )
+                for piece in used
+            ]
+            offset = begin - used.start * self.images
+            pending.append(_losses_program()(self.loss, replicated(self.mesh), offset, parts, self.teacher[first:last]))
+        return np.concatenate([np.asarray(values, np.float64) for values in pending])[:count]
+
+    def losses(self, index: int, population: PyTree) -> np.ndarray:
+        """Losses [K], float64, of K candidates (leading axis of every leaf) at stage `index`; mean over the batches.
+
+        The mean is taken in float64: the losses of candidates differ in their fifth digit.
+        """
+        return self.batch_losses(index, population).mean(1)
 
     def loss_of(self, index: int, candidate: PyTree) -> float:
         """Loss of a single candidate."""
@@ -114,24 +230,36 @@ class Evaluator:
 
     def accept(self, index: int, candidate: PyTree) -> None:
         """Makes a candidate the stage's own; the cached inputs of later stages are dropped."""
-        self.stages[index] = self.stages[index].bound(jax.tree.map(jnp.asarray, candidate))
+        self.stages[index] = self._placed(self.stages[index].bound(jax.tree.map(jnp.asarray, candidate)))
+        self._states[self._home[index][0]] = self._stacked(self._home[index][0])
         self._cached = range(self._cached.start, min(self._cached.stop, index + 1))
-
-    def _outputs(self, index: int, part: PyTree, x: PyTree) -> PyTree:
-        stage = self.stages[index]
-        outputs = self._run_candidates(stage.function, stage.bind, stage.state, part, x)
-        for later in self.stages[index + 1 :]:
-            outputs = self._run_shared(later.function, later.state, outputs)
-        return outputs
 
     def compile_counts(self) -> dict[str, int]:
         """How many programs each jitted entry holds, over all evaluators of the process, for tests of recompilation."""
-        entries: dict[str, Any] = {
-            "candidates": self._run_candidates,
-            "shared": self._run_shared,
-            "losses": self._run_losses,
-        }
-        return {name: entry._cache_size() for name, entry in entries.items()}
+        return {"generation": _generation_program()._cache_size(), "losses": _losses_program()._cache_size()}
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _shapes(stage: Stage) -> Any:
+    return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), stage.state)
+
+
+def _runs_of(stages: Sequence[Stage]) -> tuple[list[_Run], list[tuple[int, int]]]:
+    """Runs of consecutive stages that compute alike, and for each stage its run and its place there."""
+    runs: list[_Run] = []
+    home: list[tuple[int, int]] = []
+    for i, stage in enumerate(stages):
+        before = stages[i - 1] if i else None
+        alike = before is not None and (before.function, before.bind) == (stage.function, stage.bind)
+        if alike and _shapes(before) == _shapes(stage):  # type: ignore[arg-type]
+            runs[-1] = _Run(stage.function, runs[-1].length + 1)
+        else:
+            runs.append(_Run(stage.function, 1))
+        home.append((len(runs) - 1, runs[-1].length - 1))
+    return runs, home
 
 
 def _padded_slice(population: PyTree, start: int, width: int) -> PyTree:

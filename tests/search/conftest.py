@@ -23,25 +23,18 @@ from cptv_jax.stages import Output, Stage
 
 @dataclass(frozen=True)
 class Subject:
-    """What an evaluator needs. teacher_stages: of the float model. images: before they are cut into chunks."""
+    """What an evaluator needs. teacher_stages: of the float model. images: before they are cut into batches."""
 
     stages: tuple[Stage, ...]
     teacher_stages: tuple[Stage, ...]
     images: np.ndarray
 
-    def batches(self, batch: int, chunk: int) -> list[list[jax.Array]]:
-        """All images, in batches of chunks."""
-        starts = range(0, len(self.images), batch)
-        return [
-            [jnp.asarray(self.images[i : i + chunk]) for i in range(start, start + batch, chunk)] for start in starts
-        ]
+    def batches(self, batch: int) -> list[np.ndarray]:
+        """All images, in batches."""
+        return [self.images[i : i + batch] for i in range(0, len(self.images), batch)]
 
     def teacher(self, batch: int) -> list[Output]:
-        return [forward(self.teacher_stages, jnp.concatenate(chunks)) for chunks in self.batches(batch, batch)]
-
-    def whole(self, stages: Sequence[Stage], chunks: Sequence[jax.Array]) -> Output:
-        """The output for one batch by the plain forward pass, chunk by chunk."""
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(forward(stages, chunk) for chunk in chunks))
+        return [forward(self.teacher_stages, images) for images in self.batches(batch)]
 
 
 # ---- the toy --------------------------------------------------------------------------------------------------------
