@@ -54,11 +54,11 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.sigma": ("5.e-2", 0.05),
     "search.children": ("4", 4),
     "search.survivors": ("1", 1),
-    "search.images_at_once": ("5", 5),
     "search.arithmetic": ("bf16-codes", "bf16-codes"),
     "search.memory_gib": ("1.5", 1.5),
-    "search.population_devices": ("2", 2),
+    "search.images_at_once": ("5", 5),
     "search.candidates_at_once": ("2", 2),
+    "search.population_devices": ("2", 2),
     "search.cache_gib": (".inf", float("inf")),
 }
 CHANGED = override(QuantizeConfig(), {name: text for name, (text, _) in TYPED.items()})
