@@ -92,12 +92,14 @@ def _quantize(args: argparse.Namespace) -> int:
     from cptv_jax.config import check, load_config, override
     from cptv_jax.evaluation import check_labels
     from cptv_jax.pipeline import quantize
+    from cptv_jax.run_directory import refuse_foreign
 
     given = vars(args)
     config = override(
         load_config(args.config), {name: given[name] for name in flatten(QuantizeConfig()) if name in given}
     )
     check(config)
+    refuse_foreign(Path(args.out))  # before a thousand images are decoded
     model = load_float_model(args.model, args.arch)
     preprocessing = model.architecture.preprocessing
     wanted = config.calibration.images

@@ -22,7 +22,7 @@ from cptv_jax.models.architecture import sites_of
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import PRESETS, Recipe, resolve
-from cptv_jax.run_directory import RunDirectory, digest
+from cptv_jax.run_directory import RunDirectory, claimed, digest
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
 from cptv_jax.search.run import SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
@@ -254,7 +254,7 @@ def quantize(
     images: calibration images; labels are ignored. evaluation: labelled images; they are only ever evaluated on, after
     the search is over. out: a run directory; the same call with the same `out` continues an interrupted run, and ends
     with the same bits as an uninterrupted one. Raises InputError for settings or images that cannot work, and for an
-    `out` that holds something else.
+    `out` that holds something else or that another process is working in.
     """
     check(config)
     config, method = _with_method(config)
@@ -267,16 +267,30 @@ def quantize(
     split = _split(images, config)
     if config.search.strategy != "none":
         _searched_sites(recipe, config.search)  # bad input is refused before anything is written
-    run = None
-    if out is not None:
-        identity = {
-            "config": to_mapping(config),
-            "architecture": model.architecture.name,
-            "weights": digest(model.weights),
-            "images": digest(images.pixels),
-        }
+    if out is None:
+        return _continue(model, method, recipe, split, config, None, evaluation, progress)
+    identity = {
+        "config": to_mapping(config),
+        "architecture": model.architecture.name,
+        "weights": digest(model.weights),
+        "images": digest(images.pixels),
+    }
+    with claimed(Path(out)):
         run = RunDirectory(Path(out), identity)
+        return _continue(model, method, recipe, split, config, run, evaluation, progress)
 
+
+def _continue(
+    model: Model,
+    method: Method,
+    recipe: Recipe,
+    split: _Split,
+    config: QuantizeConfig,
+    run: RunDirectory | None,
+    evaluation: Images | None,
+    progress: bool,
+) -> Quantization:
+    """Whatever of a run is still to be done."""
     base = run.base() if run else None
     if base is None:
         batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]

@@ -1,10 +1,14 @@
 """A run's directory: what was asked, how far it came, and what came out."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,12 @@ from cptv_jax.errors import InputError
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search.run import SearchState
 
+_KNOWN = "run.json"
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network and user-space file systems answer
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+_logger = logging.getLogger(__name__)
 
 
 def digest(tree: PyTree) -> str:
@@ -39,10 +48,42 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "cptv-jax": cptv_jax.__version__, **packages}
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raises InputError where a run cannot live: a file, or a directory that holds something else."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {path} is a file; choose a directory")
+    if path.exists() and not (path / _KNOWN).exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
+        raise InputError(f"--out {path} is not empty and not a run; choose another directory")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Holds a run's directory, made if need be, for one process at a time.
+
+    The kernel lets go of the lock when the process ends, however it ends; the (hidden, empty) file stays.
+    Raises InputError where a run cannot live or another process holds the directory.
+    """
+    refuse_foreign(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / _LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is working in {path}; wait for it or end it, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _logger.warning("%s is on a file system without locks; start one process only", path)
+        yield
+
+
 class RunDirectory:
     """Files of one run.
 
     config.yaml: the resolved configuration. run.json: identity (configuration, model, images), versions, status.
+    One process at a time works in it, under `claimed`.
     base/, model/: checkpoints before and after the search. state/: where the search stands, one checkpoint a step,
     the newest only. results.json: accuracies. log.jsonl: accepted steps and passes.
     """
@@ -54,9 +95,8 @@ class RunDirectory:
         a run with the same identity.
         """
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {path} is a file; choose a directory")
-        known = path / "run.json"
+        refuse_foreign(path)
+        known = path / _KNOWN
         identity = json.loads(json.dumps(identity))  # as it is read back
         if known.exists():
             try:
@@ -69,8 +109,6 @@ class RunDirectory:
                     f"{path} holds a run with other settings ({different}); "
                     "choose another --out, or repeat the original command to continue it"
                 )
-        elif path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
-            raise InputError(f"--out {path} is not empty and not a run; choose another directory")
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
