@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cptv_jax.bench.command import add_benches
 from cptv_jax.config import QuantizeConfig, flatten
 from cptv_jax.errors import InputError
 from cptv_jax.mesh import use_all_cores
@@ -71,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", "Print a run's report.")
     report.add_argument("run", help="run directory")
+
+    add_benches(command("bench", "Many runs and the table that compares them."))
 
     compare = command("compare", "Hold this library against results of PyTorch code in the interchange format.")
     compare.add_argument("files", nargs="+", metavar="FILE", help="result files (.npz)")
@@ -157,6 +160,12 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from cptv_jax.bench.command import run
+
+    return run(args)
+
+
 def _compare(args: argparse.Namespace) -> int:
     from cptv_jax.compare import run
 
@@ -169,6 +178,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "quantize": _quantize,
     "evaluate": _evaluate,
     "report": _report,
+    "bench": _bench,
     "compare": _compare,
 }
 

@@ -24,7 +24,6 @@ from cptv_jax.errors import InputError
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search.run import SearchState
 
-_KNOWN = "run.json"
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network and user-space file systems answer
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -48,22 +47,28 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "cptv-jax": cptv_jax.__version__, **packages}
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raises InputError where a run cannot live: a file, or a directory that holds something else."""
+def refuse_foreign(path: Path, kind: str = "run") -> None:
+    """Raises InputError where a run (or, by {kind}.json, another kind of work) cannot live: a file, or a directory
+    that holds something else.
+    """
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {path} is a file; choose a directory")
-    if path.exists() and not (path / _KNOWN).exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
-        raise InputError(f"--out {path} is not empty and not a run; choose another directory")
+    if (
+        path.exists()
+        and not (path / f"{kind}.json").exists()
+        and any(p for p in path.iterdir() if not p.name.startswith("."))
+    ):
+        raise InputError(f"--out {path} is not empty and not a {kind}; choose another directory")
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Holds a run's directory, made if need be, for one process at a time.
+def claimed(path: Path, kind: str = "run") -> Iterator[None]:
+    """Holds the directory of a run (or of another kind of work), made if need be, for one process at a time.
 
     The kernel lets go of the lock when the process ends, however it ends; the (hidden, empty) file stays.
-    Raises InputError where a run cannot live or another process holds the directory.
+    Raises InputError where it cannot live or another process holds the directory.
     """
-    refuse_foreign(path)
+    refuse_foreign(path, kind)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / _LOCK, "ab") as file:
         try:
@@ -96,14 +101,14 @@ class RunDirectory:
         """
         self.path = path
         refuse_foreign(path)
-        known = path / _KNOWN
+        known = path / "run.json"
         identity = json.loads(json.dumps(identity))  # as it is read back
         if known.exists():
             try:
                 found = json.loads(known.read_text(encoding="utf-8"))["identity"]
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{known} is damaged; choose another --out") from None
-            different = _first_difference(found, identity)
+            different = first_difference(found, identity)
             if different:
                 raise InputError(
                     f"{path} holds a run with other settings ({different}); "
@@ -185,10 +190,11 @@ class RunDirectory:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
 
 
-def _first_difference(a: Any, b: Any, name: str = "") -> str | None:
+def first_difference(a: Any, b: Any, name: str = "") -> str | None:
+    """Where two nested mappings of plain data differ first, in words; None where they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
-            different = _first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            different = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
             if different:
                 return different
         return None

@@ -35,6 +35,7 @@ from cptv_jax import (
 )
 from cptv_jax.checkpoint import METADATA, restore_tree
 from cptv_jax.demo import DIGITS_VIT
+from cptv_jax.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -224,7 +225,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
         raise AssertionError("computed again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pipeline.METHODS, "fq-vit", replace(pipeline.METHODS["fq-vit"], quantize=fail))
+        patch.setitem(METHODS, "fq-vit", replace(METHODS["fq-vit"], quantize=fail))
         patch.setattr(pipeline, "run_search", fail)
         patch.setattr(pipeline, "evaluate", fail)
         second = call(tmp_path / "run")
