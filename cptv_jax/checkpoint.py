@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,10 @@ def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     arrays = jax.tree.map(np.asarray, tree)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
+    with ocp.PyTreeCheckpointer() as checkpointer, ThreadPoolExecutor(1) as pool:
+        # In a thread of its own, which an interrupt waits for: one that unwound Orbax halfway would leave threads
+        # behind that print tracebacks as the process ends.
+        pool.submit(checkpointer.save, (temporary / _ARRAYS).absolute(), arrays).result()
     description = {
         "format": FORMAT,
         "version": VERSION,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cptv_jax.bench.command import add_benches
 from cptv_jax.config import QuantizeConfig, flatten
 from cptv_jax.errors import InputError
 from cptv_jax.mesh import use_all_cores
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "Print a run's report.")
     report.add_argument("run", help="run directory")
 
+    add_benches(command("bench", "Many runs and the table that compares them."))
+
     compare = command("compare", "Hold this library against results of PyTorch code in the interchange format.")
     compare.add_argument("files", nargs="+", metavar="FILE", help="result files (.npz)")
     return parser
@@ -92,12 +95,14 @@ def _quantize(args: argparse.Namespace) -> int:
     from cptv_jax.config import check, load_config, override
     from cptv_jax.evaluation import check_labels
     from cptv_jax.pipeline import quantize
+    from cptv_jax.run_directory import refuse_foreign
 
     given = vars(args)
     config = override(
         load_config(args.config), {name: given[name] for name in flatten(QuantizeConfig()) if name in given}
     )
     check(config)
+    refuse_foreign(Path(args.out))  # before a thousand images are decoded
     model = load_float_model(args.model, args.arch)
     preprocessing = model.architecture.preprocessing
     wanted = config.calibration.images
@@ -155,6 +160,12 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from cptv_jax.bench.command import run
+
+    return run(args)
+
+
 def _compare(args: argparse.Namespace) -> int:
     from cptv_jax.compare import run
 
@@ -167,6 +178,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "quantize": _quantize,
     "evaluate": _evaluate,
     "report": _report,
+    "bench": _bench,
     "compare": _compare,
 }
 

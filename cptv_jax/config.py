@@ -118,6 +118,11 @@ def check(config: QuantizeConfig) -> None:
             raise InputError(f"{name} is infinite; it must be a finite number")
     if not 0 <= config.seed < _SEEDS:
         raise InputError(f"seed is {config.seed}; it must be at least 0 and below 2^32")
+    if config.search.strategy != "none" and config.search.objective == "infonce" and config.calibration.batch < 2:
+        raise InputError(
+            "calibration.batch is 1, but search.objective infonce contrasts the images of a batch; "
+            "set --calibration.batch to at least 2, or choose another --search.objective"
+        )
     if not 0 <= config.search.holdout < 1:
         raise InputError(f"search.holdout is {config.search.holdout}; it must be at least 0 and below 1")
 

@@ -20,6 +20,7 @@ from cptv_jax.pipeline import Quantization, quantize
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import RecipeConfig
+from cptv_jax.run_directory import claimed
 
 DIGITS_VIT = Architecture(
     "digits_vit",
@@ -99,14 +100,17 @@ def run_demo(
     The trained model is kept beside it, as `{out}-model`.
     """
     checkpoint = out.with_name(f"{out.name}-model")
-    if checkpoint.exists():
-        model = load_float_model(str(checkpoint))
-        if model.architecture != DIGITS_VIT:
-            raise InputError(
-                f"{checkpoint} holds a {model.architecture.name}, not the demo's model; choose another --out"
-            )
-    else:
-        model = train(load_digits("train"), config.seed, epochs, progress)
-        save_model(checkpoint, model)
+    with claimed(out):  # what is wrong with it is said before the training, and two demos do not train one model
+        if (out / "run.json").exists() and not checkpoint.exists():
+            raise InputError(f"{out} holds a run, but {checkpoint}, the demo's model, is absent; choose another --out")
+        if checkpoint.exists():
+            model = load_float_model(str(checkpoint))
+            if model.architecture != DIGITS_VIT:
+                raise InputError(
+                    f"{checkpoint} holds a {model.architecture.name}, not the demo's model; choose another --out"
+                )
+        else:
+            model = train(load_digits("train"), config.seed, epochs, progress)
+            save_model(checkpoint, model)
     calibration, test = load_digits("calibration").without_labels(), load_digits("test")
     return quantize(model, calibration, config, out=out, evaluation=test, progress=progress)

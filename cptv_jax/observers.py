@@ -116,6 +116,6 @@ def fit(spec: SiteSpec, found: Range, x: Float[Array, "..."]) -> Quantizer:
     x is the last calibration batch: the published observers score candidates on that one alone.
     """
     if spec.quantizer == "log2":
-        return Log2(jnp.float32(2**spec.bits - 1))
+        return Log2(jnp.float32(grid(spec.bits, signed=False)[1]))
     uniform = _FITS.get(spec.observer, _from_range)(found, x, spec)
     return BiasCorrected(uniform) if spec.bias_correction else uniform

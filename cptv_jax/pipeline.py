@@ -1,6 +1,6 @@
 """quantize(): from a float model and unlabelled images to a quantized model, a run that can be interrupted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,10 +19,11 @@ from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
 from cptv_jax.methods import METHODS, Method
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.plan import Plan, Split, planned
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import PRESETS, Recipe, resolve
-from cptv_jax.run_directory import RunDirectory, digest
+from cptv_jax.run_directory import RunDirectory, claimed, digest
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
 from cptv_jax.search.run import SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
@@ -63,7 +64,7 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """Calibration images in batches.
 
     calibration: for the base method; the search uses the first `searched` of them. held_out: only pick among passes.
@@ -74,7 +75,7 @@ class _Split:
     searched: int
 
 
-def _split(images: Images, config: QuantizeConfig) -> _Split:
+def _split(images: Images, config: QuantizeConfig) -> Split:
     wanted, batch = config.calibration.images, config.calibration.batch
     if len(images) < wanted:
         raise InputError(
@@ -97,7 +98,7 @@ def _split(images: Images, config: QuantizeConfig) -> _Split:
             f"search.images is {config.search.images}; "
             f"it must lie between {batch} (a batch) and {(count - held_out) * batch}"
         )
-    return _Split(batches[: count - held_out], batches[count - held_out :], searched)
+    return Split(batches[: count - held_out], batches[count - held_out :], searched)
 
 
 def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:
@@ -122,10 +123,8 @@ def strategy_for(config: SearchConfig, weight_bits: int) -> Strategy:
     return Generational(config.sigma, config.children, config.survivors, config.rounds)
 
 
-def _check_size(model: Model, images: Images | None) -> None:
+def _check_size(model: Model, images: Images) -> None:
     """Raises InputError for images of another size or number of channels than the model's."""
-    if images is None:
-        return
     preprocessing = model.architecture.preprocessing
     wanted = (preprocessing.image_size, preprocessing.image_size, len(preprocessing.mean))
     if tuple(images.pixels.shape[1:]) != wanted:
@@ -168,7 +167,7 @@ def _budget(search: SearchConfig) -> float | None:
 
 
 def _make_evaluators(
-    teacher: Model, base: QuantizedModel, split: _Split, config: QuantizeConfig, progress: bool
+    teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool
 ) -> tuple[Evaluator, Any]:
     search = config.search
     sites = _searched_sites(base.recipe, search)
@@ -208,7 +207,7 @@ def _make_evaluators(
 def _search(
     teacher: Model,
     base: QuantizedModel,
-    split: _Split,
+    split: Split,
     config: QuantizeConfig,
     run: RunDirectory | None,
     progress: bool,
@@ -240,6 +239,30 @@ def _search(
     return base.with_scales(scales), state
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to for a model and its images.
+
+    config: with the recipe preset filled in.
+    """
+
+    config: QuantizeConfig
+    method: Method
+    recipe: Recipe
+    split: Split
+
+
+def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
+    """Everything that can be settled before anything is computed. Raises InputError for what cannot work."""
+    check(config)
+    config, method = _with_method(config)
+    _check_size(model, images)
+    recipe = resolve(config.recipe, sites_of(model.architecture))
+    if config.search.strategy != "none":
+        _searched_sites(recipe, config.search)
+    return Plan(config, method, recipe, _split(images, config))
+
+
 def quantize(
     model: Model,
     images: Images,
@@ -248,37 +271,48 @@ def quantize(
     out: str | Path | None = None,
     evaluation: Images | None = None,
     progress: bool = False,
+    on_phase: Callable[[str], None] = lambda name: None,
 ) -> Quantization:
     """Quantizes a float model with a base method and improves it by a search over its scales.
 
     images: calibration images; labels are ignored. evaluation: labelled images; they are only ever evaluated on, after
     the search is over. out: a run directory; the same call with the same `out` continues an interrupted run, and ends
     with the same bits as an uninterrupted one. Raises InputError for settings or images that cannot work, and for an
-    `out` that holds something else.
+    `out` that holds something else or that another process is working in. on_phase is called with "base", "search"
+    and "evaluation" as these begin; one that is done already, or not asked for, is passed over.
     """
-    check(config)
-    config, method = _with_method(config)
     images = images.without_labels()
-    for given in (images, evaluation):
-        _check_size(model, given)
+    plan = planned(model, images, config)  # bad input is refused before anything is written
+    config = plan.config
     if evaluation is not None:
+        _check_size(model, evaluation)
         check_labels(model.stages(), evaluation)
-    recipe = resolve(config.recipe, sites_of(model.architecture))
-    split = _split(images, config)
-    if config.search.strategy != "none":
-        _searched_sites(recipe, config.search)  # bad input is refused before anything is written
-    run = None
-    if out is not None:
-        identity = {
-            "config": to_mapping(config),
-            "architecture": model.architecture.name,
-            "weights": digest(model.weights),
-            "images": digest(images.pixels),
-        }
+    if out is None:
+        return _continue(model, plan, None, evaluation, progress, on_phase)
+    identity = {
+        "config": to_mapping(config),
+        "architecture": model.architecture.name,
+        "weights": digest(model.weights),
+        "images": digest(images.pixels),
+    }
+    with claimed(Path(out)):
         run = RunDirectory(Path(out), identity)
+        return _continue(model, plan, run, evaluation, progress, on_phase)
 
+
+def _continue(
+    model: Model,
+    plan: Plan,
+    run: RunDirectory | None,
+    evaluation: Images | None,
+    progress: bool,
+    on_phase: Callable[[str], None],
+) -> Quantization:
+    """Whatever of a run is still to be done."""
+    config, method, recipe, split = plan.config, plan.method, plan.recipe, plan.split
     base = run.base() if run else None
     if base is None:
+        on_phase("base")
         batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         options = {} if method.options is None else {"options": getattr(config, method.options)}
@@ -293,11 +327,13 @@ def quantize(
         if config.search.strategy == "none":
             final = base
         else:
+            on_phase("search")
             final, state = _search(model, base, split, config, run, progress)
         if run:
             run.save_final(final)
 
     results: dict[str, Any] = run.results() if run else {}
+    on_phase("evaluation")
     if evaluation is not None:
         evaluated = digest([evaluation.pixels, evaluation.require_labels()])
         if results.get("images") != evaluated:  # accuracies of other images are none of these

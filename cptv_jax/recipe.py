@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
+
+import jax
 
 from cptv_jax.errors import InputError
 from cptv_jax.sites import Site
@@ -15,11 +18,17 @@ OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "p
 QuantizerName = Literal["uniform", "log2"]
 QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "log2")
 MIN_BITS, MAX_BITS = 2, 8
+_WORDS = {bool: "true or false", str: "a name"}
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bits"],
+    meta_fields=["quantizer", "signed", "symmetric", "per_channel", "observer", "bias_correction"],
+)
 @dataclass(frozen=True)
 class SiteSpec:
-    """How one tensor is quantized.
+    """How one tensor is quantized. A pytree whose one leaf is the width, so that all widths share compiled programs.
 
     quantizer: a name in QUANTIZERS.
     bits: width of the codes, 2 to 8.
@@ -191,12 +200,14 @@ def _override(
     if not names:
         known = [site.name for site in sites]
         raise InputError(f"recipe.overrides: no site matches '{pattern}'{did_you_mean(pattern, known)}")
-    fields = {f.name for f in dataclasses.fields(SiteSpec)}
+    fields = {f.name: type(f.default) for f in dataclasses.fields(SiteSpec)}
     if change is not None and not isinstance(change, dict):
         raise InputError(f"recipe.overrides.{pattern} must be a mapping of fields such as {{bits: 4}}, or null")
-    for key in change or ():
+    for key, value in (change or {}).items():
         if key not in fields:
-            raise InputError(f"recipe.overrides.{pattern}: unknown field '{key}'{did_you_mean(key, fields)}")
+            raise InputError(f"recipe.overrides.{pattern}: unknown field '{key}'{did_you_mean(str(key), fields)}")
+        if fields[key] in _WORDS and not isinstance(value, fields[key]):  # bits have a message of their own
+            raise InputError(f"recipe.overrides.{pattern}: {key} is {value!r}; it must be {_WORDS[fields[key]]}")
     for name in names:
         if change is None:
             specs.pop(name, None)

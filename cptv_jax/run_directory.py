@@ -1,10 +1,14 @@
 """A run's directory: what was asked, how far it came, and what came out."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,11 @@ from cptv_jax.errors import InputError
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search.run import SearchState
 
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network and user-space file systems answer
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+_logger = logging.getLogger(__name__)
 
 
 def digest(tree: PyTree) -> str:
@@ -39,10 +47,48 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "cptv-jax": cptv_jax.__version__, **packages}
 
 
+def refuse_foreign(path: Path, kind: str = "run") -> None:
+    """Raises InputError where a run (or, by {kind}.json, another kind of work) cannot live: a file, or a directory
+    that holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {path} is a file; choose a directory")
+    if (
+        path.exists()
+        and not (path / f"{kind}.json").exists()
+        and any(p for p in path.iterdir() if not p.name.startswith("."))
+    ):
+        raise InputError(f"--out {path} is not empty and not a {kind}; choose another directory")
+
+
+@contextmanager
+def claimed(path: Path, kind: str = "run") -> Iterator[None]:
+    """Holds the directory of a run (or of another kind of work), made if need be, for one process at a time.
+
+    The kernel lets go of the lock when the process ends, however it ends; the (hidden, empty) file stays.
+    Raises InputError where it cannot live or another process holds the directory.
+    """
+    refuse_foreign(path, kind)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / _LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is working in {path}; wait for it or end it, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _logger.warning("%s is on a file system without locks; start one process only", path)
+        yield
+
+
 class RunDirectory:
     """Files of one run.
 
     config.yaml: the resolved configuration. run.json: identity (configuration, model, images), versions, status.
+    One process at a time works in it, under `claimed`.
     base/, model/: checkpoints before and after the search. state/: where the search stands, one checkpoint a step,
     the newest only. results.json: accuracies. log.jsonl: accepted steps and passes.
     """
@@ -54,8 +100,7 @@ class RunDirectory:
         a run with the same identity.
         """
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {path} is a file; choose a directory")
+        refuse_foreign(path)
         known = path / "run.json"
         identity = json.loads(json.dumps(identity))  # as it is read back
         if known.exists():
@@ -63,14 +108,12 @@ class RunDirectory:
                 found = json.loads(known.read_text(encoding="utf-8"))["identity"]
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{known} is damaged; choose another --out") from None
-            different = _first_difference(found, identity)
+            different = first_difference(found, identity)
             if different:
                 raise InputError(
                     f"{path} holds a run with other settings ({different}); "
                     "choose another --out, or repeat the original command to continue it"
                 )
-        elif path.exists() and any(p for p in path.iterdir() if not p.name.startswith(".")):
-            raise InputError(f"--out {path} is not empty and not a run; choose another directory")
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
@@ -147,10 +190,11 @@ class RunDirectory:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
 
 
-def _first_difference(a: Any, b: Any, name: str = "") -> str | None:
+def first_difference(a: Any, b: Any, name: str = "") -> str | None:
+    """Where two nested mappings of plain data differ first, in words; None where they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
-            different = _first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            different = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
             if different:
                 return different
         return None

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cptv_jax import InputError, Model, QuantizeConfig, images_from_arrays, quantize, save_model
+from cptv_jax import InputError, Model, QuantizeConfig, demo, images_from_arrays, quantize, save_model
 from cptv_jax.cli import main
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.models.timm_weights import key_table
@@ -179,6 +179,16 @@ CASES: dict[str, tuple[str, str, str]] = {
         "{bits: 4}",
     ),
     "override by a number": (SEARCH + " --recipe.overrides '{{3: null}}'", "recipe.overrides has the key 3", "be text"),
+    "override of the wrong type": (
+        SEARCH + " --recipe.overrides '{{head.fc: {{per_channel: yeah}}}}'",
+        "recipe.overrides.head.fc: per_channel is 'yeah'",
+        "it must be true or false",
+    ),
+    "contrast within a batch of one": (
+        SEARCH + " --calibration.batch 1",
+        "calibration.batch is 1, but search.objective infonce contrasts",
+        "set --calibration.batch to at least 2",
+    ),
     "temperature 0": (SEARCH + " --search.temperature 0", "search.temperature is 0.0", "it must be positive"),
     "temperature nan": (SEARCH + " --search.temperature .nan", "search.temperature is nan", "it must be positive"),
     "sigma infinite": (SEARCH + " --search.sigma .inf", "search.sigma is infinite", "must be a finite number"),
@@ -189,7 +199,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "search images too many": (SEARCH + " --search.images 6", "search.images is 6", "it must lie between 2"),
     "searched sites match nothing": (SEARCH + " --search.sites blocks.*.wieght", "search.sites", "did you mean"),
     "searched sites have no scale": (
-        SEARCH + " --calibration.batch 1 --recipe.preset fq-vit --search.sites *.softmax",
+        SEARCH + " --recipe.preset fq-vit --search.sites *.softmax",
         "blocks.0.attn.softmax",
         "search.sites",
     ),
@@ -224,6 +234,14 @@ CASES: dict[str, tuple[str, str, str]] = {
         "quantize {tiny} --images {photos} --out {results_damaged} " + SMALL,
         "results.json is damaged",
         "remove it",
+    ),
+    "demo out not empty": ("demo --out {photos}", "photos is not empty and not a run", "choose another directory"),
+    "demo out is a file": ("demo --out {text}", "w.safetensors is a file", "choose a directory"),
+    "demo out below a file": ("demo --out {text}/x", "w.safetensors", "check the path"),
+    "demo out is a run of another model": (
+        "demo --out {run}",
+        "run-model, the demo's model, is absent",
+        "choose anoth",
     ),
     "import onto something": ("import {deit} --out {photos}", "photos exists already", "choose another name"),
     "import below a file": ("import {deit} --out {text}/x", "w.safetensors", "check the path"),
@@ -521,6 +539,16 @@ def sentence(stderr: str) -> str:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the demo's directory is said before it trains."""
+
+    def train(*args: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(demo, "train", train)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -65,7 +65,7 @@ def batch() -> np.ndarray:
 @pytest.fixture(params=RECIPES)
 def quantized(request: pytest.FixtureRequest, model: Model, batch: np.ndarray) -> QuantizedModel:
     recipe = resolve(RECIPES[request.param], sites_of(TINY))
-    return METHODS["fq-vit"](model, [jax.numpy.asarray(batch)] * 2, recipe, jax.random.key(0))
+    return METHODS["fq-vit"].quantize(model, [jax.numpy.asarray(batch)] * 2, recipe, jax.random.key(0))
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:

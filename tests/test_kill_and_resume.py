@@ -18,11 +18,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from cptv_jax import (
     CalibrationConfig,
     Evaluator,
-    Images,
     Model,
     Quantization,
     QuantizeConfig,
@@ -35,6 +35,7 @@ from cptv_jax import (
 )
 from cptv_jax.checkpoint import METADATA, restore_tree
 from cptv_jax.demo import DIGITS_VIT
+from cptv_jax.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -43,11 +44,11 @@ TINY = replace(
 )
 CONFIG = QuantizeConfig(
     recipe=RecipeConfig(weight_bits=3),
-    calibration=CalibrationConfig(images=24, batch=8),
+    calibration=CalibrationConfig(images=16, batch=8),  # a batch to calibrate and search, one held out
     search=SearchConfig(strategy="generational", passes=2, rounds=1, children=4, sigma=0.1),
 )
 OPTIONS = [
-    *("--recipe.weight_bits=3", "--calibration.images=24", "--calibration.batch=8", "--search.strategy=generational"),
+    *("--recipe.weight_bits=3", "--calibration.images=16", "--calibration.batch=8", "--search.strategy=generational"),
     *("--search.passes=2", "--search.rounds=1", "--search.children=4", "--search.sigma=0.1"),
 ]
 
@@ -80,6 +81,19 @@ def assert_same(run: Path, expected: dict[str, Any]) -> None:
     found = outcome_of(run)
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Digits as files, 16 to calibrate and 12 labelled ones: a process reads them without importing scikit-learn."""
+    root = tmp_path_factory.mktemp("digits")
+    for split, count in (("calibration", 16), ("test", 12)):
+        digits = load_images(f"digits:{split}", TINY.preprocessing, labels=True, limit=count)
+        for i, (values, label) in enumerate(zip(digits.normalized(0, count), digits.require_labels(), strict=True)):
+            path = root / split / (str(label) if split == "test" else "") / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round((values * 0.5 + 0.5) * 255).astype(np.uint8)).save(path)
+    return root / "calibration", root / "test"
 
 
 # Every step that writes, in turn
@@ -155,13 +169,13 @@ def model() -> Model:
 
 
 @pytest.fixture
-def call(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Quantization]:
+def call(model: Model, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Quantization]:
     monkeypatch.setattr(pipeline, "Evaluator", Quick)
-    images: dict[str, Images] = {
-        split: load_images(f"digits:{split}", TINY.preprocessing, labels=split == "test", limit=24)
-        for split in ("calibration", "test")
-    }
-    return lambda out: quantize(model, images["calibration"], CONFIG, out=out, evaluation=images["test"])
+    calibration, test = (
+        load_images(str(folder), TINY.preprocessing, labels=labels, progress=False)
+        for folder, labels in zip(folders, (False, True), strict=True)
+    )
+    return lambda out: quantize(model, calibration, CONFIG, out=out, evaluation=test)
 
 
 def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
@@ -211,7 +225,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
         raise AssertionError("computed again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pipeline.METHODS, "fq-vit", fail)
+        patch.setitem(METHODS, "fq-vit", replace(METHODS["fq-vit"], quantize=fail))
         patch.setattr(pipeline, "run_search", fail)
         patch.setattr(pipeline, "evaluate", fail)
         second = call(tmp_path / "run")
@@ -232,9 +246,9 @@ main()
 """
 
 
-def begin(model: Path, out: Path) -> subprocess.Popen[str]:
+def begin(model: Path, folders: tuple[Path, Path], out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CLI, "quantize", str(model), *OPTIONS, "--out", str(out)]
-    command += ["--images", "digits:calibration", "--eval", "digits:test"]
+    command += ["--images", str(folders[0]), "--eval", str(folders[1])]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         command,
@@ -299,9 +313,9 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(
-    checkpoint: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
+    checkpoint: Path, folders: tuple[Path, Path], tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
-    whole = begin(checkpoint, tmp_path / "whole")
+    whole = begin(checkpoint, folders, tmp_path / "whole")
     processes.append(whole)
     total = watch(whole, tmp_path / "whole", math.inf)
     assert whole.wait() == 0
@@ -312,7 +326,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(
     finished = 0
     while len(phases) < KILLS or not finished:
         out = tmp_path / f"killed{finished}"
-        process = begin(checkpoint, out)
+        process = begin(checkpoint, folders, out)
         processes.append(process)
         if len(phases) < KILLS:
             # From opening the directory on; early ones are likelier, as a run that goes on has less before it.
@@ -328,7 +342,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(
     print(f"killed in: {', '.join(phases)}; {finished} runs finished")
     last = tmp_path / f"killed{finished}"
     if last.exists():
-        process = begin(checkpoint, last)
+        process = begin(checkpoint, folders, last)
         processes.append(process)
         assert process.wait() == 0
         assert_same(last, expected)
@@ -336,9 +350,11 @@ def test_twenty_kills_at_random_moments_change_no_bit(
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(checkpoint: Path, processes: list[subprocess.Popen[str]]) -> None:
+def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(
+    checkpoint: Path, folders: tuple[Path, Path], processes: list[subprocess.Popen[str]]
+) -> None:
     out = checkpoint.parent / "run"
-    process = begin(checkpoint, out)
+    process = begin(checkpoint, folders, out)
     processes.append(process)
     while process.poll() is None and not (out / "state").exists():
         time.sleep(0.01)
@@ -348,10 +364,10 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(checkpoint: Path, processe
     assert "Traceback" not in stderr
     assert stderr.split("\n")[-2] == "cptv: interrupted; the same command continues the run"
     assert not (out / "model").exists()
-    again = begin(checkpoint, out)
+    again = begin(checkpoint, folders, out)
     processes.append(again)
     assert again.wait() == 0
-    assert json.loads((out / "results.json").read_text())["final"]["images"] == 297
+    assert json.loads((out / "results.json").read_text())["final"]["images"] == 12
 
 
 def test_an_interrupt_exits_with_130_and_one_sentence(

@@ -21,6 +21,7 @@ from cptv_jax.models.vit import ViTConfig
 from cptv_jax.pipeline import Quantization, quantize, strategy_for
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import RecipeConfig
+from cptv_jax.run_directory import claimed
 from cptv_jax.search import EvolQ, Generational, Objective
 
 TINY = Architecture(
@@ -329,6 +330,13 @@ def test_a_finished_run_measures_other_evaluation_images_anew(
     again = quantize(model, calibration, CONFIG, out=tmp_path / "run", evaluation=other)
     assert first.results["final"]["images"] == len(evaluation)
     assert again.results["final"]["images"] == len(other)
+
+
+def test_a_run_that_another_process_works_on_is_refused(model: Model, calibration: Images, tmp_path: Path) -> None:
+    with claimed(tmp_path / "run"):  # a lock belongs to the opened file, so this stands for another process
+        with pytest.raises(InputError, match="another process is working in"):
+            quantize(model, calibration, CONFIG, out=tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_images_of_another_size_are_refused(model: Model, calibration: Images) -> None:

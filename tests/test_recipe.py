@@ -230,6 +230,22 @@ def test_an_override_that_is_no_mapping_is_refused(change: Any) -> None:
     assert "recipe.overrides.head.fc must be a mapping" in refusal(overrides={"head.fc": change})
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"per_channel": "yes"}, "per_channel is 'yes'; it must be true or false"),
+        ({"symmetric": 3}, "symmetric is 3; it must be true or false"),
+        ({"signed": None}, "signed is None; it must be true or false"),
+        ({"bias_correction": 1}, "bias_correction is 1; it must be true or false"),
+        ({"quantizer": 3}, "quantizer is 3; it must be a name"),
+        ({"observer": ["omse"]}, "observer is ['omse']; it must be a name"),
+        ({3: 4}, "unknown field '3'"),
+    ],
+)
+def test_an_override_of_the_wrong_type_is_refused(change: Any, says: str) -> None:
+    assert f"recipe.overrides.head.*: {says}" in refusal(overrides={"head.*": change})
+
+
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 3.5, True, "4", None])
 def test_a_width_that_is_no_integer_from_2_to_8_is_refused(bits: Any) -> None:
     for fields in ({"overrides": {"head.fc": {"bits": bits}}}, {"weight_bits": bits}, {"activation_bits": bits}):

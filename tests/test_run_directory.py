@@ -1,8 +1,12 @@
 """The directory of a run: what it holds, and whom it lets in."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 import yaml
 
 from cptv_jax import InputError
-from cptv_jax.run_directory import RunDirectory, digest, versions
+from cptv_jax.run_directory import RunDirectory, claimed, digest, versions
 from cptv_jax.search.run import SearchState
 
 IDENTITY: dict[str, Any] = {
@@ -74,6 +78,53 @@ def test_a_run_with_another_identity_is_refused_by_the_difference(
         RunDirectory(tmp_path / "run", other)
     assert says in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cptv_jax.run_directory import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_holds_a_run_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], env=environment, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            says = r"another process is working in .*run; wait for it or end it, or choose another --out"
+            with pytest.raises(InputError, match=says), claimed(out):
+                pass
+        finally:
+            holder.kill()
+    for _ in range(2):  # after the kill, and after an orderly end
+        with claimed(out):
+            RunDirectory(out, IDENTITY)
+
+
+def test_claiming_refuses_foreign_content_and_leaves_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "photo").touch()
+    for name, says in (("file", "is a file; choose a directory"), ("folder", "is not empty and not a run")):
+        with pytest.raises(InputError, match=says), claimed(tmp_path / name):
+            pass
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["photo"]
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with claimed(tmp_path / "run"):
+        assert "without locks" in caplog.text
 
 
 def test_a_state_comes_back_whole(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def decode_all(
     """Every image decoded and preprocessed: uint8 [N, size, size, 3].
 
     names: N strings for messages. open_file: what Pillow opens for image i; called from two threads, once for each i.
-    Memory beyond the result is that of two decoded photographs. Raises InputError for the first unreadable image.
+    Memory beyond the result is that of two decoded photographs. Raises InputError for the first unreadable image; no
+    further image is opened after that, or after an interrupt.
     """
     size = preprocessing.image_size
     pixels = np.empty((len(names), size, size, 3), np.uint8)
@@ -45,8 +46,11 @@ def decode_all(
     def fill(index: int) -> None:
         pixels[index] = preprocess(decode(open_file(index), names[index]), preprocessing)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
         done = pool.map(fill, range(len(names)))
         for _ in tqdm(done, total=len(names), desc="images", unit="image", disable=not progress):
             pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # leaving a `with` would decode all that is queued, also after Ctrl-C
     return pixels

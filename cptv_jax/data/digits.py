@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits as sklearn_digits
 
 from cptv_jax.data.images import Images
 from cptv_jax.errors import InputError
@@ -19,6 +18,8 @@ def load_digits(split: str) -> Images:
     """
     if split not in _SPLITS:
         raise InputError(f"the digits have no split {split!r}; choose one of {', '.join(_SPLITS)}.")
+    from sklearn.datasets import load_digits as sklearn_digits  # takes longer to import than jax
+
     where = _SPLITS[split]
     bunch = sklearn_digits()
     small = (bunch.images[where] / 16).astype(np.float32)

@@ -14,24 +14,22 @@ from cptv_jax.quantized import Model
 from cptv_jax.quantizers import Quantizer
 from cptv_jax.recipe import Recipe, SiteSpec
 
-Specs = tuple[tuple[str, SiteSpec], ...]
-
 
 def _observe(
     graph: nnx.GraphDef[Any],
-    specs: Specs,
     fit: bool,
     log_int_softmax: bool,
+    specs: dict[str, SiteSpec],
     weights: PyTree,
     ranges: dict[str, Range],
     x: PyTree,
 ) -> tuple[PyTree, dict[str, Range], dict[str, Quantizer]]:
-    ops = Observing(dict(specs), ranges, fit=fit, log_int_softmax=log_int_softmax)
+    ops = Observing(specs, ranges, fit=fit, log_int_softmax=log_int_softmax)
     output = call_stage(graph, ops, weights, x)
     return output, ops.ranges, ops.fitted
 
 
-_observe_stage = jax.jit(_observe, static_argnums=(0, 1, 2, 3))
+_observe_stage = jax.jit(_observe, static_argnums=(0, 1, 2))
 
 
 def calibrate(
@@ -46,7 +44,7 @@ def calibrate(
     One batch and one stage are in memory at a time. on_progress(done, total) counts stages run.
     """
     graphs = stage_graphs(model.architecture)
-    specs: dict[str, Specs] = {name: tuple(recipe.of_stage(name).items()) for name in graphs}
+    specs = {name: recipe.of_stage(name) for name in graphs}
     ranges: dict[str, dict[str, Range]] = {name: {} for name in graphs}
     quantizers: dict[str, Quantizer] = {}
     for index, batch in enumerate(batches):
@@ -54,7 +52,7 @@ def calibrate(
         fit = index == len(batches) - 1
         for done, (name, graph) in enumerate(graphs.items(), 1):
             x, ranges[name], fitted = _observe_stage(
-                graph, specs[name], fit, recipe.log_int_softmax, model.weights[name], ranges[name], x
+                graph, fit, recipe.log_int_softmax, specs[name], model.weights[name], ranges[name], x
             )
             quantizers.update({f"{name}.{site}": quantizer for site, quantizer in fitted.items()})
             on_progress(index * len(graphs) + done, len(batches) * len(graphs))

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from cptv_jax.errors import InputError
 
 _HUB_PREFIXES = ("hub:", "hf:")
 _HUB_ID = re.compile(r"(?:hub|hf):(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_COUNTER = ".num_batches_tracked"  # a whole number beside every batch norm of torch, of no use in inference
 _INSTALL_TORCH = "install torch (pip install 'cptv-jax[torch]') or convert the file to .safetensors"
 
 
@@ -37,6 +38,7 @@ def read_weights(source: str) -> WeightFile:
     """Reads weights from a .safetensors, .npz, .pth, .pt or .bin file or from "hub:org/name[@revision]" ("hf:" too).
 
     float16, bfloat16 and float64 tensors become float32. Nothing is ever unpickled but by torch's weights_only loader.
+    Batch norm's counters of batches (int64 scalars named *.num_batches_tracked) are left out.
     Raises InputError for a file that is missing, damaged, of another kind or in need of a torch that is not installed,
     and for tensors that are not floating point or not finite.
     """
@@ -72,6 +74,8 @@ def _read_safetensors(path: Path, source: str) -> dict[str, np.ndarray]:
         with safe_open(path, framework="np") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 dtype = file.get_slice(key).get_dtype()
+                if _is_counter(key, dtype == "I64", file.get_slice(key).get_shape()):
+                    continue
                 # Asked first: for a type that NumPy lacks (8-bit floats), get_tensor fails with an AttributeError.
                 if dtype not in ("F16", "BF16", "F32", "F64"):
                     raise _not_floating_point(source, key, dtype)
@@ -92,7 +96,9 @@ def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{source} is a single array, not an .npz archive; save the weights with numpy.savez")
             for key in archive.files:
-                tensors[key] = _as_float32(_npz_member(archive, key, source), key, source)
+                member = _npz_member(archive, key, source)
+                if not _is_counter(key, member.dtype == np.int64, member.shape):
+                    tensors[key] = _as_float32(member, key, source)
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
@@ -128,6 +134,8 @@ def _read_torch(path: Path, source: str) -> dict[str, np.ndarray]:
     for key, tensor in _state_dict(content, source).items():
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"{source}: {key!r} is a {type(tensor).__name__}, not a tensor; save only the state dict")
+        if _is_counter(str(key), tensor.dtype == torch.int64, tensor.shape):
+            continue
         if tensor.layout != torch.strided or tensor.dtype not in _torch_floats(torch):
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             raise _not_floating_point(source, key, kind)
@@ -180,6 +188,10 @@ def _download(source: str) -> tuple[Path, str]:
     raise InputError(
         f"hub:{repository}@{revision}: no {' or '.join(files)} could be had ({type(reason).__name__}); {remedy}"
     ) from reason
+
+
+def _is_counter(key: str, int64: bool, shape: Sequence[int]) -> bool:
+    return key.endswith(_COUNTER) and int64 and len(shape) == 0
 
 
 def _as_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:

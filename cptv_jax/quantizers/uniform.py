@@ -45,5 +45,9 @@ class Uniform:
 
 
 def grid(bits: int, signed: bool) -> tuple[float, float]:
-    """Bounds of an integer grid: (0, 2^bits - 1), or (-2^(bits-1), 2^(bits-1) - 1) when signed."""
-    return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
+    """Bounds of an integer grid: (0, 2^bits - 1), or (-2^(bits-1), 2^(bits-1) - 1) when signed.
+
+    bits may be a traced integer; the bounds then are float32 scalars, exact as well.
+    """
+    levels = 1 << bits  # shifted, not raised to a power: XLA's pow rounds
+    return (-levels / 2, levels / 2 - 1) if signed else (0.0, levels - 1.0)

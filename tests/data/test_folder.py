@@ -1,10 +1,12 @@
 import re
+import time
+from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cptv_jax.data import load_folder, preprocess
+from cptv_jax.data import decoding, load_folder, preprocess
 from cptv_jax.data.folder import list_folder
 from cptv_jax.errors import InputError
 
@@ -138,6 +140,31 @@ def test_too_few_images_and_impossible_limits_are_refused(tmp_path, paint, small
     ]:
         with pytest.raises(InputError, match=said):
             load(tmp_path, small, labels=False, **options)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, None])
+def test_an_interrupt_or_a_damaged_image_opens_no_further_image(small, monkeypatch, raised):
+    opened = []
+
+    def open_file(index):
+        opened.append(index)
+        if raised is None and index == 3:
+            return BytesIO(b"damaged")
+        time.sleep(0.02)
+        content = BytesIO()
+        Image.new("RGB", (16, 16)).save(content, "PNG")
+        return content
+
+    def interrupted(done, **settings):
+        for index, item in enumerate(done):
+            if index == 3 and raised is not None:
+                raise raised  # as Ctrl-C does in the main thread, wherever that is
+            yield item
+
+    monkeypatch.setattr(decoding, "tqdm", interrupted)
+    with pytest.raises(raised or InputError):
+        decoding.decode_all([str(i) for i in range(300)], open_file, small, progress=False)
+    assert len(opened) < 30  # of 300: those done, and those under way in two threads
 
 
 def test_progress_is_shown_on_stderr_only_when_asked(tmp_path, paint, small, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from cptv_jax import observers
 from cptv_jax.forward import forward, stage_inputs
-from cptv_jax.methods.calibration import calibrate
+from cptv_jax.methods.calibration import _observe_stage, calibrate
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
@@ -116,6 +116,23 @@ def test_scores_come_from_the_last_batch_and_ranges_from_all(golden: Path) -> No
     scored_on_first = observers.fit(spec, both, first)
     for other in (from_last_alone, scored_on_first):  # neighbouring factors differ by 1%
         assert abs(float(other.scale / expected.scale) - 1) > 5e-3
+
+
+def test_all_widths_share_compiled_programs(golden: Path) -> None:
+    model, some = small_model(golden), images(golden)[:16]
+    calibrate(model, [some[:8], some[8:]], recipe_of(preset="fq-vit"))  # its softmax has four bits
+    compiled = _observe_stage._cache_size()  # type: ignore[attr-defined]
+    for bits in range(2, 9):
+        fields = {"weight_bits": bits, "activation_bits": 10 - bits, "softmax_bits": bits}
+        recipe = recipe_of(preset="fq-vit", **fields, overrides={"blocks.1.mlp.gelu": {"bits": 3}})
+        quantizers = calibrate(model, [some[:8], some[8:]], recipe)
+        for site, quantizer in quantizers.items():
+            width = recipe.sites[site].bits
+            low = -(2 ** (width - 1)) if site.endswith(".weight") else 0
+            assert isinstance(quantizer, Uniform | Log2)
+            assert float(quantizer.high) == low + 2**width - 1
+            assert isinstance(quantizer, Log2) or float(quantizer.low) == low
+    assert _observe_stage._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 def test_progress_counts_every_stage_of_every_batch(golden: Path) -> None:

@@ -188,6 +188,32 @@ def test_a_float64_beyond_float32_is_refused(tmp_path: Path) -> None:
     assert "'x' holds 1 values" in refusal(tmp_path / "w.npz")
 
 
+@pytest.mark.parametrize("extension", ["safetensors", "npz", "pth"])
+def test_counters_of_batch_norms_are_left_out_and_nothing_else_is(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"w.{extension}"
+
+    def write(key: str, value: np.ndarray) -> None:
+        tensors = {**WEIGHTS, key: value}
+        if extension == "npz":
+            np.savez(path, **tensors)
+        elif extension == "safetensors":
+            save_file(tensors, path)
+        else:
+            torch = pytest.importorskip("torch")
+            torch.save({key: torch.from_numpy(np.array(tensor)) for key, tensor in tensors.items()}, path)
+
+    write("stem.bn.num_batches_tracked", np.array(7, np.int64))
+    assert_same(read_weights(str(path)).tensors, WEIGHTS)
+    for key, value in (
+        ("stem.bn.num_batches_tracked_too", np.array(7, np.int64)),
+        ("stem.bn.num_batches_tracked", np.array([7], np.int64)),
+        ("stem.bn.num_batches_tracked", np.array(7, np.int32)),
+        ("stem.num_batches", np.array(7, np.int64)),
+    ):
+        write(key, value)
+        assert repr(key) in refusal(path)
+
+
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "complex64"])
 def test_tensors_that_are_not_floating_point_are_refused_by_key_and_type(tmp_path: Path, dtype: str) -> None:
     np.savez(tmp_path / "w.npz", **WEIGHTS, **{"bn.num_batches_tracked": np.ones(2, dtype)})

@@ -1,0 +1,1 @@
+"""Benches: many runs under one directory, and the table that compares them."""

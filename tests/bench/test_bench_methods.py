@@ -1,0 +1,352 @@
+"""`cptv bench methods`: each row a run of its own, measured as it says, whatever becomes of the others."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from cptv_jax import InputError, Model, SearchConfig, forward, load_images, load_model, quantize, save_model
+from cptv_jax.bench import methods as bench
+from cptv_jax.bench.methods import Options, bench_methods, run_child
+from cptv_jax.bench.row import Phases, Task, measure, peak_mib
+from cptv_jax.cli import main
+from cptv_jax.demo import DIGITS_VIT
+from cptv_jax.methods import METHODS, Method
+from cptv_jax.search.objective import info_nce
+
+ROOT = Path(__file__).parents[2]
+TINY = replace(
+    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
+)
+SEARCH = SearchConfig(strategy="generational", passes=1, rounds=1, children=2, sigma=0.1, holdout=0.5)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bench") / "tiny"
+    save_model(path, Model(TINY, TINY.initialize(0)))
+    return str(path)
+
+
+@pytest.fixture
+def options(weights: str, tmp_path: Path) -> Options:
+    return Options(
+        weights, "digits:calibration", "digits:test", tmp_path / "out", methods=("fq-vit",), bits=("W4A8",),
+        calibration=16, batch=8, held_out=12, search=SEARCH,
+    )  # fmt: skip
+
+
+def in_this_process(task: Task, log: Path) -> tuple[int, str]:
+    """What a child does, without the seconds that a process takes to begin."""
+    try:
+        found = measure(task)
+    except InputError as error:
+        found = {"refused": str(error)}
+    except RuntimeError as error:
+        return 1, f"{error}; see {log}"
+    task.measured.write_text(json.dumps(found))
+    return (2, "") if "refused" in found else (0, "")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs happen in this process; their names in order."""
+    names: list[str] = []
+
+    def run(task: Task, log: Path) -> tuple[int, str]:
+        names.append(task.run.name)
+        return in_this_process(task, log)
+
+    monkeypatch.setattr(bench, "run_child", run)
+    return names
+
+
+def without_clocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_mib", "resumed")} for line in lines]
+
+
+def test_rows_hold_what_the_runs_give(options: Options, here: list[str]) -> None:
+    lines = bench_methods(options, progress=False)
+    assert here == ["fq-vit_W4A8_seed0"]
+    base, final = lines
+    run = options.out / "runs" / "fq-vit_W4A8_seed0"
+    results = json.loads((run / "results.json").read_text())
+    assert (base["top1"], final["top1"]) == ([results["base"]["top1"]], [results["final"]["top1"]])
+    assert base["scope"] == "fully quantized" and base["recipe"] == "evol-q"
+    assert base["images"] == {"base": 8, "search": 8, "held_out": 8}
+    assert (base["search"], final["search"]) == ("none", "generational")
+    # The objective: images that are neither the run's nor evaluated on, all rows the same.
+    given = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=28, seed=0)
+    x = jnp.asarray(given.take(slice(16, 28)).normalized(0, 12))
+    teacher = forward(load_model(options.weights).stages(), x).logits
+    for line, name in ((base, "base"), (final, "model")):
+        student = forward(load_model(str(run / name)).stages(), x).logits
+        assert line["objective"] == [pytest.approx(float(info_nce(student, teacher, 3.0)), rel=1e-5)]  # chunked sums
+        assert line["seconds"][0] > 0 and not line["resumed"]
+        assert 50 < line["peak_mib"][0] <= peak_mib()
+    written = json.loads((options.out / "methods.json").read_text())
+    assert written["lines"] == lines and written["float"]["images"] == 297
+    assert "| W4A8 | fq-vit | evol-q | fully quantized |  |" in (options.out / "methods.md").read_text()
+
+
+def test_every_run_is_one_of_cptv_quantize(
+    options: Options, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench_methods(options, progress=False)
+    run = options.out / "runs" / "fq-vit_W4A8_seed0"
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*/metadata.json")}
+    command = ["quantize", options.weights, "--images", "digits:calibration", "--eval", "digits:test"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--config", str(run / "config.yaml"), "--out", str(run)])
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.glob("*/metadata.json")} == before
+    assert len(before) == 3  # base, state, model: finished, so nothing is computed again
+
+
+def test_an_interrupted_bench_goes_on_and_ends_as_if_it_had_not_been(
+    options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, bits=("W8A8", "W4A8"))
+    whole = bench_methods(replace(options, out=options.out.parent / "whole"), progress=False)
+    here.clear()
+    counted = bench.run_child
+
+    def interrupted(task: Task, log: Path) -> tuple[int, str]:
+        if task.run.name == "fq-vit_W4A8_seed0":
+            raise KeyboardInterrupt
+        return counted(task, log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "run_child", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench_methods(options, progress=False)
+    assert "W8A8" in (options.out / "methods.md").read_text()  # what was measured is there already
+    assert without_clocks(bench_methods(options, progress=False)) == without_clocks(whole)
+    assert here == ["fq-vit_W8A8_seed0", "fq-vit_W4A8_seed0"]
+    bench_methods(options, progress=False)
+    assert len(here) == 2
+
+
+def test_a_method_that_fails_or_refuses_says_why_and_stops_no_other(
+    options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise InputError("four bits are too few for it")
+
+    for name, quantize_it in (("broken", fail), ("picky", refuse)):
+        monkeypatch.setitem(METHODS, name, Method(quantize_it, ("evol-q",)))
+    options = replace(
+        options, methods=("broken", "picky", "fq-vit/fq-vit", "fq-vit"), search=SearchConfig(strategy="none")
+    )
+    lines = {line["method"]: line for line in bench_methods(options, progress=False)}
+    assert list(lines) == ["broken", "picky", "fq-vit/fq-vit", "fq-vit"]
+    assert lines["broken"]["remark"].startswith("failed: out of luck; see ")
+    assert lines["picky"]["remark"] == "not possible: four bits are too few for it"
+    assert lines["fq-vit/fq-vit"]["recipe"] == "fq-vit" and lines["fq-vit"]["recipe"] == "evol-q"
+    assert lines["fq-vit"]["remark"] == "" and lines["fq-vit"]["top1"]
+    here.clear()
+    monkeypatch.setitem(METHODS, "broken", METHODS["fq-vit"])
+    again = {line["method"]: line for line in bench_methods(options, progress=False)}
+    assert here == ["broken_W4A8_seed0", "picky_W4A8_seed0"]  # what failed is tried again
+    assert again["broken"]["top1"] == lines["fq-vit"]["top1"] and again["broken"]["remark"] == ""
+
+
+def test_a_width_that_a_method_cannot_do_is_marked_without_a_run(
+    options: Options, here: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "percentile.yaml").write_text("recipe: {weight_observer: percentile}")
+    options = replace(options, methods=("fq-vit", str(tmp_path / "percentile.yaml")))
+    *_, marked = bench_methods(options, progress=False)
+    assert here == ["fq-vit_W4A8_seed0"]
+    assert marked["method"] == "percentile" and marked["remark"].startswith("not possible: embed.proj.weight: observer")
+
+
+def test_automatic_seeds_go_to_runs_that_are_near_another(
+    options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods that are one, and a third at another width that has no rival: its search is off."""
+    monkeypatch.setitem(METHODS, "twin", METHODS["fq-vit"])
+    options = replace(options, methods=("fq-vit", "twin"), seeds=None, search=SearchConfig(strategy="none"))
+    lines = bench_methods(options, progress=False)
+    assert here == [f"{name}_W4A8_seed{seed}" for seed in (0, 1, 2) for name in ("fq-vit", "twin")]
+    assert [line["seeds"] for line in lines] == [[0, 1, 2], [0, 1, 2]]
+    here.clear()
+    alone = replace(options, methods=("fq-vit",), out=options.out.parent / "alone")
+    assert [line["seeds"] for line in bench_methods(alone, progress=False)] == [[0]]
+    assert len(here) == 1
+
+
+def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_on(
+    options: Options, here: list[str]
+) -> None:
+    options = replace(options, search=SearchConfig(strategy="none"))
+    bench_methods(options, progress=False)
+    for change, says in (
+        ({"calibration": 8}, "calibration: 16 there, 8 here"),
+        ({"held_out": 10}, "held-out: 12 there, 10 here"),
+        ({"search": SEARCH}, "search.strategy: none there, generational here"),
+    ):
+        with pytest.raises(InputError, match=says):
+            bench_methods(replace(options, **change), progress=False)  # type: ignore[arg-type]
+    bench_methods(replace(options, methods=("fq-vit", "fq-vit/evol-q-omse")), progress=False)
+    assert here == ["fq-vit_W4A8_seed0", "fq-vit-evol-q-omse_W4A8_seed0"]
+
+
+# Bad input
+
+
+BAD: dict[str, tuple[str, str, str]] = {
+    "bits": ("--bits W4", "--bits has W4;", "such as W4A8"),
+    "bits out of range": ("--bits W8A8 W9A8", "--bits has W9A8;", "from 2 to 8"),
+    "method": ("--methods fqvit", "--methods has 'fqvit'", "did you mean 'fq-vit'?"),
+    "preset": ("--methods fq-vit/evolq", "--methods has 'fq-vit/evolq'", "did you mean 'evol-q'?"),
+    "method file": ("--methods none.yaml", "no configuration file none.yaml", "check"),
+    "seeds": ("--seeds 0 -1", "argument --seeds", "see cptv bench methods --help"),
+    "seeds in words": ("--seeds 0 auto", "--seeds are 0 auto", "or auto"),
+    "batch": ("--batch 64 --calibration 32", "--batch is 64", "lower it"),
+    "held out": ("--held-out 1", "--held-out is 1", "2 or more"),
+    "images too few": ("--calibration 290 --held-out 100", "holds 300 images but 390", "ask for fewer"),
+    "no batch to contrast": ("--batch 1", "calibration.batch is 1", "at least 2"),
+    "search file": ("--search none.yaml", "no configuration file none.yaml", "check"),
+    "evaluation": ("--eval digits:tst", "'tst'", "choose one of"),
+    "out": ("--out {weights}", "is not empty and not a bench", "choose another directory"),
+    "weights": ("--weights none.safetensors", "none.safetensors does not exist", "give the path"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_sentence_before_any_run(
+    case: str, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*args: Any) -> Any:
+        raise AssertionError("a run began")
+
+    monkeypatch.setattr(bench, "run_child", run)
+    words, what, remedy = BAD[case]
+    given = [
+        "--weights",
+        weights,
+        "--images",
+        "digits:calibration",
+        "--eval",
+        "digits:test",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "methods", *given, *words.format(weights=weights).split()])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == ""
+    [line] = captured.err.strip().splitlines()
+    assert line.startswith("cptv: ") and what in line and remedy in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_bench_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench"])
+    assert ended.value.code == 2 and "see cptv bench --help" in capsys.readouterr().err
+
+
+# Processes
+
+
+@pytest.fixture
+def task(options: Options, monkeypatch: pytest.MonkeyPatch) -> Task:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (config,) = (run.config for run in bench._runs(options, 0))
+    options.out.mkdir()
+    return Task(
+        options.weights,
+        None,
+        options.images,
+        options.evaluation,
+        12,
+        config,
+        options.out / "run",
+        options.out / "m.json",
+    )
+
+
+def test_a_task_survives_the_way_to_its_process(task: Task) -> None:
+    assert Task.from_json(task.to_json()) == task
+    assert "\n" not in task.to_json()
+
+
+def test_phases_that_were_cut_short_are_marked(tmp_path: Path) -> None:
+    first = Phases(tmp_path / "m.json")
+    first.begin("base")
+    first.begin("search")  # and here it is killed
+    second = Phases(tmp_path / "m.json")
+    assert set(second.found["base"]) == {"resumed", "seconds", "peak_mib"}
+    second.begin("search")
+    second.begin("evaluation")
+    second.end()
+    found = json.loads((tmp_path / "m.json").read_text())["phases"]
+    assert [found[name]["resumed"] for name in ("base", "search", "evaluation")] == [False, True, False]
+    assert all(phase["seconds"] >= 0 and phase["peak_mib"] > 10 for phase in found.values())
+
+
+@pytest.mark.slow
+def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task: Task, tmp_path: Path) -> None:
+    hog = bytearray(700 * 2**20)  # this process's peak is not the child's
+    hog[::4096] = b"x" * len(hog[::4096])
+    assert run_child(task, tmp_path / "log") == (0, ""), (tmp_path / "log").read_text()
+    measured = json.loads(task.measured.read_text())
+    assert 50 < measured["phases"]["base"]["peak_mib"] <= measured["phases"]["search"]["peak_mib"] < peak_mib() - 300
+    images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=16, seed=0)
+    test = load_images("digits:test", TINY.preprocessing, labels=True)
+    outcome = quantize(load_model(task.weights), images, task.config, evaluation=test)  # type: ignore[arg-type]
+    assert measured["accuracy"] == outcome.results
+    again = replace(task, images="digits:train")  # a finished run with other images
+    assert run_child(again, tmp_path / "log")[0] == 2
+    assert "holds a run with other settings (images" in json.loads(task.measured.read_text())["refused"]
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "says"),
+    [("kill -9 $$", -9, "ended by signal 9; see "), ("echo; echo Oh no. >&2; exit 3", 3, "Oh no.; see ")],
+)
+def test_a_child_that_ends_badly_says_how(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int, says: str
+) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    found, reason = run_child(task, tmp_path / "log")
+    assert found == code and reason.startswith(says)
+
+
+@pytest.mark.slow
+def test_a_child_does_not_outlive_its_parent(task: Task, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+    child = start()
+    assert child.stdin is not None
+    child.stdin.write((task.to_json() + "\n").encode())
+    child.stdin.close()  # as the end of the parent does
+    assert child.wait(timeout=300) == 1
+    assert not task.measured.exists() or not json.loads(task.measured.read_text()).get("done")
+
+
+@pytest.fixture
+def start() -> Any:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def begin() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "cptv_jax.bench.row"]
+        children.append(subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}))
+        return children[-1]
+
+    yield begin
+    for child in children:
+        child.kill()
+        child.wait()
