@@ -1,8 +1,7 @@
 """quantize(): from a float model and unlabelled images to a quantized model, a run that can be interrupted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from cptv_jax.checkpoint import save_model
-from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
+from cptv_jax.config import QuantizeConfig, SearchConfig, to_mapping
 from cptv_jax.data import Images
-from cptv_jax.errors import InputError
 from cptv_jax.evaluation import Accuracy, check_labels, evaluate
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
-from cptv_jax.methods import METHODS, Method
-from cptv_jax.models.architecture import sites_of
-from cptv_jax.plan import Plan, Split, planned
+from cptv_jax.plan import Plan, Split, check_size, planned, searched_sites
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import PRESETS, Recipe, resolve
+from cptv_jax.recipe import Recipe
 from cptv_jax.run_directory import RunDirectory, claimed, digest
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
 from cptv_jax.search.run import SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
-from cptv_jax.suggest import did_you_mean
 
 _GIB = 2**30
 
@@ -63,58 +58,6 @@ class Quantization:
         return write_report(Path(path), self)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Calibration images in batches.
-
-    calibration: for the base method; the search uses the first `searched` of them. held_out: only pick among passes.
-    """
-
-    calibration: list[Images]
-    held_out: list[Images]
-    searched: int
-
-
-def _split(images: Images, config: QuantizeConfig) -> Split:
-    wanted, batch = config.calibration.images, config.calibration.batch
-    if len(images) < wanted:
-        raise InputError(
-            f"{len(images)} calibration images given, {wanted} wanted; "
-            f"give more, or set --calibration.images {len(images)}"
-        )
-    count = wanted // batch
-    if count == 0:
-        raise InputError(
-            f"{wanted} calibration images make no batch of {batch}; "
-            f"set --calibration.batch {wanted} or give more images"
-        )
-    order = np.random.default_rng([config.seed, len(images)]).permutation(len(images))
-    batches = [images.take(order[i * batch : (i + 1) * batch]) for i in range(count)]
-    searching = config.search.strategy != "none" and config.search.holdout > 0
-    held_out = min(max(1, round(config.search.holdout * count)), count - 1) if searching else 0
-    searched = count - held_out if config.search.images is None else config.search.images // batch
-    if not 1 <= searched <= count - held_out:
-        raise InputError(
-            f"search.images is {config.search.images}; "
-            f"it must lie between {batch} (a batch) and {(count - held_out) * batch}"
-        )
-    return Split(batches[: count - held_out], batches[count - held_out :], searched)
-
-
-def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:
-    """The configuration with the recipe preset filled in, and its base method. Raises InputError where they clash."""
-    if config.method not in METHODS:
-        raise InputError(f"unknown method '{config.method}'{did_you_mean(config.method, METHODS)}")
-    method = METHODS[config.method]
-    preset = config.recipe.preset or method.presets[0]
-    if preset in PRESETS and preset not in method.presets:
-        raise InputError(
-            f"method {config.method} cannot carry out the recipe preset '{preset}'; "
-            f"set --recipe.preset to one of {', '.join(method.presets)}"
-        )
-    return replace(config, recipe=replace(config.recipe, preset=preset)), method
-
-
 def strategy_for(config: SearchConfig, weight_bits: int) -> Strategy:
     """The configured strategy for a stage whose searched weights have this width."""
     if config.strategy == "evol-q":
@@ -123,32 +66,9 @@ def strategy_for(config: SearchConfig, weight_bits: int) -> Strategy:
     return Generational(config.sigma, config.children, config.survivors, config.rounds)
 
 
-def _check_size(model: Model, images: Images) -> None:
-    """Raises InputError for images of another size or number of channels than the model's."""
-    preprocessing = model.architecture.preprocessing
-    wanted = (preprocessing.image_size, preprocessing.image_size, len(preprocessing.mean))
-    if tuple(images.pixels.shape[1:]) != wanted:
-        raise InputError(
-            f"the images have shape {tuple(images.pixels.shape[1:])}, but {model.architecture.name} needs {wanted}; "
-            "load them with the model's preprocessing"
-        )
-
-
 def _stage_bits(recipe: Recipe, stage: str, searched: Sequence[str]) -> int:
     """Width of a stage's searched sites; the last one's where they differ (the published code asks proj)."""
     return [spec.bits for site, spec in recipe.of_stage(stage).items() if f"{stage}.{site}" in searched][-1]
-
-
-def _searched_sites(recipe: Recipe, search: SearchConfig) -> frozenset[str]:
-    """The quantized sites that match search.sites. Raises InputError where there are none, or some have no scale."""
-    sites = [site for site in recipe.sites if any(fnmatchcase(site, pattern) for pattern in search.sites)]
-    if not sites:
-        near = did_you_mean(search.sites[0], recipe.sites)
-        raise InputError(f"search.sites {list(search.sites)} match no quantized site{near}")
-    fixed = [site for site in sites if recipe.sites[site].quantizer == "log2"]
-    if fixed:
-        raise InputError(f"search.sites match {fixed[0]}, whose log2 quantizer has no scale to search; leave it out")
-    return frozenset(sites)
 
 
 def _outputs(
@@ -170,7 +90,7 @@ def _make_evaluators(
     teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool
 ) -> tuple[Evaluator, Any]:
     search = config.search
-    sites = _searched_sites(base.recipe, search)
+    sites = searched_sites(base.recipe, search)
     stages = base.stages(lambda site: site in sites, arithmetic=search.arithmetic)
     reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
     objective = Objective(search.objective, search.on, search.temperature)
@@ -239,30 +159,6 @@ def _search(
     return base.with_scales(scales), state
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration comes to for a model and its images.
-
-    config: with the recipe preset filled in.
-    """
-
-    config: QuantizeConfig
-    method: Method
-    recipe: Recipe
-    split: Split
-
-
-def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
-    """Everything that can be settled before anything is computed. Raises InputError for what cannot work."""
-    check(config)
-    config, method = _with_method(config)
-    _check_size(model, images)
-    recipe = resolve(config.recipe, sites_of(model.architecture))
-    if config.search.strategy != "none":
-        _searched_sites(recipe, config.search)
-    return Plan(config, method, recipe, _split(images, config))
-
-
 def quantize(
     model: Model,
     images: Images,
@@ -285,7 +181,7 @@ def quantize(
     plan = planned(model, images, config)  # bad input is refused before anything is written
     config = plan.config
     if evaluation is not None:
-        _check_size(model, evaluation)
+        check_size(model, evaluation)
         check_labels(model.stages(), evaluation)
     if out is None:
         return _continue(model, plan, None, evaluation, progress, on_phase)
