@@ -42,6 +42,7 @@ class SearchConfig:
     images: how many of the remaining ones the search uses, in whole batches; null means all.
     population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
     sigma, children, survivors: of generational; sigma is in log-scale.
+    race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
     arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
     memory_gib: bound on the activations of each device; null lets the device decide.
     images_at_once, candidates_at_once: how many, on all devices together, instead of as many as fit.
@@ -65,6 +66,7 @@ class SearchConfig:
     sigma: float = 0.01
     children: int = 8
     survivors: int = 2
+    race: bool = False
     arithmetic: ArithmeticName | None = None
     memory_gib: float | None = None
     images_at_once: int | None = None

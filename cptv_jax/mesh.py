@@ -49,6 +49,8 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
 def place(mesh: Mesh, tree: PyTree, axis: str | None = None) -> PyTree:
     """Arrays on the devices of a mesh: their leading axis divided among an axis of it, or copied to every device."""
     sharding = NamedSharding(mesh, PartitionSpec(axis) if axis else PartitionSpec())
+    if not sharding.is_fully_addressable:  # several processes, each of which holds the whole tree
+        tree = jax.tree.map(np.asarray, tree)
     return jax.device_put(tree, sharding)
 
 
@@ -109,9 +111,7 @@ def fastest_arithmetic() -> ArithmeticName:
     tensor = Tensor(codes, jnp.float32(1), jnp.float32(128))
     programs = {name: jax.jit(Arithmetic(name, weight_bits=4).matmul_weight) for name in ARITHMETICS}
     seconds = dict.fromkeys(ARITHMETICS, np.inf)
-    for _ in range(
-        _RACE_ROUNDS
-    ):  # in turn, and the best of each counts: other work on the machine then decides nothing
+    for _ in range(_RACE_ROUNDS):  # in turn, and the best of each counts, so that other work decides nothing
         for name, run in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(run(tensor, tensor))

@@ -20,7 +20,7 @@ from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import Recipe
 from cptv_jax.run_directory import RunDirectory, claimed, digest
-from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
+from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, RacingEvaluator, Strategy
 from cptv_jax.search.run import SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
@@ -111,7 +111,7 @@ def _make_evaluators(
         search.children if search.strategy == "generational" else 1,
         _budget(search),
     )
-    evaluator = Evaluator(
+    evaluator = (RacingEvaluator if search.race else Evaluator)(
         stages,
         [batch.normalized(0, len(batch)) for batch in searched],
         targets[: len(searched)],

@@ -54,6 +54,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.sigma": ("5.e-2", 0.05),
     "search.children": ("4", 4),
     "search.survivors": ("1", 1),
+    "search.race": ("true", True),
     "search.arithmetic": ("bf16-codes", "bf16-codes"),
     "search.memory_gib": ("1.5", 1.5),
     "search.images_at_once": ("5", 5),

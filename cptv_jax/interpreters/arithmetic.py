@@ -77,9 +77,13 @@ def _float32(a: Tensor, b: Tensor) -> Array:
 
 
 def _bf16(x: Array) -> Array:
-    """Integers of at most 8 bits as bfloat16: the upper half of their float32 bits."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+    """Integers of at most 8 bits as bfloat16."""
+
+    def upper_half(x: Array) -> Array:  # of the bits: several times as fast as a conversion on a CPU
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16
+        return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+    return jax.lax.platform_dependent(x, cpu=upper_half, default=lambda x: x.astype(jnp.bfloat16))
 
 
 def _bf16_codes(a: Tensor, b: Tensor) -> Array:

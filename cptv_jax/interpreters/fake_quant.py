@@ -37,12 +37,21 @@ class Weight(NamedTuple):
     shift: Array | None = None
 
 
+def _uint8(x: Array) -> Array:
+    """Integers from 0 to 255 as uint8."""
+
+    def last_byte(x: Array) -> Array:
+        # Beside 2^23 the last byte of a float32 is its last 8 binary digits before the point. XLA's CPU backend merges
+        # a plain conversion with what reads the result into slow programs (YNNPACK's).
+        bits = jax.lax.bitcast_convert_type(x + _LAST_BYTE_COUNTS, jnp.uint32)
+        return bits.astype(jnp.uint8)
+
+    return jax.lax.platform_dependent(x, cpu=last_byte, default=lambda x: x.astype(jnp.uint8))
+
+
 def coded(quantizer: Uniform, codes: Array) -> Tensor:
     """Codes of a uniform quantizer (integers in float32) as a tensor of uint8."""
-    # Beside 2^23 the last byte of a float32 is its last 8 binary digits before the point. A conversion would give the
-    # same, but XLA's CPU backend then merges it with what reads the tensor into slow programs (YNNPACK's).
-    bits = jax.lax.bitcast_convert_type(codes - quantizer.low + _LAST_BYTE_COUNTS, jnp.uint32)
-    return Tensor(bits.astype(jnp.uint8), quantizer.scale, quantizer.zero_point - quantizer.low)
+    return Tensor(_uint8(codes - quantizer.low), quantizer.scale, quantizer.zero_point - quantizer.low)
 
 
 def quantized(quantizer: Quantizer, values: Array) -> Tensor:

@@ -2,6 +2,7 @@
 
 from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.objective import OBJECTIVES, Objective
+from cptv_jax.search.race import RacingEvaluator
 from cptv_jax.search.strategies import STRATEGIES, EvolQ, Generational, Strategy
 
-__all__ = ["OBJECTIVES", "STRATEGIES", "Evaluator", "EvolQ", "Generational", "Objective", "Strategy"]
+__all__ = ["OBJECTIVES", "STRATEGIES", "Evaluator", "EvolQ", "Generational", "Objective", "RacingEvaluator", "Strategy"]

@@ -230,7 +230,9 @@ class Evaluator:
 
     def accept(self, index: int, candidate: PyTree) -> None:
         """Makes a candidate the stage's own; the cached inputs of later stages are dropped."""
-        self.stages[index] = self._placed(self.stages[index].bound(jax.tree.map(jnp.asarray, candidate)))
+        self.stages[index] = self._placed(
+            self.stages[index].bound(place(self.mesh, jax.tree.map(jnp.asarray, candidate)))
+        )
         self._states[self._home[index][0]] = self._stacked(self._home[index][0])
         self._cached = range(self._cached.start, min(self._cached.stop, index + 1))
 
