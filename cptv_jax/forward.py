@@ -1,7 +1,7 @@
 """Running stages one after the other, each compiled once per stage function."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
@@ -52,11 +52,25 @@ def activation_bytes(stages: Sequence[Stage], x: PyTree) -> int:
     """
     largest = 0
     for stage in stages:
-        jaxpr, x = jax.make_jaxpr(stage.function, return_shape=True)(stage.state, x)
-        for equation in jaxpr.jaxpr.eqns:
-            sizes = [v.aval.size * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars)]
-            largest = max(largest, sum(sizes))
+        leaves, structure = jax.tree.flatten((stage.state, x))
+        shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        size, x = _largest_operation(stage.function, structure, shapes)
+        largest = max(largest, size)
     return 2 * largest
+
+
+@lru_cache(maxsize=64)
+def _largest_operation(
+    function: StageFunction, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[int, PyTree]:
+    """Bytes that a stage's largest operation reads and writes, and the shapes of its output.
+
+    Kept, as the blocks of a model are alike and one model is asked about again and again, while a trace takes as long
+    as a small search's round.
+    """
+    jaxpr, output = jax.make_jaxpr(function, return_shape=True)(*jax.tree.unflatten(structure, shapes))
+    operations = ((*equation.invars, *equation.outvars) for equation in jaxpr.jaxpr.eqns)
+    return max((sum(v.aval.size * v.aval.dtype.itemsize for v in values) for values in operations), default=0), output
 
 
 def pieces(read: Callable[[int, int], np.ndarray], count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

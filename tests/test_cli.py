@@ -16,7 +16,7 @@ from cptv_jax.demo import DIGITS_VIT
 
 _SIZES = replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
 TINY = replace(DIGITS_VIT, name="tiny_vit", config=_SIZES)
-COMMANDS = ("demo", "import", "quantize", "evaluate", "report", "compare")
+COMMANDS = ("demo", "import", "quantize", "evaluate", "report", "bench", "compare")
 
 
 def succeed(*argv: object) -> None:

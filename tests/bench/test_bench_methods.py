@@ -101,19 +101,19 @@ def test_every_run_is_one_of_cptv_quantize(
 ) -> None:
     bench_methods(options, progress=False)
     run = options.out / "runs" / "fq-vit_W4A8_seed0"
-    before = {path: path.stat().st_mtime_ns for path in run.glob("*/metadata.json")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("metadata.json")}
     command = ["quantize", options.weights, "--images", "digits:calibration", "--eval", "digits:test"]
     with pytest.raises(SystemExit) as ended:
         main([*command, "--config", str(run / "config.yaml"), "--out", str(run)])
     assert ended.value.code == 0, capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in run.glob("*/metadata.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("metadata.json")} == before
     assert len(before) == 3  # base, state, model: finished, so nothing is computed again
 
 
 def test_an_interrupted_bench_goes_on_and_ends_as_if_it_had_not_been(
     options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(options, bits=("W8A8", "W4A8"))
+    options = replace(options, bits=("W8A8", "W4A8"), search=SearchConfig(strategy="none"))
     whole = bench_methods(replace(options, out=options.out.parent / "whole"), progress=False)
     here.clear()
     counted = bench.run_child
@@ -146,13 +146,13 @@ def test_a_method_that_fails_or_refuses_says_why_and_stops_no_other(
     for name, quantize_it in (("broken", fail), ("picky", refuse)):
         monkeypatch.setitem(METHODS, name, Method(quantize_it, ("evol-q",)))
     options = replace(
-        options, methods=("broken", "picky", "fq-vit/fq-vit", "fq-vit"), search=SearchConfig(strategy="none")
+        options, methods=("broken", "picky", "fq-vit/evol-q", "fq-vit"), search=SearchConfig(strategy="none")
     )
     lines = {line["method"]: line for line in bench_methods(options, progress=False)}
-    assert list(lines) == ["broken", "picky", "fq-vit/fq-vit", "fq-vit"]
+    assert list(lines) == ["broken", "picky", "fq-vit/evol-q", "fq-vit"]
     assert lines["broken"]["remark"].startswith("failed: out of luck; see ")
     assert lines["picky"]["remark"] == "not possible: four bits are too few for it"
-    assert lines["fq-vit/fq-vit"]["recipe"] == "fq-vit" and lines["fq-vit"]["recipe"] == "evol-q"
+    assert lines["fq-vit/evol-q"]["top1"] == lines["fq-vit"]["top1"]  # its own preset, by name
     assert lines["fq-vit"]["remark"] == "" and lines["fq-vit"]["top1"]
     here.clear()
     monkeypatch.setitem(METHODS, "broken", METHODS["fq-vit"])
@@ -165,8 +165,9 @@ def test_a_width_that_a_method_cannot_do_is_marked_without_a_run(
     options: Options, here: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "percentile.yaml").write_text("recipe: {weight_observer: percentile}")
-    options = replace(options, methods=("fq-vit", str(tmp_path / "percentile.yaml")))
-    *_, marked = bench_methods(options, progress=False)
+    names = ("fq-vit", str(tmp_path / "percentile.yaml"))
+    options = replace(options, methods=names, search=SearchConfig(strategy="none"))
+    _, marked = bench_methods(options, progress=False)
     assert here == ["fq-vit_W4A8_seed0"]
     assert marked["method"] == "percentile" and marked["remark"].startswith("not possible: embed.proj.weight: observer")
 
@@ -198,8 +199,8 @@ def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_o
     ):
         with pytest.raises(InputError, match=says):
             bench_methods(replace(options, **change), progress=False)  # type: ignore[arg-type]
-    bench_methods(replace(options, methods=("fq-vit", "fq-vit/evol-q-omse")), progress=False)
-    assert here == ["fq-vit_W4A8_seed0", "fq-vit-evol-q-omse_W4A8_seed0"]
+    bench_methods(replace(options, methods=("fq-vit", "fq-vit/evol-q")), progress=False)
+    assert here == ["fq-vit_W4A8_seed0", "fq-vit-evol-q_W4A8_seed0"]
 
 
 # Bad input
@@ -211,7 +212,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "method": ("--methods fqvit", "--methods has 'fqvit'", "did you mean 'fq-vit'?"),
     "preset": ("--methods fq-vit/evolq", "--methods has 'fq-vit/evolq'", "did you mean 'evol-q'?"),
     "method file": ("--methods none.yaml", "no configuration file none.yaml", "check"),
-    "seeds": ("--seeds 0 -1", "argument --seeds", "see cptv bench methods --help"),
+    "seeds": ("--seeds 0 -1", "--seeds are 0 -1", "or auto"),
     "seeds in words": ("--seeds 0 auto", "--seeds are 0 auto", "or auto"),
     "batch": ("--batch 64 --calibration 32", "--batch is 64", "lower it"),
     "held out": ("--held-out 1", "--held-out is 1", "2 or more"),
@@ -306,6 +307,7 @@ def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task:
     assert 50 < measured["phases"]["base"]["peak_mib"] <= measured["phases"]["search"]["peak_mib"] < peak_mib() - 300
     images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=16, seed=0)
     test = load_images("digits:test", TINY.preprocessing, labels=True)
+    hog.clear()
     outcome = quantize(load_model(task.weights), images, task.config, evaluation=test)  # type: ignore[arg-type]
     assert measured["accuracy"] == outcome.results
     again = replace(task, images="digits:train")  # a finished run with other images
