@@ -23,14 +23,26 @@ from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import architecture_named, guess_architecture
 from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
+from cptv_jax.quantizers import (
+    BiasCorrected,
+    DualUniform,
+    FractionalUniform,
+    Log2,
+    LogSqrt2,
+    OffsetUniform,
+    Quantizer,
+    Uniform,
+)
 from cptv_jax.recipe import Recipe, SiteSpec
 
 FORMAT = "cptv-jax checkpoint"
 VERSION = 1
 METADATA = "metadata.json"
 _ARRAYS = "arrays"
-_QUANTIZERS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Uniform, Log2, BiasCorrected)}
+_QUANTIZERS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (Uniform, OffsetUniform, FractionalUniform, DualUniform, Log2, LogSqrt2, BiasCorrected)
+}
 
 
 # ---- trees of arrays ------------------------------------------------------------------------------------------------

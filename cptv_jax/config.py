@@ -13,6 +13,8 @@ import yaml
 
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters.arithmetic import ArithmeticName
+from cptv_jax.methods.erq import ErqOptions
+from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.recipe import RecipeConfig
 from cptv_jax.suggest import did_you_mean
 
@@ -79,12 +81,15 @@ class SearchConfig:
 class QuantizeConfig:
     """Everything that determines a quantization, beside the model and the images.
 
-    method: base method. seed: of image order, held-out slice and search.
+    method: base method; the fields named after methods hold their options.
+    seed: of image order, held-out slice and search.
     """
 
     method: str = "fq-vit"
     seed: int = 0
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    repq_vit: RepqVitOptions = field(default_factory=RepqVitOptions)
+    erq: ErqOptions = field(default_factory=ErqOptions)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
@@ -92,6 +97,9 @@ class QuantizeConfig:
 _AT_LEAST = {
     "calibration.images": 1,
     "calibration.batch": 1,
+    "repq_vit.images": 1,
+    "erq.images": 1,
+    "erq.flips": 0,
     "search.passes": 1,
     "search.rounds": 1,
     "search.population": 1,
@@ -104,7 +112,7 @@ _AT_LEAST = {
     "search.population_devices": 1,
 }
 _SEEDS = 2**32
-_POSITIVE = ("search.temperature", "search.step", "search.sigma", "search.cache_gib", "search.memory_gib")
+_POSITIVE = ("erq.coe", "search.temperature", "search.step", "search.sigma", "search.cache_gib", "search.memory_gib")
 
 
 def check(config: QuantizeConfig) -> None:

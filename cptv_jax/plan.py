@@ -8,7 +8,7 @@ import numpy as np
 from cptv_jax.config import QuantizeConfig, SearchConfig, check
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
-from cptv_jax.methods import METHODS, Method
+from cptv_jax.methods import METHODS, Method, require_float
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import PRESETS, Recipe, resolve
@@ -106,9 +106,12 @@ class Plan:
 def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
     """Everything that can be settled before anything is computed. Raises InputError for what cannot work."""
     check(config)
+    require_float(model)
     config, method = _with_method(config)
     check_size(model, images)
     recipe = resolve(config.recipe, sites_of(model.architecture))
+    if method.abilities is not None:
+        method.abilities.check(config.method, recipe)
     if config.search.strategy != "none":
         searched_sites(recipe, config.search)
     return Plan(config, method, recipe, _split(images, config))

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, Tensor, quantize_weight
 from cptv_jax.mesh import fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
-from cptv_jax.quantizers import Quantizer, Uniform, moments
+from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, moments
 from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
 
@@ -82,10 +82,11 @@ def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Colle
     return {"weights": weights, "quantizers": dict(quantizers), "quantized": quantized, "searched": kernels}
 
 
-def _integral_zero_points(quantizers: Iterable[Quantizer]) -> bool:
-    uniform = (getattr(quantizer, "base", quantizer) for quantizer in quantizers)
-    points = jax.device_get([quantizer.zero_point for quantizer in uniform if isinstance(quantizer, Uniform)])
-    return all(np.array_equal(point, np.round(point)) for point in points)
+def _steps_within_codes(quantizers: Iterable[Quantizer]) -> bool:
+    """Whether every zero point is a code, so that steps are integers no larger than the largest code."""
+    bases = (quantizer.base if isinstance(quantizer, BiasCorrected) else quantizer for quantizer in quantizers)
+    points = jax.device_get([(grid.zero_point, grid.low, grid.high) for grid in bases if isinstance(grid, Uniform)])
+    return all(np.all((point == np.round(point)) & (low <= point) & (point <= high)) for point, low, high in points)
 
 
 def _at(node: Mapping[str, Any], path: Iterable[str]) -> Mapping[str, Any]:
@@ -168,10 +169,10 @@ class QuantizedModel:
         rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
         all_tokens: compute also the tokens of the last block that the head does not read.
         arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
-            zero points that are not integral (RepQ-ViT's), which only "float32" can hold.
+            zero points that are no codes (of a range that lies beside zero), whose steps only "float32" can hold.
         """
         specs = self.recipe.sites
-        if not _integral_zero_points(self.quantizers.values()):
+        if not _steps_within_codes(self.quantizers.values()):
             arithmetic = "float32"
         exact = Arithmetic(
             arithmetic or fastest_arithmetic(),

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import jax
 
 from cptv_jax.errors import InputError
-from cptv_jax.sites import Site
+from cptv_jax.sites import Site, layer_norm_readers
 from cptv_jax.suggest import did_you_mean
 
 ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf", "method"]
 OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf", "method")
-QuantizerName = Literal["uniform", "log2"]
-QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "log2")
+QuantizerName = Literal["uniform", "dual-uniform", "log2", "log-sqrt2"]
+QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "dual-uniform", "log2", "log-sqrt2")
 MIN_BITS, MAX_BITS = 2, 8
 _WORDS = {bool: "true or false", str: "a name"}
 
@@ -84,11 +84,15 @@ class Preset:
     scope: "full" quantizes every tensor that an operation produces; "matmuls" only weights and what linear layers and
         matmuls read, as most methods do.
     softmax, gelu: quantizers of what these functions produce, in a recipe of scope "matmuls".
+    normalized_weight: quantizer of the weights that read a LayerNorm inside the blocks, in a recipe of scope "matmuls".
+    input_bits: width of the image; null means activation_bits.
     """
 
     scope: Literal["full", "matmuls"] = "full"
     softmax: QuantizerName = "uniform"
     gelu: QuantizerName = "uniform"
+    normalized_weight: QuantizerName = "uniform"
+    input_bits: int | None = None
     weight_observer: ObserverName = "minmax"
     activation_observer: ObserverName = "omse"
     weight_signed: bool = False
@@ -100,6 +104,15 @@ class Preset:
     softmax_bits: int | None = None
 
 
+_PERCENTILE: dict[str, Any] = {
+    "scope": "matmuls",
+    "weight_observer": "method",
+    "activation_observer": "method",
+    "bias_correction": False,
+    "power_of_two_factor": False,
+    "integer_layer_norm": False,
+}
+
 PRESETS: dict[str, Preset] = {
     # Evol-Q's shipped flags (config_fq.py, --mode e2e): what CPT-V starts from.
     "evol-q": Preset(),
@@ -109,6 +122,11 @@ PRESETS: dict[str, Preset] = {
     "fq-vit": Preset(
         activation_observer="minmax", weight_signed=True, bias_correction=False, log_int_softmax=True, softmax_bits=4
     ),
+    # RepQ-ViT as published: the image keeps 8 bits.
+    "repq-vit": Preset(**_PERCENTILE, softmax="log-sqrt2", input_bits=8),
+    # ERQ as published (its TPAMI extension), and the same without dual uniform weights (its ICML version).
+    "erq": Preset(**_PERCENTILE, softmax="log-sqrt2", quantize_input=False, normalized_weight="dual-uniform"),
+    "erq-uniform": Preset(**_PERCENTILE, softmax="log-sqrt2", quantize_input=False),
 }
 
 
@@ -174,6 +192,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         by_kind["gelu"] = dataclasses.replace(activation, quantizer=preset.gelu)
         by_kind.pop("add")
     read = {name for site in sites for name in site.reads}
+    normalized = {name for names in layer_norm_readers(sites).values() for name in names}
 
     specs: dict[str, SiteSpec] = {}
     for site in sites:
@@ -183,8 +202,14 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
             wanted = site.kind == "weight" or site.name in read
         else:
             wanted = site.kind not in ("operand", "hidden")
-        if wanted:
-            specs[site.name] = by_kind.get(site.kind, activation)
+        if not wanted:
+            continue
+        spec = by_kind.get(site.kind, activation)
+        if site.name in normalized:
+            spec = dataclasses.replace(spec, quantizer=preset.normalized_weight)
+        if site.name == "embed.input" and preset.input_bits is not None:
+            spec = dataclasses.replace(spec, bits=preset.input_bits)
+        specs[site.name] = spec
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
     for name, spec in specs.items():

@@ -23,7 +23,9 @@ def _describe(spec: SiteSpec) -> str:
     correction = ", bias correction" if spec.bias_correction else ""
     if spec.quantizer == "log2":
         return f"| log2 | {spec.bits} | per tensor | fixed levels |"
-    return f"| uniform {grid} | {spec.bits} | {granularity} | {spec.observer}{correction} |"
+    if spec.quantizer == "log-sqrt2":
+        return f"| log-sqrt2 | {spec.bits} | per tensor | {spec.observer} |"
+    return f"| {spec.quantizer} {grid} | {spec.bits} | {granularity} | {spec.observer}{correction} |"
 
 
 def site_table(outcome: "Quantization") -> str:

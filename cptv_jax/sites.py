@@ -1,5 +1,6 @@
 """Sites: the named places where a forward pass can be quantized."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,3 +22,21 @@ class Site:
     kind: Kind
     shape: tuple[int, ...]
     reads: tuple[str, ...] = ()
+
+
+def layer_norm_readers(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
+    """By LayerNorm inside the network, the weights of the linear layers that read it.
+
+    The last LayerNorm, which the head reads, is left out, and so is one whose channels a layer does not see unchanged.
+    """
+    known = {site.name: site for site in sites}
+    norms = {name for name, site in known.items() if site.kind == "layer_norm" and not name.startswith("head.")}
+    readers: dict[str, list[str]] = {}
+    for site in known.values():
+        for name in norms.intersection(site.reads):
+            readers.setdefault(name, []).append(site.name)
+
+    def direct(norm: str, reader: str) -> bool:
+        return known[reader].kind == "weight" and known[reader].shape[0] == known[norm].shape[-1]
+
+    return {norm: tuple(names) for norm, names in readers.items() if all(direct(norm, name) for name in names)}

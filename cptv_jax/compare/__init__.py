@@ -5,10 +5,12 @@ from pathlib import Path
 
 from cptv_jax.compare import losses
 from cptv_jax.compare.checks import Check
+from cptv_jax.compare.erq import compare_erq
 from cptv_jax.compare.interchange import Recording, read_recording
 from cptv_jax.compare.losses import compare_losses
 from cptv_jax.compare.quantized import compare_quantized
 from cptv_jax.compare.report import Comparison, render
+from cptv_jax.compare.repq_vit import compare_repq_vit
 from cptv_jax.compare.search import compare_search
 from cptv_jax.recipe import OBSERVERS
 
@@ -18,12 +20,17 @@ Compare = Callable[[Recording], list[Check]]
 
 # By kind and reference: what compares such a file. A new reference adds a line.
 _COMPARE: dict[str, dict[str, Compare]] = {
-    "quantized": {"evol-q": compare_quantized, "fq-vit": compare_quantized},
+    "quantized": {
+        "evol-q": compare_quantized,
+        "fq-vit": compare_quantized,
+        "repq-vit": compare_repq_vit,
+        "erq": compare_erq,
+    },
     "search": {"evol-q": compare_search},
     "losses": {"evol-q": compare_losses},
 }
 _NOTES = {
-    "quantized": ("observer states (obs_min, obs_max) and traces repeat what scales and blocks show: not compared",),
+    "quantized": ("observer states and traces repeat what scales and blocks show: not compared",),
     "losses": losses.NOTES,
 }
 

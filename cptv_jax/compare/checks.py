@@ -1,6 +1,7 @@
 """Checks: what was measured, what is allowed, and the tolerances that parity means."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ PARAMETERS_OFF = 1e-3  # fraction of all values
 WEIGHT_ABSOLUTE = 1e-5
 WEIGHTS_OFF = 1e-3  # fraction of all elements
 BLOCK_OFF = 0.05  # fraction of a block's output
+BLOCK_ABSOLUTE = 1e-3  # where a block's output is not quantized: beyond float noise, below what a flipped code does
 FLOOR_FACTOR = 3.0  # times the noise floor
 TOP1_POINTS = 0.7
 LOSS_RELATIVE = 1e-5
@@ -128,6 +130,59 @@ def off(deviation: np.ndarray, tolerance: float) -> np.ndarray:
 def fraction(which: np.ndarray) -> float:
     """The fraction of True."""
     return float(np.mean(which)) if which.size else 0.0
+
+
+def parameter_checks(
+    group: str, arrays: Iterable[tuple[str, np.ndarray, np.ndarray]], allowed: float | None = PARAMETERS_OFF
+) -> list[Check]:
+    """Step 1 for (name, ours, recorded) of quantizer parameters: one row each, and their sum as the verdict.
+
+    allowed: the fraction of all values that may be off; None leaves the sum without a verdict.
+    """
+    rows, deviations = [], []
+    for name, ours, recorded in arrays:
+        deviation = relative(ours, recorded)
+        which = off(deviation, PARAMETER_RELATIVE)
+        remark = f"{int(which.sum())} of {which.size} off" if which.any() else ""
+        share = fraction(which)
+        rows.append(Check(group, name, share, None, "off", largest(deviation), 1 - share, remark))
+        deviations.append(np.ravel(deviation))
+    every = np.concatenate(deviations) if deviations else np.zeros(0)
+    share = fraction(off(every, PARAMETER_RELATIVE))
+    unit = f"of {every.size} values off by more than {PARAMETER_RELATIVE:g} relative"
+    return [*rows, Check(group, "all", share, allowed, unit, largest(every), 1 - share, share=True)]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of ours and the recorded one. step: of a code, where it has codes. tolerance: absolute."""
+
+    name: str
+    ours: np.ndarray
+    recorded: np.ndarray
+    step: np.ndarray | None = None
+    tolerance: float = WEIGHT_ABSOLUTE
+
+
+def weight_checks(group: str, weights: Iterable[Weight]) -> list[Check]:
+    """Step 2 for several weights: one row each, their sum as the verdict."""
+    rows, deviations, which, same = [], [], [], []
+    for weight in weights:
+        deviation = weight.ours - weight.recorded
+        wrong = off(deviation, weight.tolerance)
+        equal = None if weight.step is None else ~off(deviation / weight.step, 0.5)
+        codes = None if equal is None else fraction(equal)
+        remark = "" if weight.tolerance == WEIGHT_ABSOLUTE else f"allowed {weight.tolerance:.2g}"
+        rows.append(Check(group, weight.name, fraction(wrong), None, "off", largest(deviation), codes, remark))
+        deviations.append(deviation.ravel())
+        which.append(wrong.ravel())
+        if equal is not None:
+            same.append(equal.ravel())
+    every = np.concatenate(deviations)
+    share = fraction(np.concatenate(which))
+    unit = f"of {every.size} elements off by more than {WEIGHT_ABSOLUTE:g}"
+    equal_share = fraction(np.concatenate(same)) if same else None
+    return [*rows, Check(group, "all", share, WEIGHTS_OFF, unit, largest(every), equal_share, share=True)]
 
 
 def logits_checks(

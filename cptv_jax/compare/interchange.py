@@ -124,6 +124,13 @@ class ArrayFile:
         """The names directly under a prefix, such as ["0", "1"] for "evo/", in the file's order."""
         return list(dict.fromkeys(k.removeprefix(prefix).split("/")[0] for k in self.arrays if k.startswith(prefix)))
 
+    def block_indices(self, prefix: str, depth: int) -> list[int]:
+        """The blocks with arrays directly under a prefix such as "block_out/", in order."""
+        names = self.under(prefix)
+        if not all(name.isdecimal() and int(name) < depth for name in names):
+            raise InputError(f"{self.path}: '{prefix}' holds a block that a model of depth {depth} lacks")
+        return sorted(int(name) for name in names)
+
     def raw(self, key: str) -> np.ndarray:
         """An array of any shape and type."""
         if key not in self.arrays:

@@ -32,8 +32,8 @@ def compare_quantized(recording: Recording) -> list[Check]:
     stages = subject.quantized.stages()
     found = subject.float_checks(recording)
     found += parameter_checks(recording, "param", subject.quantized.quantizers, subject.config.depth)
-    found += _weight_checks(recording, subject)
-    found += _block_checks(recording, subject)
+    found += weight_checks(recording, subject, modules_by_site(subject.config.depth))
+    found += block_checks(recording, subject)
     found += subject.quantized_logit_checks(recording, LOGITS, stages, "q_logits", "q_top1")
     # Only Evol-Q's code has such a pass.
     if recording.reference == "evol-q" or "dequant_state_logits" in recording:
@@ -76,7 +76,7 @@ def parameter_checks(
             raise InputError(
                 f"{recording.path}: array '{key}' belongs to no quantizer of the model and options that meta describes"
             )
-    rows, deviations = [], []
+    arrays = []
     for module, quantizer in wanted.items():
         if partial and module not in recorded:
             continue
@@ -87,21 +87,8 @@ def parameter_checks(
             # A zero point that all channels share is recorded once or once a channel.
             size = recording.raw(key).size if name == "zero_point" and np.size(value) == 1 else np.size(value)
             theirs = recording.flat(key, size)
-            deviation = checks.relative(np.broadcast_to(np.ravel(value), theirs.shape), theirs)
-            deviations.append(deviation)
-            rows.append(_parameter_row(key, deviation))
-    every = np.concatenate(deviations) if deviations else np.zeros(0)
-    share = checks.fraction(checks.off(every, checks.PARAMETER_RELATIVE))
-    unit = f"of {every.size} values off by more than {checks.PARAMETER_RELATIVE:g} relative"
-    total = Check(PARAMETERS, "all", share, checks.PARAMETERS_OFF, unit, checks.largest(every), 1 - share, share=True)
-    return [*rows, total]
-
-
-def _parameter_row(key: str, deviation: np.ndarray) -> Check:
-    which = checks.off(deviation, checks.PARAMETER_RELATIVE)
-    share = checks.fraction(which)
-    remark = f"{int(which.sum())} of {which.size} off" if which.any() else ""
-    return Check(PARAMETERS, key, share, None, "off", checks.largest(deviation), 1 - share, remark)
+            arrays.append((key, np.broadcast_to(np.ravel(value), theirs.shape), theirs))
+    return checks.parameter_checks(PARAMETERS, arrays)
 
 
 @jax.jit
@@ -120,62 +107,51 @@ def _on_grid(quantizer: Quantizer, values: Array) -> Tensor:
     return Tensor(quantizer.steps(values), quantizer.scale)
 
 
-def _weight_checks(recording: Recording, subject: Subject) -> list[Check]:
-    """Step 2: the weights that the matmuls use, bias correction included, in the reference's layout."""
-    modules = modules_by_site(subject.config.depth)
+def weight_checks(recording: Recording, subject: Subject, modules: Mapping[str, str]) -> list[Check]:
+    """Step 2: the weights that the matmuls use, bias correction included, in the reference's layout.
+
+    modules: the reference's name of each weight's layer, by our site.
+    """
     entries = {entry.key: entry for entry in key_table(subject.model.architecture)}
-    rows, deviations, same = [], [], []
+    weights = []
     for site, quantizer in subject.quantized.quantizers.items():
         if not site.endswith(".weight"):
             continue
         entry = entries[f"{modules[site]}.weight"]
-        kernel = subject.model.weights[entry.stage]
-        for name in entry.path:
-            kernel = kernel[name]
+        kernel = subject.quantized.model.layer(site.removesuffix(".weight"))["kernel"]
         key = f"qweight/{modules[site]}"
         theirs = entry.to_module(recording.array(key, *entry.shape))
         values, step = (np.asarray(array) for array in _effective_weight(quantizer, kernel))
-        deviation = values - theirs
-        equal = ~checks.off(deviation / step, 0.5)
-        share = checks.fraction(checks.off(deviation, checks.WEIGHT_ABSOLUTE))
-        rows.append(Check(WEIGHTS, key, share, None, "off", checks.largest(deviation), checks.fraction(equal)))
-        deviations.append(deviation.ravel())
-        same.append(equal.ravel())
-    every = np.concatenate(deviations)
-    share = checks.fraction(checks.off(every, checks.WEIGHT_ABSOLUTE))
-    unit = f"of {every.size} elements off by more than {checks.WEIGHT_ABSOLUTE:g}"
-    equal_share = checks.fraction(np.concatenate(same))
-    total = Check(WEIGHTS, "all", share, checks.WEIGHTS_OFF, unit, checks.largest(every), equal_share, share=True)
-    return [*rows, total]
+        weights.append(checks.Weight(key, values, theirs, step))
+    return checks.weight_checks(WEIGHTS, weights)
 
 
-def _block_checks(recording: Recording, subject: Subject) -> list[Check]:
+def block_checks(recording: Recording, subject: Subject) -> list[Check]:
     """Step 3: every block on the input that the reference's own block had."""
     stages = subject.quantized.stages(all_tokens=True)
-    indices = [int(name) if name.isdecimal() else -1 for name in recording.under("block_out/")]
-    for index in indices:
-        if not 0 <= index < subject.config.depth:
-            raise InputError(
-                f"{recording.path}: 'block_out/' holds a block that a model of depth {subject.config.depth} lacks"
-            )
     found = []
     tokens, width = subject.config.num_tokens, subject.config.width
     recording.array("block_in/0", None, tokens, width)
-    for index in sorted(indices):
+    for index in recording.block_indices("block_out/", subject.config.depth):
         before, stage = stages[index], stages[index + 1]
         key = f"block_out/{index}"
         recorded = recording.array("block_in/0" if index == 0 else f"block_out/{index - 1}", None, tokens, width)
         theirs = recording.array(key, len(recorded), tokens, width)
-        # The recorded input is dequantized: its integer steps come back through the quantizer that made it.
-        x = _on_grid(before.state["quantizers"][output_site(before.name)], np.asarray(recorded, np.float32))
+        x = Tensor(jnp.asarray(recorded, jnp.float32))
+        quantizer = before.state["quantizers"].get(output_site(before.name))
+        if quantizer is not None:
+            # The recorded input is dequantized: its integer steps come back through the quantizer that made it.
+            x = _on_grid(quantizer, x.steps)
         deviation = np.asarray(apply_stage(stage.function, stage.state, x).values) - theirs
-        quantizer = stage.state["quantizers"][output_site(stage.name)]
-        scale = np.asarray(quantizer.scale)
-        # Off by half of the finest channel's step: more than float noise, less than any flip of a code.
-        tolerance = float(scale.min()) / 2
+        quantizer = stage.state["quantizers"].get(output_site(stage.name))
+        tolerance, what, equal = checks.BLOCK_ABSOLUTE, "", None
+        if quantizer is not None:
+            scale = np.asarray(quantizer.scale)
+            # Off by half of the finest channel's step: more than float noise, less than any flip of a code.
+            tolerance, what = float(scale.min()) / 2, " (half a step)"
+            equal = 1 - checks.fraction(checks.off(deviation / scale, 0.5))
         share = checks.fraction(checks.off(deviation, tolerance))
-        equal = 1 - checks.fraction(checks.off(deviation / scale, 0.5))
-        unit = f"of the elements off by more than {tolerance:.2g} (half a step)"
+        unit = f"of the elements off by more than {tolerance:.2g}{what}"
         found.append(
             Check(BLOCKS, key, share, subject.limits.block_off, unit, checks.largest(deviation), equal, share=True)
         )

@@ -3,6 +3,7 @@
 from cptv_jax.interpreters.arithmetic import ARITHMETICS, Arithmetic, ArithmeticName
 from cptv_jax.interpreters.capturing import Capturing
 from cptv_jax.interpreters.fake_quant import FakeQuant, Float, Weight, quantize_weight
+from cptv_jax.interpreters.initializing import Initializing
 from cptv_jax.interpreters.observing import Observing
 from cptv_jax.interpreters.operations import Operations
 from cptv_jax.interpreters.sites import list_sites
@@ -15,6 +16,7 @@ __all__ = [
     "Capturing",
     "FakeQuant",
     "Float",
+    "Initializing",
     "Observing",
     "Operations",
     "Tensor",

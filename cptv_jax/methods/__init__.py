@@ -2,25 +2,61 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from cptv_jax.methods import fq_vit
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.errors import InputError
+from cptv_jax.methods import erq, fq_vit, repq_vit
+from cptv_jax.methods.abilities import Abilities
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import ObserverName
 
 
 @dataclass(frozen=True)
 class Method:
     """A base method.
 
-    quantize: (model, calibration batches, recipe, key, on_progress=..., [options=...]) -> quantized model.
-    presets: the recipes that it can carry out; the first is its own.
+    carry_out: (float model, calibration batches, recipe, key, on_progress=..., [options=...]) -> quantized model.
+    presets: the recipes that are its own to carry out; the first is the default.
     options: the field of QuantizeConfig with its options, if it has any.
+    abilities: what recipes may say; null means anything.
     """
 
-    quantize: Callable[..., QuantizedModel]
+    carry_out: Callable[..., QuantizedModel]
     presets: tuple[str, ...]
     options: str | None = None
+    abilities: Abilities | None = None
+
+    def quantize(self, model: Model | QuantizedModel, *arguments: Any, **options: Any) -> QuantizedModel:
+        """`carry_out`, on a float model only. Raises InputError for a quantized one."""
+        return self.carry_out(require_float(model), *arguments, **options)
 
 
+def require_float(model: Model | QuantizedModel) -> Model:
+    """The model itself. Raises InputError where it is quantized: every base method starts from float weights."""
+    if isinstance(model, QuantizedModel):
+        raise InputError(
+            f"the model is quantized already (recipe {model.recipe.name}); give the float model that it was made from"
+        )
+    return model
+
+
+_STATISTICS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf")
 METHODS: dict[str, Method] = {
-    "fq-vit": Method(fq_vit.quantize, ("evol-q", "evol-q-omse", "fq-vit")),
+    "fq-vit": Method(
+        fq_vit.quantize,
+        ("evol-q", "evol-q-omse", "fq-vit"),
+        abilities=Abilities(tensors=("uniform", "log2"), observers=_STATISTICS),
+    ),
+    "repq-vit": Method(
+        repq_vit.quantize,
+        ("repq-vit",),
+        "repq_vit",
+        Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True),
+    ),
+    "erq": Method(
+        erq.quantize,
+        ("erq", "erq-uniform"),
+        "erq",
+        Abilities(("uniform", "dual-uniform"), ("uniform", "log-sqrt2"), ("method",), asymmetric_only=True),
+    ),
 }

@@ -1,10 +1,14 @@
-"""Logarithmic quantizer for post-softmax attention."""
+"""Logarithmic quantizers for post-softmax attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from cptv_jax.quantizers.rounding import true_divide
+
+_SQRT2_LESS_1 = 2.0**0.5 - 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -40,3 +44,43 @@ class Log2:
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.values(self.codes(values))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LogSqrt2:
+    """code = round(-2 log2(x / scale)) for x > 0; value = scale * sqrt(2)^-code (RepQ-ViT,
+    "Scale Reparam for Softmax Activations").
+
+    scale: the value of code 0; larger values are clipped to it.
+    high: largest code that stands for a power, 2^bits - 1. The code high + 1 stands for zero, as in Log2.
+    """
+
+    scale: Float[Array, ""]
+    high: Float[Array, ""]
+
+    def with_scale(self, scale: Float[Array, "..."]) -> "LogSqrt2":
+        return replace(self, scale=scale)
+
+    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.clip(jnp.round(-2.0 * jnp.log2(true_divide(values, self.scale))), 0.0, self.high + 1)
+
+    def log2_form(self, codes: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Exponents e and factors f with value = scale * f * 2^-e.
+
+        The inference form: a bit shift by e = ceil(code / 2), and one of two scales by the code's parity, scale for
+        even and sqrt(2) scale for odd codes.
+        """
+        return jnp.ceil(codes / 2), 1.0 + (codes % 2) * _SQRT2_LESS_1
+
+    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self._in_steps(codes) * self.scale
+
+    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Quantized values in units of `scale`: powers of sqrt(2), not integers."""
+        return self._in_steps(self.codes(values))
+
+    def _in_steps(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        exponents, factors = self.log2_form(codes)
+        powers = jnp.ldexp(jnp.float32(1.0), -exponents.astype(jnp.int32))  # exact; XLA's exp2 is not
+        return jnp.where(codes > self.high, 0.0, powers * factors)

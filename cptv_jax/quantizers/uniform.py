@@ -1,6 +1,8 @@
 """Uniform (affine) quantizer, symmetric or asymmetric, per tensor or per channel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ class Uniform:
     """code = clamp(round(x / scale + zero_point), low, high); value = (code - zero_point) * scale.
 
     scale: input units per step; () per tensor or (channels,) along the last axis.
-    zero_point: broadcasts with scale; the code of the value 0. An integer for every method but RepQ-ViT.
+    zero_point: broadcasts with scale; the code of the value 0, an integer.
     low, high: bounds of the codes. They are arrays, not static, so that sites of different bit widths share one
         compiled program.
 
@@ -27,7 +29,7 @@ class Uniform:
     low: Float[Array, ""]
     high: Float[Array, ""]
 
-    def with_scale(self, scale: Float[Array, "..."]) -> "Uniform":
+    def with_scale(self, scale: Float[Array, "..."]) -> Self:
         return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -42,6 +44,51 @@ class Uniform:
     def clip(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
         """Codes of steps that are on this grid already (an integer LayerNorm emits such)."""
         return jnp.clip(steps + self.zero_point, self.low, self.high)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OffsetUniform(Uniform):
+    """code = clamp(round(x / scale) + zero_point, low, high): rounds before the zero point is added.
+
+    RepQ-ViT and ERQ round so (RepQ-ViT, "Preliminaries"): ties go to even steps, not to even codes.
+    """
+
+    def codes(self, values: Float[Array, "..."], rounding: Callable[[Array], Array] = jnp.round) -> Float[Array, "..."]:
+        """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
+        return jnp.clip(rounding(true_divide(values, self.scale)) + self.zero_point, self.low, self.high)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FractionalUniform:
+    """An OffsetUniform whose zero point is no integer, as RepQ-ViT's reparameterization leaves it.
+
+    Then codes are no integers either, and are not stored as such. Steps inside the range are integers all the same, but
+    where a value is clipped the step is low - zero_point or high - zero_point.
+    """
+
+    base: OffsetUniform
+
+    @property
+    def scale(self) -> Float[Array, "..."]:
+        return self.base.scale
+
+    @property
+    def zero_point(self) -> Float[Array, "..."]:
+        return self.base.zero_point
+
+    def with_scale(self, scale: Float[Array, "..."]) -> "FractionalUniform":
+        return FractionalUniform(self.base.with_scale(scale))
+
+    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.base.codes(values)
+
+    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.base.values(codes)
+
+    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.base.steps(values)
 
 
 def grid(bits: int, signed: bool) -> tuple[float, float]:

@@ -22,6 +22,8 @@ slow = pytest.mark.slow
         pytest.param("evolq_cfg_w4a8", marks=slow),
         pytest.param("fqvit_w8a8_attn4", marks=slow),
         pytest.param("evolq_search_w4a8", marks=slow),
+        "repq_w4a4",
+        pytest.param("erq_w4a4", marks=slow),
     ],
 )
 def test_files_recorded_from_published_code_pass(golden: Path, name: str) -> None:

@@ -74,8 +74,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         (np.array(json.dumps({"format": 2})), "meta.format is 2; this program reads version 1"),
         (np.array(json.dumps({"format": 1, "kind": "quantised"})), "meta.kind is 'quantised'"),
         (
-            np.array(json.dumps({"format": 1, "kind": "quantized", "reference": "repq-vit"})),
-            "meta.reference is 'repq-vit'; supported: evol-q, fq-vit",
+            np.array(json.dumps({"format": 1, "kind": "quantized", "reference": "gptq"})),
+            "meta.reference is 'gptq'; supported: evol-q, fq-vit",
         ),
         (
             np.array(json.dumps({"format": 1, "kind": "search", "reference": "fq-vit"})),

@@ -5,13 +5,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
+from cptv_jax.quantizers import (
+    BiasCorrected,
+    DualUniform,
+    FractionalUniform,
+    Log2,
+    LogSqrt2,
+    OffsetUniform,
+    Quantizer,
+    Uniform,
+)
 
 UNIFORM = Uniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.0), jnp.float32(0.0), jnp.float32(15.0))
 EVERY = {
     "uniform": (UNIFORM, 4),
     "bias corrected": (BiasCorrected(UNIFORM), 4),
     "log2": (Log2(jnp.float32(15.0)), 1),
+    "offset uniform": (OffsetUniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.5), UNIFORM.low, UNIFORM.high), 4),
+    "fractional uniform": (
+        FractionalUniform(OffsetUniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.390625), UNIFORM.low, UNIFORM.high)),
+        4,
+    ),
+    "log-sqrt2": (LogSqrt2(jnp.float32(2.0), jnp.float32(15.0)), 2),
+    "dual uniform": (
+        DualUniform(
+            *(jnp.asarray(pair, jnp.float32) for pair in ((0.5, 0.25), (2, 3), (1.5, 3), (1, 0))),
+            jnp.arange(7) % 3 == 0,
+            UNIFORM.low,
+            UNIFORM.high,
+        ),
+        7,
+    ),
 }
 X = jnp.asarray(np.random.default_rng(0).uniform(0.01, 4, (7, 2)), jnp.float32)
 

@@ -1,0 +1,51 @@
+"""Names of the references that quantize timm's own modules: PTQ4ViT, RepQ-ViT, ERQ."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cptv_jax.models.architecture import Architecture
+from cptv_jax.models.timm_weights import key_table
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One quantized operand of a module.
+
+    module: timm's name, or `blocks.0.attn.matmul1` (query with key) and `.matmul2` (softmax with value).
+    role: of a linear layer or convolution its weight or its input; of a matmul operand A or B.
+    """
+
+    module: str
+    role: Literal["weight", "input", "A", "B"]
+
+
+# By site of a block, the module that reads the tensor.
+_READ_IN_BLOCK = {
+    "norm1": Operand("attn.qkv", "input"),
+    "attn.query": Operand("attn.matmul1", "A"),
+    "attn.key": Operand("attn.matmul1", "B"),
+    "attn.softmax": Operand("attn.matmul2", "A"),
+    "attn.value": Operand("attn.matmul2", "B"),
+    "attn.context": Operand("attn.proj", "input"),
+    "norm2": Operand("mlp.fc1", "input"),
+    "mlp.gelu": Operand("mlp.fc2", "input"),
+}
+
+
+def operands_by_site(architecture: Architecture) -> dict[str, Operand]:
+    """The reference's operand for every site of a ViT that a matmul-only recipe can quantize."""
+    found = {"embed.input": Operand("patch_embed.proj", "input"), "head.norm": Operand("head", "input")}
+    for i in range(architecture.config.depth):
+        for site, operand in _READ_IN_BLOCK.items():
+            found[f"blocks.{i}.{site}"] = Operand(f"blocks.{i}.{operand.module}", operand.role)
+    for entry in key_table(architecture):
+        if entry.path[-1] == "kernel":
+            site = ".".join((entry.stage, *entry.path[:-1], "weight"))
+            found[site] = Operand(entry.key.removesuffix(".weight"), "weight")
+    return found
+
+
+def modules_by_layer(architecture: Architecture) -> dict[str, str]:
+    """timm's module for every linear layer and LayerNorm, by the site that `Model.layer` takes."""
+    table = key_table(architecture)
+    return {".".join((entry.stage, *entry.path[:-1])): entry.key.rpartition(".")[0] for entry in table}

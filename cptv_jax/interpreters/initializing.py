@@ -1,0 +1,39 @@
+"""Execution that makes every quantizer from the first tensor that reaches it."""
+
+from collections.abc import Callable, Mapping
+
+from jaxtyping import Array
+
+from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
+from cptv_jax.interpreters.tensor import Tensor
+from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe import SiteSpec
+
+
+class Initializing(FakeQuant):
+    """FakeQuant whose quantizers are fitted as their sites are reached, on tensors from quantized predecessors.
+
+    specs: the sites to quantize, relative to the stage; the others stay in float. fit(spec, values): the quantizer of
+    a tensor. `fitted` holds them afterwards.
+    """
+
+    def __init__(self, specs: Mapping[str, SiteSpec], fit: Callable[[SiteSpec, Array], Quantizer]) -> None:
+        self.fitted: dict[str, Quantizer] = {}
+        super().__init__(self.fitted, all_tokens=True)
+        self.specs = specs
+        self.fit = fit
+
+    def _fit(self, site: str, values: Array) -> None:
+        if site in self.specs:
+            self.fitted[site] = self.fit(self.specs[site], values)
+
+    def emit(self, site: str, kind: str, values: Array) -> Tensor:
+        self._fit(site, values)
+        return super().emit(site, kind, values)
+
+    def operand(self, site: str, x: Tensor) -> Tensor:
+        return self.emit(site, "operand", x.values) if site in self.specs else x
+
+    def weight(self, site: str, kernel: Array) -> Weight:
+        self._fit(site, kernel)
+        return super().weight(site, kernel)

@@ -1,0 +1,44 @@
+"""What a base method can carry out of a recipe: whatever it cannot is refused, not done otherwise."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from cptv_jax.errors import InputError
+from cptv_jax.recipe import OBSERVERS, ObserverName, QuantizerName, Recipe
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """The recipes that a method can carry out.
+
+    weights, tensors: quantizers that it fits for weights and for activations. observers: where it takes parameters
+    from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction.
+    """
+
+    weights: tuple[QuantizerName, ...] = ("uniform",)
+    tensors: tuple[QuantizerName, ...] = ("uniform",)
+    observers: tuple[ObserverName, ...] = OBSERVERS
+    asymmetric_only: bool = False
+
+    def check(self, method: str, recipe: Recipe) -> None:
+        """Raises InputError for a site that the method, of this name, cannot quantize as the recipe says."""
+        for name, spec in recipe.sites.items():
+            fitted = self.weights if name.endswith(".weight") else self.tensors
+            if spec.quantizer not in fitted:
+                raise InputError(
+                    f"{name}: method {method} fits no {spec.quantizer} quantizer here; set quantizer to {_any(fitted)}"
+                )
+            if spec.observer not in self.observers:
+                raise InputError(
+                    f"{name}: method {method} cannot use the observer {spec.observer}; "
+                    f"set observer to {_any(self.observers)}"
+                )
+            if self.asymmetric_only and (spec.signed or spec.symmetric or spec.bias_correction):
+                raise InputError(
+                    f"{name}: method {method} fits unsigned codes with a zero point; "
+                    "leave out signed, symmetric and bias_correction"
+                )
+
+
+def _any(names: Collection[str]) -> str:
+    return " or ".join(names)

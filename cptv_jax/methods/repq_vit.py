@@ -1,0 +1,68 @@
+"""RepQ-ViT (arXiv 2212.08254): percentile search, and scale reparameterization of LayerNorm activations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from cptv_jax.methods.initialization import (
+    first_images,
+    initialize,
+    reparameterize,
+    reparameterized,
+)
+from cptv_jax.methods.percentile import fit_weight
+from cptv_jax.models.architecture import stage_graphs
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RepqVitOptions:
+    """images: how many calibration images, the first ones, quantizers are fitted on (published: 32).
+    round_zero_point: round the zero points that reparameterization makes, for integer deployment; the published code
+    leaves them fractional.
+    """
+
+    images: int = 32
+    round_zero_point: bool = False
+
+
+def quantize(
+    model: Model,
+    batches: Sequence[Float[Array, "batch height width channels"]],
+    recipe: Recipe,
+    key: Array,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    options: RepqVitOptions = RepqVitOptions(),
+) -> QuantizedModel:
+    """Quantizes what linear layers and matmuls read; LayerNorms and the layers behind them are rewritten.
+
+    batches: normalised calibration images. key: unused, nothing here is random. on_progress(done, total) counts stages.
+
+    """
+    del key
+    total = len(stage_graphs(model.architecture))
+    done = iter(range(1, total + 1))
+    images = first_images(batches, options.images)
+    channel_wise = reparameterized(model, recipe)
+    quantizers = initialize(model, images, recipe, channel_wise, True, lambda: on_progress(next(done), total))
+    return finish(model, recipe, quantizers, options)
+
+
+def finish(
+    model: Model, recipe: Recipe, quantizers: Mapping[str, Quantizer], options: RepqVitOptions
+) -> QuantizedModel:
+    """Reparameterizes what `initialize` left: the second of RepQ-ViT's two steps."""
+    pairs = reparameterized(model, recipe)
+    model, changed = reparameterize(model, quantizers, pairs, options.round_zero_point)
+    # The published code runs its calibration once more here, in which only these are not yet initialized.
+    weights = {f"{layer}.weight": layer for readers in pairs.values() for layer in readers}
+    refitted = {
+        site: fit_weight(recipe.sites[site], model.layer(layer)["kernel"])
+        for site, layer in weights.items()
+        if site in recipe.sites
+    }
+    final = {**quantizers, **changed, **refitted}
+    return QuantizedModel(model, recipe, {site: final[site] for site in recipe.sites})

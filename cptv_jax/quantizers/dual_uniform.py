@@ -1,0 +1,61 @@
+"""Two uniform grids in one weight: one for the inputs with many outliers, one for all others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from cptv_jax.quantizers.rounding import true_divide
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DualUniform:
+    """A weight [inputs, outputs] with two asymmetric grids per output channel (ERQ's dual uniform quantization).
+
+    scale, zero_point: [outputs], of the ordinary inputs. outlier_ratio: [outputs], the outliers' scale in units of
+    `scale`; outlier_zero_point: [outputs]. is_outlier: [inputs].
+    low, high: bounds of the codes of both grids.
+
+    Each grid is an OffsetUniform. The outliers' scale is held as a ratio so that a search over `scale` moves both
+    grids of a channel by one factor, and the same scale always means the same quantizer. Steps of outliers are
+    multiples of outlier_ratio, not integers.
+    """
+
+    scale: Float[Array, " outputs"]
+    zero_point: Float[Array, " outputs"]
+    outlier_ratio: Float[Array, " outputs"]
+    outlier_zero_point: Float[Array, " outputs"]
+    is_outlier: Bool[Array, " inputs"]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+
+    @property
+    def outlier_scale(self) -> Float[Array, " outputs"]:
+        return self.scale * self.outlier_ratio
+
+    def with_scale(self, scale: Float[Array, "..."]) -> "DualUniform":
+        return replace(self, scale=scale)
+
+    def _choose(
+        self, outlier: Float[Array, " outputs"], ordinary: Float[Array, " outputs"]
+    ) -> Float[Array, "inputs outputs"]:
+        return jnp.where(self.is_outlier[:, None], outlier, ordinary)
+
+    def codes(
+        self, values: Float[Array, "inputs outputs"], rounding: Callable[[Array], Array] = jnp.round
+    ) -> Float[Array, "inputs outputs"]:
+        """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
+        steps = rounding(true_divide(values, self._choose(self.outlier_scale, self.scale)))
+        return jnp.clip(steps + self._choose(self.outlier_zero_point, self.zero_point), self.low, self.high)
+
+    def values(self, codes: Float[Array, "inputs outputs"]) -> Float[Array, "inputs outputs"]:
+        return self._integer_steps(codes) * self._choose(self.outlier_scale, self.scale)
+
+    def steps(self, values: Float[Array, "inputs outputs"]) -> Float[Array, "inputs outputs"]:
+        return self._integer_steps(self.codes(values)) * self._choose(self.outlier_ratio, jnp.ones_like(self.scale))
+
+    def _integer_steps(self, codes: Float[Array, "inputs outputs"]) -> Float[Array, "inputs outputs"]:
+        return codes - self._choose(self.outlier_zero_point, self.zero_point)
