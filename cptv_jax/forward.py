@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from cptv_jax.mesh import DATA, compiler_options, make_mesh, place, rows_at_once
+from cptv_jax.mesh import DATA, compiler_options, gather, images_each, make_mesh, place
 from cptv_jax.stages import Stage, StageFunction
 
 
@@ -94,18 +94,17 @@ def outputs(
 ) -> PyTree:
     """The output of the last stage for `count` images, on the host, computed in pieces of one shape on all devices.
 
-    read(start, stop): inputs of the first stage. budget: bytes for activations on each device, see mesh.rows_at_once.
+    read(start, stop): inputs of the first stage. budget: bytes for activations on each device, see mesh.images_each.
     on_progress(images): called with the number of images that are newly done.
     """
     mesh = mesh or make_mesh()
     one = read(0, 1)
-    rows = rows_at_once(activation_bytes(stages, jax.eval_shape(jnp.asarray, one)), budget)
-    devices = mesh.shape[DATA]
-    size = min(rows, -(-count // devices)) * devices
+    each = images_each(mesh, activation_bytes(stages, jax.eval_shape(jnp.asarray, one)), count, budget)
+    size = each * mesh.shape[DATA]
     placed = [Stage(s.name, s.function, place(mesh, s.state)) for s in stages]
     parts = []
     for piece, real in pieces(read, count, size):
-        output = forward(placed, place(mesh, piece, DATA))
-        parts.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], output))
+        output = gather(mesh, forward(placed, place(mesh, piece, DATA)))
+        parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], output))
         on_progress(real)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

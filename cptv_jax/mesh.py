@@ -59,6 +59,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def gather(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Arrays that are divided among a mesh, whole and on the host, in every process."""
+    if not replicated(mesh).is_fully_addressable:
+        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(np.asarray, tree)
+
+
 @cache
 def compiler_options() -> dict[str, Any]:
     """Options of jax.jit for the programs that take the time, on the present backend.
@@ -86,6 +93,16 @@ def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
     limit = budget if budget is not None else found
     rows = _CPU_ROWS if found is None else 2**62
     return max(1, rows if limit is None else min(rows, int(limit // max(1, bytes_a_row))))
+
+
+def images_each(mesh: Mesh, bytes_a_row: int, images: int, budget: float | None = None) -> int:
+    """How many of so many images each device of the data axis computes at once; arguments as of rows_at_once.
+
+    On CPU devices always as many as on one alone, so that a float model's sums are taken in the same order whatever
+    the mesh; on accelerators the images are shared out evenly.
+    """
+    rows = rows_at_once(bytes_a_row, budget)
+    return min(rows, images if activation_budget() is None else -(-images // mesh.shape[DATA]))
 
 
 def pieces_at_once(

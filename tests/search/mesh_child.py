@@ -22,7 +22,7 @@ if "--process" in arguments:
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from cptv_jax.forward import forward  # noqa: E402
+from cptv_jax.forward import outputs  # noqa: E402
 from cptv_jax.mesh import make_mesh  # noqa: E402
 from cptv_jax.methods import METHODS  # noqa: E402
 from cptv_jax.models.architecture import Architecture, sites_of  # noqa: E402
@@ -44,7 +44,7 @@ recipe = resolve(RecipeConfig(weight_bits=4, activation_observer="minmax"), site
 quantized = METHODS["fq-vit"].quantize(model, [jnp.asarray(images[:16])], recipe, jax.random.key(0))
 stages = quantized.stages(lambda site: site.endswith(("attn.qkv.weight", "attn.proj.weight")), arithmetic="bf16-codes")
 batches = [images[:24], images[24:]]
-teacher = [jax.tree.map(np.asarray, forward(model.stages(), jnp.asarray(batch))) for batch in batches]
+teacher = [outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
 strategy = Generational(sigma=0.05, children=8)
 for name in meshes:
     evaluator = Evaluator(stages, batches, teacher, Objective(), 16, 4, make_mesh(*map(int, name.split("x"))))
