@@ -22,7 +22,6 @@ from PIL import Image
 
 from cptv_jax import (
     CalibrationConfig,
-    Evaluator,
     Model,
     Quantization,
     QuantizeConfig,
@@ -152,25 +151,13 @@ class Saboteur:
             file.unlink()
 
 
-class Quick(Evaluator):
-    """Evaluators that share their compiled programs, which in the package belong to one search each."""
-
-    programs: tuple[Any, ...] = ()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        Quick.programs = Quick.programs or (self._run_candidates, self._run_shared, self._run_losses)
-        self._run_candidates, self._run_shared, self._run_losses = Quick.programs
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return tiny_model()
 
 
 @pytest.fixture
-def call(model: Model, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Quantization]:
-    monkeypatch.setattr(pipeline, "Evaluator", Quick)
+def call(model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantization]:
     calibration, test = (
         load_images(str(folder), TINY.preprocessing, labels=labels, progress=False)
         for folder, labels in zip(folders, (False, True), strict=True)
