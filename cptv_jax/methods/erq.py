@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.interpreters import Capturing, Tensor
+from cptv_jax.methods.compensation import quantize_by_halves, ridge
 from cptv_jax.methods.initialization import first_images, initialize, reparameterize, reparameterized
 from cptv_jax.methods.percentile import fit_weight
-from cptv_jax.methods.rounding import quantize_by_halves, ridge
 from cptv_jax.models.architecture import call_stage, sites_of, stage_graphs
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.quantizers import DualUniform, OffsetUniform, Quantizer

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.methods.rounding import quantize_by_halves, refine_rounding, ridge
+from cptv_jax.methods.compensation import quantize_by_halves, refine_rounding, ridge
 from cptv_jax.quantizers import OffsetUniform
 
 GENERATOR = np.random.default_rng(0)
