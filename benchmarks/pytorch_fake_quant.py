@@ -120,6 +120,6 @@ def block(
 
 
 def head(model: nn.Module, weights: Mapping[str, Tensor], q: Quantizers, x: Tensor, scale: Tensor) -> Tensor:
-    """Quantized logits [batch, classes] from the class token. The published code normalizes every token; one is read."""
+    """Quantized logits [batch, classes] from the class token. Of the tokens only this one is read."""
     x = integer_layer_norm(x[:, 0], scale, model.norm.weight, model.norm.bias, q["head.norm"])
     return q["head.fc"].overwrite(F.linear(x, weights["head.fc.weight"], model.head.bias))

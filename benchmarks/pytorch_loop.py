@@ -3,14 +3,14 @@
     python -m benchmarks.pytorch_loop --parameters p.npz --weights deit_tiny_patch16_224.safetensors
     python -m benchmarks.pytorch_loop --model deit_base_patch16_224        (random weights and images)
 
-Run it from the repository's root with a Python that has torch and timm (see benchmarks/README.md). The archive comes from
-benchmarks.export_parameters. It prints one JSON object. glibc's allocator returns large tensors to the system and
-faults them in again, so every measurement is made in two processes: with its defaults and with `TUNED`.
+Run it from the repository's root with a Python that has torch and timm (benchmarks/README.md). The archive comes from
+benchmarks.export_parameters. It prints one JSON object. glibc's allocator returns large tensors to the system and faults
+them in again, so every measurement is made in two processes: with its defaults and with `TUNED`.
 
-What the published code does and this keeps: float32 fake quantization, one candidate at a time, every image through every
-layer, all weights quantized again for every batch. Where PyTorch offers a faster way to the same numbers it is taken:
-in-place operations, exponent bits for log2, moments without torch.std_mean; and three options, each reported:
-`--weights-once` quantizes them once per candidate, `--compile` fuses a block's operations, and batch sizes are tried.
+As the published code: float32 fake quantization, one candidate at a time, every image through every layer, all weights
+quantized again for every batch. Where PyTorch has a faster way to the same numbers it is taken: in-place operations,
+exponent bits for log2, moments without torch.std_mean. Beyond the published form, as options: `--weights-once`
+quantizes weights once per candidate, `--compile` fuses the operations of a block.
 """
 
 import argparse
