@@ -1,0 +1,207 @@
+"""Times the evaluator: candidates of every block, in images x candidates per second.
+
+    python -m benchmarks.evaluator --weights deit_tiny_patch16_224.safetensors --images imagenet-sample
+    python -m benchmarks.evaluator --model vit_large_patch16_224 --blocks 23 --count 100 --candidates 16
+
+Without weights or images they are random. It prints one JSON object. A pass evaluates K candidates in every block, last
+to first; the prefix cache is made within it, once. Programs are compiled before, and their time is reported apart.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.peak import OPERANDS, matmul_flops, matmul_peak
+from cptv_jax import (
+    Evaluator,
+    Images,
+    Model,
+    Objective,
+    Output,
+    QuantizedModel,
+    RecipeConfig,
+    Stage,
+    architecture_named,
+    forward,
+    images_from_arrays,
+    load_float_model,
+    load_images,
+    resolve,
+)
+from cptv_jax.mesh import default_chunk
+from cptv_jax.methods import METHODS
+from cptv_jax.models.architecture import sites_of
+
+SEARCHED = (".attn.qkv.weight", ".attn.proj.weight")  # what the published code searches
+_MUTATION = 1e-3
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
+    parser.add_argument("--weights", help="file of timm weights; random without it")
+    parser.add_argument("--images", help="folder of unlabelled calibration images; noise without it")
+    parser.add_argument("--count", type=int, default=100, help="images N")
+    parser.add_argument("--batch", type=int, default=100, help="images that the contrastive loss couples")
+    parser.add_argument("--chunk", type=int, help="images at once")
+    parser.add_argument("--width", type=int, help="candidates at once")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[4], help="K; several give several passes")
+    parser.add_argument("--blocks", type=int, nargs="+", help="evaluate only these blocks")
+    parser.add_argument("--arithmetic", choices=[*OPERANDS], help="default: the model's own choice")
+    parser.add_argument("--weight-bits", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=1, help="of each forward pass; the fastest counts")
+    return parser.parse_args()
+
+
+def float_model(options: argparse.Namespace) -> Model:
+    """The teacher: the model in --weights, or --model with random weights."""
+    if options.weights:
+        return load_float_model(options.weights)
+    architecture = architecture_named(options.model)
+    return Model(architecture, architecture.initialize(0))
+
+
+def input_images(options: argparse.Namespace, model: Model) -> Images:
+    """--count calibration images, or noise of the model's input size."""
+    preprocessing = model.architecture.preprocessing
+    if options.images:
+        return load_images(
+            options.images, preprocessing, labels=False, limit=options.count, need=options.count, progress=False
+        )
+    shape = (options.count, preprocessing.image_size, preprocessing.image_size, len(preprocessing.mean))
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return images_from_arrays(pixels, preprocessing=preprocessing)
+
+
+def calibrated(model: Model, images: Images, weight_bits: int, count: int = 10) -> QuantizedModel:
+    """The `evol-q` base, with parameters from the first few images: good enough to time."""
+    config = RecipeConfig(preset="evol-q", weight_bits=weight_bits, activation_bits=8)
+    recipe = resolve(config, sites_of(model.architecture))
+    batch = jnp.asarray(images.normalized(0, min(count, len(images))))
+    return METHODS["fq-vit"].quantize(model, [batch], recipe, jax.random.key(0))
+
+
+def population(candidate: Any, count: int, seed: int) -> Any:
+    """Candidates [count, ...] around one, as the published mutation makes them."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.abs(np.asarray(leaf) + rng.uniform(-_MUTATION, _MUTATION, (count, *leaf.shape))), candidate
+    )
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of one call, its result included."""
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start
+
+
+def outputs(stages: Sequence[Stage], chunks: Sequence[jax.Array]) -> Output:
+    parts = [forward(stages, chunk) for chunk in chunks]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def images_per_second(stages: Sequence[Stage], batches: Sequence[Sequence[jax.Array]], repeats: int) -> float:
+    """Of a whole forward pass, chunk by chunk."""
+    jax.block_until_ready(forward(stages, batches[0][0]))
+    fastest = min(seconds(lambda: [outputs(stages, chunks) for chunks in batches]) for _ in range(repeats))
+    return sum(len(chunk) for chunks in batches for chunk in chunks) / fastest
+
+
+def time_pass(evaluator: Evaluator, indices: Sequence[int], count: int) -> dict[str, Any]:
+    """Seconds of a new evaluator's pass: `count` candidates at each stage of `indices`, in that order.
+
+    refresh: what the first stage's evaluation costs beyond the same evaluation again, the making of the prefix cache.
+    stages: without it.
+    """
+    times: dict[str, list[float]] = {}
+    for index in [indices[0], *indices]:
+        stage = evaluator.stages[index]
+        candidates = population(stage.candidate, count, index)
+        elapsed = seconds(lambda i=index, c=candidates: evaluator.losses(i, c))  # type: ignore[misc]
+        times.setdefault(stage.name, []).append(elapsed)
+    first = times[evaluator.stages[indices[0]].name]
+    return {
+        "refresh": max(0.0, first[0] - first[-1]),
+        "stages": {name: measured[-1] for name, measured in times.items()},
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one model and one arithmetic."""
+    model = float_model(options)
+    images = input_images(options, model)
+    base = calibrated(model, images, options.weight_bits)
+    chosen = {} if options.arithmetic is None else {"arithmetic": options.arithmetic}
+    stages = base.stages(lambda site: site.endswith(SEARCHED), **chosen)
+
+    batch = min(options.batch, options.count)
+    chunk, width = default_chunk(batch)
+    chunk, width = options.chunk or chunk, options.width or width
+    starts = range(0, options.count // batch * batch, batch)
+    batches = [[jnp.asarray(images.normalized(i, i + chunk)) for i in range(s, s + batch, chunk)] for s in starts]
+    count = len(batches) * batch
+    before = peak_memory()
+    teacher = [outputs(model.stages(), chunks) for chunks in batches]
+    result: dict[str, Any] = {
+        "model": model.architecture.name,
+        "arithmetic": options.arithmetic,
+        "images": count,
+        "chunk": chunk,
+        "width": width,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "float": images_per_second(model.stages(), batches, options.repeats),
+        "quantized": images_per_second(stages, batches, options.repeats),
+    }
+
+    indices = [i for i, stage in reversed(list(enumerate(stages))) if stage.searchable]
+    if options.blocks:
+        indices = [i for i in indices if int(stages[i].name.rpartition(".")[2]) in options.blocks]
+    objective = Objective("infonce", "logits", 3.0)
+    warm = Evaluator(stages, batches[:1], teacher[:1], objective, width)
+    result["compilation_seconds"] = seconds(lambda: [warm.loss_of(i, stages[i].candidate) for i in indices])
+    del warm
+    flops = matmul_flops(model.architecture.config)
+    names = list(flops)
+    result["passes"] = []
+    for candidates in options.candidates:
+        evaluator = Evaluator(stages, batches, teacher, objective, width)
+        times = time_pass(evaluator, indices, candidates)
+        work = sum(flops[name] for i in indices for name in names[i:]) * count * candidates
+        total = sum(times["stages"].values())
+        evaluated = count * candidates * len(indices)
+        result["passes"].append(
+            {
+                "candidates": candidates,
+                "images_candidates_per_second": evaluated / (total + times["refresh"]),
+                "images_candidates_per_second_without_refresh": evaluated / total,
+                "gflops": work / total / 1e9,
+                **times,
+            }
+        )
+    peaks = [options.arithmetic] if options.arithmetic else list(OPERANDS)
+    result["peak_gflops"] = {name: matmul_peak(name) for name in peaks}
+    result["gigaflops_of_one_image"] = sum(flops.values()) / 1e9
+    return {**result, "memory_before_mib": before, "peak_memory_mib": peak_memory()}
+
+
+def peak_memory() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    print(json.dumps(measure(parse())))
+
+
+if __name__ == "__main__":
+    main()
