@@ -53,7 +53,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, help="images at once")
     parser.add_argument("--width", type=int, help="candidates at once")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4], help="K; several give several passes")
-    parser.add_argument("--blocks", type=int, nargs="+", help="evaluate only these blocks")
+    parser.add_argument("--blocks", type=int, nargs="+", help="evaluate only these blocks; -1 is the last")
+    parser.add_argument("--no-forward", action="store_true", help="do not time whole forward passes")
     parser.add_argument("--arithmetic", choices=[*OPERANDS], help="default: the model's own choice")
     parser.add_argument("--weight-bits", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=1, help="of each forward pass; the fastest counts")
@@ -159,13 +160,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "float": images_per_second(model.stages(), batches, options.repeats),
-        "quantized": images_per_second(stages, batches, options.repeats),
     }
+    if not options.no_forward:
+        result["float"] = images_per_second(model.stages(), batches, options.repeats)
+        result["quantized"] = images_per_second(stages, batches, options.repeats)
 
     indices = [i for i, stage in reversed(list(enumerate(stages))) if stage.searchable]
     if options.blocks:
-        indices = [i for i in indices if int(stages[i].name.rpartition(".")[2]) in options.blocks]
+        wanted = [indices[::-1][block] for block in options.blocks]
+        indices = [i for i in indices if i in wanted]
     objective = Objective("infonce", "logits", 3.0)
     warm = Evaluator(stages, batches[:1], teacher[:1], objective, width)
     result["compilation_seconds"] = seconds(lambda: [warm.loss_of(i, stages[i].candidate) for i in indices])

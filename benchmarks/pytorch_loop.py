@@ -4,8 +4,8 @@
     python -m benchmarks.pytorch_loop --model deit_base_patch16_224        (random weights and images)
 
 Run it from the repository's root with a Python that has torch and timm (benchmarks/README.md). The archive comes from
-benchmarks.export_parameters. It prints one JSON object. glibc's allocator returns large tensors to the system and faults
-them in again, so every measurement is made in two processes: with its defaults and with `TUNED`.
+benchmarks.export_parameters. It prints one JSON object. glibc's allocator returns large tensors to the system and
+faults them in again, so every measurement is made in two processes: with its defaults and with `TUNED`.
 
 As the published code: float32 fake quantization, one candidate at a time, every image through every layer, all weights
 quantized again for every batch. Where PyTorch has a faster way to the same numbers it is taken: in-place operations,
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _time(quantized: Any, images: Any, options: argparse.Namespace) -> dict[str,
         result[name] = {}
         for batch in options.batch:
             if len(images) % batch == 0:
-                result[name][batch] = _images_per_second(lambda b=batch, w=work: w(b), options.repeats, len(images))
+                result[name][batch] = _images_per_second(partial(work, batch), options.repeats, len(images))
     return {**result, "loss": losses[-1], "torch": torch.__version__}
 
 
