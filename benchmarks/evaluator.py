@@ -24,18 +24,17 @@ from cptv_jax import (
     Images,
     Model,
     Objective,
-    Output,
     QuantizedModel,
     RecipeConfig,
     Stage,
     architecture_named,
-    forward,
     images_from_arrays,
     load_float_model,
     load_images,
     resolve,
 )
-from cptv_jax.mesh import default_chunk
+from cptv_jax.forward import activation_bytes, outputs
+from cptv_jax.mesh import fastest_arithmetic, make_mesh, pieces_at_once, use_all_cores
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 
@@ -50,8 +49,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", help="folder of unlabelled calibration images; noise without it")
     parser.add_argument("--count", type=int, default=100, help="images N")
     parser.add_argument("--batch", type=int, default=100, help="images that the contrastive loss couples")
-    parser.add_argument("--chunk", type=int, help="images at once")
-    parser.add_argument("--width", type=int, help="candidates at once")
+    parser.add_argument("--images-at-once", type=int, help="default: what the device has room for")
+    parser.add_argument("--width", type=int, help="candidates at once; default: likewise")
+    parser.add_argument("--memory-gib", type=float, help="bound on the activations of each device")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4], help="K; several give several passes")
     parser.add_argument("--blocks", type=int, nargs="+", help="evaluate only these blocks; -1 is the last")
     parser.add_argument("--no-forward", action="store_true", help="do not time whole forward passes")
@@ -104,16 +104,10 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def outputs(stages: Sequence[Stage], chunks: Sequence[jax.Array]) -> Output:
-    parts = [forward(stages, chunk) for chunk in chunks]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-def images_per_second(stages: Sequence[Stage], batches: Sequence[Sequence[jax.Array]], repeats: int) -> float:
-    """Of a whole forward pass, chunk by chunk."""
-    jax.block_until_ready(forward(stages, batches[0][0]))
-    fastest = min(seconds(lambda: [outputs(stages, chunks) for chunks in batches]) for _ in range(repeats))
-    return sum(len(chunk) for chunks in batches for chunk in chunks) / fastest
+def images_per_second(stages: Sequence[Stage], images: Images, count: int, repeats: int) -> float:
+    """Of a whole forward pass on all devices, after one to compile."""
+    times = [seconds(lambda: outputs(stages, images.normalized, count)) for _ in range(repeats + 1)]
+    return count / min(times[1:])
 
 
 def time_pass(evaluator: Evaluator, indices: Sequence[int], count: int) -> dict[str, Any]:
@@ -137,64 +131,66 @@ def time_pass(evaluator: Evaluator, indices: Sequence[int], count: int) -> dict[
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model and one arithmetic."""
+    use_all_cores()
     model = float_model(options)
     images = input_images(options, model)
     base = calibrated(model, images, options.weight_bits)
-    chosen = {} if options.arithmetic is None else {"arithmetic": options.arithmetic}
-    stages = base.stages(lambda site: site.endswith(SEARCHED), **chosen)
-
+    stages = base.stages(lambda site: site.endswith(SEARCHED), arithmetic=options.arithmetic)
+    mesh = make_mesh()
     batch = min(options.batch, options.count)
-    chunk, width = default_chunk(batch)
-    chunk, width = options.chunk or chunk, options.width or width
     starts = range(0, options.count // batch * batch, batch)
-    batches = [[jnp.asarray(images.normalized(i, i + chunk)) for i in range(s, s + batch, chunk)] for s in starts]
-    count = len(batches) * batch
-    before = peak_memory()
-    teacher = [outputs(model.stages(), chunks) for chunks in batches]
+    count = len(starts) * batch
     result: dict[str, Any] = {
         "model": model.architecture.name,
-        "arithmetic": options.arithmetic,
+        "arithmetic": options.arithmetic or fastest_arithmetic(),
         "images": count,
-        "chunk": chunk,
-        "width": width,
         "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
+        "memory_before_mib": peak_memory(),
     }
     if not options.no_forward:
-        result["float"] = images_per_second(model.stages(), batches, options.repeats)
-        result["quantized"] = images_per_second(stages, batches, options.repeats)
+        result["float"] = images_per_second(model.stages(), images, count, options.repeats)
+        result["quantized"] = images_per_second(stages, images, count, options.repeats)
 
+    batches = [images.normalized(start, start + batch) for start in starts]
+    teacher = [outputs(model.stages(), lambda i, j, x=x: x[i:j], batch) for x in batches]  # type: ignore[misc]
     indices = [i for i, stage in reversed(list(enumerate(stages))) if stage.searchable]
     if options.blocks:
         wanted = [indices[::-1][block] for block in options.blocks]
         indices = [i for i in indices if i in wanted]
-    objective = Objective("infonce", "logits", 3.0)
-    warm = Evaluator(stages, batches[:1], teacher[:1], objective, width)
-    result["compilation_seconds"] = seconds(lambda: [warm.loss_of(i, stages[i].candidate) for i in indices])
-    del warm
     flops = matmul_flops(model.architecture.config)
-    names = list(flops)
+    row = activation_bytes(stages, jax.ShapeDtypeStruct((1, *batches[0].shape[1:]), jnp.float32))
+    budget = None if options.memory_gib is None else options.memory_gib * 2**30
     result["passes"] = []
     for candidates in options.candidates:
-        evaluator = Evaluator(stages, batches, teacher, objective, width)
-        times = time_pass(evaluator, indices, candidates)
-        work = sum(flops[name] for i in indices for name in names[i:]) * count * candidates
+        at_once, width = pieces_at_once(mesh, row, count, candidates, budget)
+        at_once, width = options.images_at_once or at_once, options.width or width
+
+        def evaluator(used: int, at_once: int = at_once, width: int = width) -> Evaluator:
+            return Evaluator(stages, batches[:used], teacher[:used], Objective(), at_once, width, mesh)
+
+        warm = evaluator(1)
+        compilation = seconds(lambda: [warm.loss_of(i, stages[i].candidate) for i in (indices[0], indices[-1])])  # noqa: B023
+        times = time_pass(evaluator(len(batches)), indices, candidates)
         total = sum(times["stages"].values())
         evaluated = count * candidates * len(indices)
+        work = sum(sum(list(flops.values())[i:]) for i in indices) * count * candidates
         result["passes"].append(
             {
                 "candidates": candidates,
+                "images_at_once": at_once,
+                "candidates_at_once": width,
                 "images_candidates_per_second": evaluated / (total + times["refresh"]),
-                "images_candidates_per_second_without_refresh": evaluated / total,
                 "gflops": work / total / 1e9,
+                "warm_up_seconds": compilation,
                 **times,
             }
         )
-    peaks = [options.arithmetic] if options.arithmetic else list(OPERANDS)
-    result["peak_gflops"] = {name: matmul_peak(name) for name in peaks}
+    result["peak_memory_mib"] = peak_memory()  # of the evaluator, before the peak of the matmul is measured
+    result["peak_gflops"] = {name: matmul_peak(name) for name in OPERANDS}
     result["gigaflops_of_one_image"] = sum(flops.values()) / 1e9
-    return {**result, "memory_before_mib": before, "peak_memory_mib": peak_memory()}
+    return result
 
 
 def peak_memory() -> float:

@@ -10,6 +10,7 @@ multiplied by 1 + 1e-7 N(0, 1): about one unit in the last place, which flips so
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptv_jax import Images, Model, QuantizedModel, RecipeConfig, Stage, forward, load_float_model, load_images, resolve
+from cptv_jax import Images, Model, QuantizedModel, RecipeConfig, Stage, load_float_model, load_images, resolve
+from cptv_jax.forward import outputs
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantizers import BiasCorrected, Uniform
@@ -36,13 +38,9 @@ def parameters(model: QuantizedModel) -> dict[str, np.ndarray]:
     return arrays
 
 
-def logits(stages: tuple[Stage, ...], images: Images, chunk: int = 10) -> np.ndarray:
-    """Logits [N, classes], a chunk at a time."""
-    parts = [
-        forward(stages, jnp.asarray(images.normalized(i, min(i + chunk, len(images)))))
-        for i in range(0, len(images), chunk)
-    ]
-    return np.concatenate([np.asarray(part.logits) for part in parts])
+def logits(stages: Sequence[Stage], images: Images) -> np.ndarray:
+    """Logits [N, classes]."""
+    return np.asarray(outputs(stages, images.normalized, len(images)).logits)
 
 
 def perturbed(model: Model, seed: int = 0) -> Model:

@@ -112,17 +112,16 @@ def _compare(compared: dict[str, Any]) -> str:
 
 
 def _evaluators(title: str, runs: Sequence[dict[str, Any]]) -> str:
-    """Throughput and fraction of the peak. The work counted is the model's: every token of every block."""
+    """Throughput and fraction of the peak of the fastest type of operand, whichever the arithmetic uses."""
     rows = []
     for one in runs:
         work = one["gigaflops_of_one_image"]
-        name = one["arithmetic"] or "default"
         peak_name, peak = max(one["peak_gflops"].items(), key=lambda item: item[1])
         for measured in one["passes"]:
             rows.append(
                 (
                     one["model"],
-                    name,
+                    one["arithmetic"],
                     f"{measured['candidates']} x {one['images']}",
                     f"{measured['images_candidates_per_second']:.2f}",
                     f"{measured['gflops']:.0f}",
