@@ -11,6 +11,7 @@ from cptv_jax.data import load as load_images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import Accuracy, evaluate
 from cptv_jax.forward import forward
+from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.zoo import ZOO, architecture_named
 from cptv_jax.pipeline import Quantization, quantize
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizedModel",
     "Recipe",
     "RecipeConfig",
+    "ReconstructionConfig",
     "SearchConfig",
     "SiteSpec",
     "Stage",

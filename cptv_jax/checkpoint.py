@@ -26,9 +26,11 @@ from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.quantizers import (
     BiasCorrected,
     DualUniform,
+    Focusing,
     FractionalUniform,
     Log2,
     LogSqrt2,
+    LowRank,
     OffsetUniform,
     Quantizer,
     Uniform,
@@ -41,7 +43,17 @@ METADATA = "metadata.json"
 _ARRAYS = "arrays"
 _QUANTIZERS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Uniform, OffsetUniform, FractionalUniform, DualUniform, Log2, LogSqrt2, BiasCorrected)
+    for kind in (
+        Uniform,
+        OffsetUniform,
+        FractionalUniform,
+        DualUniform,
+        Log2,
+        LogSqrt2,
+        Focusing,
+        BiasCorrected,
+        LowRank,
+    )
 }
 
 

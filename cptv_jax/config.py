@@ -13,7 +13,9 @@ import yaml
 
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters.arithmetic import ArithmeticName
+from cptv_jax.methods.aiqvit import AiqvitOptions
 from cptv_jax.methods.erq import ErqOptions
+from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.recipe import RecipeConfig
 from cptv_jax.suggest import did_you_mean
@@ -81,8 +83,8 @@ class SearchConfig:
 class QuantizeConfig:
     """Everything that determines a quantization, beside the model and the images.
 
-    method: base method; the fields named after methods hold their options.
-    seed: of image order, held-out slice and search.
+    method: base method; the fields named after methods hold their options. reconstruction: of its blocks, off by
+    default. seed: of image order, held-out slice, reconstruction and search.
     """
 
     method: str = "fq-vit"
@@ -90,7 +92,9 @@ class QuantizeConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     repq_vit: RepqVitOptions = field(default_factory=RepqVitOptions)
     erq: ErqOptions = field(default_factory=ErqOptions)
+    aiqvit: AiqvitOptions = field(default_factory=AiqvitOptions)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
 
@@ -99,6 +103,12 @@ _AT_LEAST = {
     "calibration.batch": 1,
     "repq_vit.images": 1,
     "erq.images": 1,
+    "aiqvit.images": 1,
+    "aiqvit.search_images": 1,
+    "aiqvit.search_steps": 0,
+    "reconstruction.steps": 0,
+    "reconstruction.batch": 1,
+    "reconstruction.images": 1,
     "erq.flips": 0,
     "search.passes": 1,
     "search.rounds": 1,
@@ -111,6 +121,16 @@ _AT_LEAST = {
     "search.candidates_at_once": 1,
     "search.population_devices": 1,
 }
+_RATES = (
+    "aiqvit.penalty",
+    "reconstruction.scale_rate",
+    "reconstruction.zero_point_rate",
+    "reconstruction.rounding_rate",
+    "reconstruction.weight_rate",
+    "reconstruction.low_rank_rate",
+    "reconstruction.preference_rate",
+)
+_SHARES = ("reconstruction.float_input", "reconstruction.easy_first")
 _SEEDS = 2**32
 _POSITIVE = ("erq.coe", "search.temperature", "search.step", "search.sigma", "search.cache_gib", "search.memory_gib")
 
@@ -126,6 +146,12 @@ def check(config: QuantizeConfig) -> None:
             raise InputError(f"{name} is {flat[name]}; it must be positive")
         if flat[name] is not None and not name.endswith("_gib") and math.isinf(flat[name]):
             raise InputError(f"{name} is infinite; it must be a finite number")
+    for name in _RATES:
+        if not 0 <= flat[name] < math.inf:
+            raise InputError(f"{name} is {flat[name]}; it must be 0 or positive, and finite")
+    for name in _SHARES:
+        if flat[name] is not None and not 0 <= flat[name] <= 1:
+            raise InputError(f"{name} is {flat[name]}; it must lie between 0 and 1")
     if not 0 <= config.seed < _SEEDS:
         raise InputError(f"seed is {config.seed}; it must be at least 0 and below 2^32")
     if config.search.strategy != "none" and config.search.objective == "infonce" and config.calibration.batch < 2:

@@ -15,6 +15,7 @@ from cptv_jax.data import Images
 from cptv_jax.evaluation import Accuracy, check_labels, evaluate
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
+from cptv_jax.methods.reconstruction import reconstruct
 from cptv_jax.plan import Plan, Split, check_size, planned, searched_sites
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized import Model, QuantizedModel
@@ -124,6 +125,35 @@ def _make_evaluators(
     return evaluator, held_out_loss if split.held_out else None
 
 
+def _make_base(model: Model, plan: Plan, run: RunDirectory | None, progress: bool) -> QuantizedModel:
+    """The base method's model, its blocks reconstructed where that is asked for."""
+    config, method, recipe, split = plan.config, plan.method, plan.recipe, plan.split
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    resumed = run.reconstruction() if run else None
+    done, base = resumed or (0, None)
+    if base is None:
+        batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]
+        options = {} if method.options is None else {"options": getattr(config, method.options)}
+        with bar(f"calibrate ({config.method})", len(batches), progress) as shown:
+            base = method.quantize(model, batches, recipe, key, counter(shown), **options)
+        del batches
+    if config.reconstruction.steps == 0:
+        return base
+    if run and resumed is None:
+        run.save_reconstruction(0, base)
+    images = np.concatenate([batch.normalized(0, len(batch)) for batch in split.calibration])
+    with bar("reconstruct", 1, progress) as shown:
+
+        def on_stage(index: int, so_far: QuantizedModel, before: float, after: float) -> None:
+            shown.set_postfix_str(f"relative error {before:.4f} -> {after:.4f}")
+            if run:
+                run.save_reconstruction(index + 1, so_far)
+
+        return reconstruct(
+            model, base, images, config.reconstruction, jax.random.fold_in(key, 1), counter(shown), on_stage, done
+        )
+
+
 def _search(
     teacher: Model,
     base: QuantizedModel,
@@ -205,18 +235,14 @@ def _continue(
     on_phase: Callable[[str], None],
 ) -> Quantization:
     """Whatever of a run is still to be done."""
-    config, method, recipe, split = plan.config, plan.method, plan.recipe, plan.split
+    config, split = plan.config, plan.split
     base = run.base() if run else None
     if base is None:
         on_phase("base")
-        batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]
-        key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        options = {} if method.options is None else {"options": getattr(config, method.options)}
-        with bar(f"calibrate ({config.method})", len(batches), progress) as shown:
-            base = method.quantize(model, batches, recipe, key, counter(shown), **options)
-        del batches
+        base = _make_base(model, plan, run, progress)
         if run:
             run.save_base(base)
+            run.drop_reconstruction()
     final = run.final() if run else None
     state = run.state() if run else None
     if final is None:

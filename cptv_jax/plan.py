@@ -9,6 +9,7 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, check
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.methods import METHODS, Method, require_float
+from cptv_jax.methods.learning import completed
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import PRESETS, Recipe, resolve
@@ -54,7 +55,7 @@ def _split(images: Images, config: QuantizeConfig) -> Split:
 
 
 def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:
-    """The configuration with the recipe preset filled in, and its base method. Raises InputError where they clash."""
+    """The base method, and the configuration with what it decides filled in. Raises InputError where they clash."""
     if config.method not in METHODS:
         raise InputError(f"unknown method '{config.method}'{did_you_mean(config.method, METHODS)}")
     method = METHODS[config.method]
@@ -64,7 +65,8 @@ def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:
             f"method {config.method} cannot carry out the recipe preset '{preset}'; "
             f"set --recipe.preset to one of {', '.join(method.presets)}"
         )
-    return replace(config, recipe=replace(config.recipe, preset=preset)), method
+    reconstruction = completed(config.reconstruction, method.reconstruction)
+    return replace(config, recipe=replace(config.recipe, preset=preset), reconstruction=reconstruction), method
 
 
 def check_size(model: Model, images: Images) -> None:
@@ -94,7 +96,7 @@ def searched_sites(recipe: Recipe, search: SearchConfig) -> frozenset[str]:
 class Plan:
     """What a configuration comes to for a model and its images.
 
-    config: with the recipe preset filled in.
+    config: with what the base method decides filled in: recipe preset, reconstruction.
     """
 
     config: QuantizeConfig

@@ -15,8 +15,8 @@ from cptv_jax.suggest import did_you_mean
 
 ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf", "method"]
 OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf", "method")
-QuantizerName = Literal["uniform", "dual-uniform", "log2", "log-sqrt2"]
-QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "dual-uniform", "log2", "log-sqrt2")
+QuantizerName = Literal["uniform", "dual-uniform", "log2", "log-sqrt2", "focusing"]
+QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "dual-uniform", "log2", "log-sqrt2", "focusing")
 MIN_BITS, MAX_BITS = 2, 8
 _WORDS = {bool: "true or false", str: "a name"}
 
@@ -24,7 +24,7 @@ _WORDS = {bool: "true or false", str: "a name"}
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["bits"],
-    meta_fields=["quantizer", "signed", "symmetric", "per_channel", "observer", "bias_correction"],
+    meta_fields=["quantizer", "signed", "symmetric", "per_channel", "observer", "bias_correction", "low_rank"],
 )
 @dataclass(frozen=True)
 class SiteSpec:
@@ -37,6 +37,7 @@ class SiteSpec:
     per_channel: one scale for each entry of the last axis (a weight's output channels, a token's features).
     observer: the calibration statistic that sets scale and zero point; "method": the base method's own search does.
     bias_correction: restore each output channel's mean and deviation (weights only).
+    low_rank: a float term of low rank is added (weights only).
     """
 
     quantizer: QuantizerName = "uniform"
@@ -46,6 +47,7 @@ class SiteSpec:
     per_channel: bool = False
     observer: ObserverName = "minmax"
     bias_correction: bool = False
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class RecipeConfig:
         (FQ-ViT's preset: 4).
     weight_observer, activation_observer: null means the preset's.
     weight_signed: signed symmetric weights; null means the preset's.
-    bias_correction, power_of_two_factor, integer_layer_norm, log_int_softmax, quantize_input: null means the preset's.
+    bias_correction, low_rank, power_of_two_factor, integer_layer_norm, log_int_softmax, quantize_input: null means the
+        preset's.
     overrides: by site name or pattern (`blocks.*.mlp.fc1.weight`), fields of SiteSpec to change, or `null` to leave
         the site in float; later patterns win.
     """
@@ -70,6 +73,7 @@ class RecipeConfig:
     activation_observer: ObserverName | None = None
     weight_signed: bool | None = None
     bias_correction: bool | None = None
+    low_rank: bool | None = None
     power_of_two_factor: bool | None = None
     integer_layer_norm: bool | None = None
     log_int_softmax: bool | None = None
@@ -97,6 +101,7 @@ class Preset:
     activation_observer: ObserverName = "omse"
     weight_signed: bool = False
     bias_correction: bool = True
+    low_rank: bool = False
     power_of_two_factor: bool = True
     integer_layer_norm: bool = True
     log_int_softmax: bool = False
@@ -104,6 +109,13 @@ class Preset:
     softmax_bits: int | None = None
 
 
+_OMSE: dict[str, Any] = {
+    "scope": "matmuls",
+    "weight_observer": "omse",
+    "bias_correction": False,
+    "power_of_two_factor": False,
+    "integer_layer_norm": False,
+}
 _PERCENTILE: dict[str, Any] = {
     "scope": "matmuls",
     "weight_observer": "method",
@@ -122,11 +134,16 @@ PRESETS: dict[str, Preset] = {
     "fq-vit": Preset(
         activation_observer="minmax", weight_signed=True, bias_correction=False, log_int_softmax=True, softmax_bits=4
     ),
+    # Plain calibration of what matmuls read, a start for block reconstruction; attention uniform or in powers of two.
+    "omse": Preset(**_OMSE),
+    "omse-log2": Preset(**_OMSE, softmax="log2"),
     # RepQ-ViT as published: the image keeps 8 bits.
     "repq-vit": Preset(**_PERCENTILE, softmax="log-sqrt2", input_bits=8),
     # ERQ as published (its TPAMI extension), and the same without dual uniform weights (its ICML version).
     "erq": Preset(**_PERCENTILE, softmax="log-sqrt2", quantize_input=False, normalized_weight="dual-uniform"),
     "erq-uniform": Preset(**_PERCENTILE, softmax="log-sqrt2", quantize_input=False),
+    # AIQViT: a float low-rank term beside each weight, attention quantized in an interval.
+    "aiqvit": Preset(**_PERCENTILE, softmax="focusing", input_bits=8, low_rank=True),
 }
 
 
@@ -185,6 +202,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         per_channel=True,
         observer=weight_observer,
         bias_correction=choice("bias_correction"),
+        low_rank=choice("low_rank"),
     )
     by_kind = {"weight": weight, "add": residual, "softmax": softmax}
     if preset.scope == "matmuls":

@@ -25,6 +25,9 @@ def _describe(spec: SiteSpec) -> str:
         return f"| log2 | {spec.bits} | per tensor | fixed levels |"
     if spec.quantizer == "log-sqrt2":
         return f"| log-sqrt2 | {spec.bits} | per tensor | {spec.observer} |"
+    if spec.quantizer == "focusing":
+        return f"| focusing (one interval) | {spec.bits} | per tensor | {spec.observer} |"
+    correction += ", low-rank float term" if spec.low_rank else ""
     return f"| {spec.quantizer} {grid} | {spec.bits} | {granularity} | {spec.observer}{correction} |"
 
 
@@ -75,7 +78,8 @@ def write_report(directory: Path, outcome: "Quantization") -> Path:
         plot_losses(directory / "loss.png", outcome.log)
         curve = "\n![Loss of accepted steps](loss.png)\n"
     environment = ", ".join(f"{name} {number}" for name, number in versions().items())
-    text = f"""# {teacher.architecture.name}, {outcome.config.method}, recipe {recipe.name}
+    reconstructed = ", blocks reconstructed" if outcome.config.reconstruction.steps else ""
+    text = f"""# {teacher.architecture.name}, {outcome.config.method}{reconstructed}, recipe {recipe.name}
 
 Weights: {teacher.source or "given as arrays"}{f" (sha256 {teacher.sha256[:16]}...)" if teacher.sha256 else ""}.
 {"Fully quantized" if recipe.scope == "full" else "Matmul-only: weights and what linear layers and matmuls read"}; \

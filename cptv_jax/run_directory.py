@@ -89,7 +89,8 @@ class RunDirectory:
 
     config.yaml: the resolved configuration. run.json: identity (configuration, model, images), versions, status.
     One process at a time works in it, under `claimed`.
-    base/, model/: checkpoints before and after the search. state/: where the search stands, one checkpoint a step,
+    base/, model/: checkpoints before and after the search. reconstruction/: while blocks are reconstructed, the model
+    so far, named by the stages that are done. state/: where the search stands, one checkpoint a step,
     the newest only. results.json: accuracies. log.jsonl: accepted steps and passes.
     """
 
@@ -118,7 +119,12 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
         write_atomically(path / "config.yaml", yaml.safe_dump(identity["config"], sort_keys=False))
-        self._drop_states(self._states()[:-1])  # what an interruption left
+        # What an interruption left:
+        self._drop(self._numbered("state")[:-1])
+        if (path / "base").exists():
+            self.drop_reconstruction()
+        else:
+            self._drop(self._numbered("reconstruction")[:-1])
 
     def base(self) -> QuantizedModel | None:
         """The base method's model, if it was finished."""
@@ -127,6 +133,25 @@ class RunDirectory:
     def final(self) -> QuantizedModel | None:
         """The final model, if the run got so far."""
         return self._quantized("model")
+
+    def save_reconstruction(self, done: int, model: QuantizedModel) -> None:
+        """Keeps the model whose first `done` stages are reconstructed, then drops earlier ones."""
+        earlier = self._numbered("reconstruction")
+        save_model(self.path / "reconstruction" / f"{done:06d}", model)
+        self._drop(earlier)
+
+    def reconstruction(self) -> tuple[int, QuantizedModel] | None:
+        """How many stages are reconstructed, and the model so far, if the base method was finished."""
+        saved = self._numbered("reconstruction")
+        if not saved:
+            return None
+        model = self._quantized(f"reconstruction/{saved[-1].name}")
+        assert model is not None
+        return int(saved[-1].name), model
+
+    def drop_reconstruction(self) -> None:
+        if (self.path / "reconstruction").exists():
+            shutil.rmtree(self.path / "reconstruction")
 
     def _quantized(self, name: str) -> QuantizedModel | None:
         if not (self.path / name).exists():
@@ -153,10 +178,10 @@ class RunDirectory:
     def save_results(self, results: Mapping[str, Any]) -> None:
         write_atomically(self.path / "results.json", json.dumps(results, indent=1))
 
-    def _states(self) -> list[Path]:
-        return sorted(self.path.glob("state/[0-9]*"))
+    def _numbered(self, folder: str) -> list[Path]:
+        return sorted(self.path.glob(f"{folder}/[0-9]*"))
 
-    def _drop_states(self, paths: list[Path]) -> None:
+    def _drop(self, paths: list[Path]) -> None:
         for path in paths:
             shutil.rmtree(path)
 
@@ -166,7 +191,7 @@ class RunDirectory:
         The log comes first: ahead of the state it is only written again, behind the last state it would stay so.
         """
         self.write_log(state)
-        earlier = self._states()
+        earlier = self._numbered("state")
         number = int(earlier[-1].name) + 1 if earlier else 0
         described = {
             name: getattr(state, name)
@@ -174,11 +199,11 @@ class RunDirectory:
         }
         tree = {"scales": state.scales, "best_scales": state.best_scales}
         save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
-        self._drop_states(earlier)
+        self._drop(earlier)
 
     def state(self) -> SearchState | None:
         """The newest saved state, if any."""
-        saved = self._states()
+        saved = self._numbered("state")
         if not saved:
             return None
         tree, metadata = restore_tree(saved[-1])

@@ -108,8 +108,9 @@ class Saboteur:
     What the step was about to write is left half written: a cut-off file, a folder that lacks files.
     """
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root, self.done = root, []
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, only: str = "") -> None:
+        """only: strikes only at steps with this in their name."""
+        self.root, self.done, self.only = root, [], only
         self.armed = True
         self._strike(monkeypatch, os, "replace", self.halve)
         self._strike(monkeypatch, shutil, "rmtree", self.halve)
@@ -123,7 +124,7 @@ class Saboteur:
             ours = self.armed and paths and self.root in paths[0].parents and paths[0].exists() is (before is not None)
             label = f"{name} {paths[-1].relative_to(self.root)} {self.moment()}" if ours else ""
             # A step within one that is watched (Orbax's own) is a part of it.
-            if not ours or label in self.done or "arrays" in paths[-1].parts[:-1]:
+            if not ours or self.only not in label or label in self.done or "arrays" in paths[-1].parts[:-1]:
                 return original(*args, **kwargs)
             self.done.append(label)
             self.armed = False

@@ -94,7 +94,7 @@ def parameter_checks(
 @jax.jit
 def _effective_weight(quantizer: Quantizer, kernel: Array) -> tuple[Array, Array]:
     """The weight that the matmul uses [inputs, outputs], and by how much a step of the code moves it [outputs]."""
-    weight, gain, shift = quantize_weight(quantizer, kernel)
+    weight, gain, shift, _ = quantize_weight(quantizer, kernel)
     if gain is None or shift is None:
         return weight.values, quantizer.scale
     # Bias correction stretches and shifts the grid. A constant channel has no gain, and no codes that could matter.

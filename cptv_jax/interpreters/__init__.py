@@ -7,6 +7,7 @@ from cptv_jax.interpreters.initializing import Initializing
 from cptv_jax.interpreters.observing import Observing
 from cptv_jax.interpreters.operations import Operations
 from cptv_jax.interpreters.sites import list_sites
+from cptv_jax.interpreters.straight_through import StraightThrough
 from cptv_jax.interpreters.tensor import Tensor
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Initializing",
     "Observing",
     "Operations",
+    "StraightThrough",
     "Tensor",
     "Weight",
     "list_sites",

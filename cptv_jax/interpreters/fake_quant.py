@@ -1,6 +1,6 @@
 """Simulated quantization on integer codes. Without quantizers it is the float model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -8,10 +8,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cptv_jax.interpreters.arithmetic import Arithmetic
+from cptv_jax.interpreters.arithmetic import PRECISION, Arithmetic
 from cptv_jax.interpreters.integer_functions import integer_layer_norm, log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.quantizers import BiasCorrected, Log2, Moments, Quantizer, Uniform, moments, rounded_product, true_divide
+from cptv_jax.quantizers import (
+    BiasCorrected,
+    Log2,
+    LowRank,
+    Moments,
+    Quantizer,
+    Uniform,
+    moments,
+    rounded_product,
+    true_divide,
+)
 
 _SQRT_HALF = 0.5**0.5
 _LAST_BYTE_COUNTS = 2.0**23
@@ -30,11 +40,13 @@ class Weight(NamedTuple):
     """A linear layer's weight as its matmul reads it: kernel [inputs, outputs] in steps or values.
 
     gain, shift: [outputs], what bias correction multiplies the product with and adds to every weight.
+    low_rank: [inputs, rank] and [rank, outputs], factors of a float term that is added to the weight.
     """
 
     kernel: Tensor
     gain: Array | None = None
     shift: Array | None = None
+    low_rank: tuple[Array, Array] | None = None
 
 
 def _uint8(x: Array) -> Array:
@@ -61,14 +73,21 @@ def quantized(quantizer: Quantizer, values: Array) -> Tensor:
     return Tensor(quantizer.steps(values), quantizer.scale)
 
 
-def quantize_weight(quantizer: Quantizer, kernel: Array, wanted: Moments | None = None) -> Weight:
+def quantize_weight(
+    quantizer: Quantizer,
+    kernel: Array,
+    wanted: Moments | None = None,
+    quantized: Callable[[Quantizer, Array], Tensor] = quantized,
+) -> Weight:
     """A weight that a linear layer can be given in place of its float kernel.
 
-    wanted: the kernel's moments, where bias correction shall not compute them anew.
+    wanted: the kernel's moments, where bias correction shall not compute them anew. quantized: how codes are held.
     """
     if isinstance(quantizer, BiasCorrected):
         weight = quantized(quantizer.base, kernel)
         return Weight(weight, *quantizer.correction(wanted or moments(kernel), weight.steps))
+    if isinstance(quantizer, LowRank):
+        return Weight(quantized(quantizer.base, kernel), low_rank=quantizer.factors)
     return Weight(quantized(quantizer, kernel))
 
 
@@ -134,10 +153,13 @@ class FakeQuant:
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
         if x.scale is not None and x.scale.ndim:  # a scale per input channel cannot wait until after the sum
             x = Tensor(x.values)
-        weight, gain, shift = self.weight(f"{site}.weight", kernel)
+        weight, gain, shift, low_rank = self.weight(f"{site}.weight", kernel)
         y = rounded_product(self.arithmetic.matmul_weight(x, weight), _product(x.scale, weight.scale, gain))
         if shift is not None:
             y = y + rounded_product(self.arithmetic.row_sums(x), _product(x.scale, shift))
+        if low_rank is not None:
+            down, up = low_rank
+            y = y + jnp.matmul(jnp.matmul(x.values, down, precision=PRECISION), up, precision=PRECISION)
         return self.emit(site, "hidden" if hidden else "linear", y if bias is None else y + bias)
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:

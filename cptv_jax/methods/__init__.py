@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cptv_jax.errors import InputError
-from cptv_jax.methods import erq, fq_vit, repq_vit
+from cptv_jax.methods import aiqvit, erq, fq_vit, repq_vit
 from cptv_jax.methods.abilities import Abilities
+from cptv_jax.methods.learning import NO_RECONSTRUCTION, ReconstructionConfig
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import ObserverName
 
@@ -19,12 +20,14 @@ class Method:
     presets: the recipes that are its own to carry out; the first is the default.
     options: the field of QuantizeConfig with its options, if it has any.
     abilities: what recipes may say; null means anything.
+    reconstruction: what null fields of QuantizeConfig's reconstruction mean.
     """
 
     carry_out: Callable[..., QuantizedModel]
     presets: tuple[str, ...]
     options: str | None = None
     abilities: Abilities | None = None
+    reconstruction: ReconstructionConfig = NO_RECONSTRUCTION
 
     def quantize(self, model: Model | QuantizedModel, *arguments: Any, **options: Any) -> QuantizedModel:
         """`carry_out`, on a float model only. Raises InputError for a quantized one."""
@@ -47,6 +50,11 @@ METHODS: dict[str, Method] = {
         ("evol-q", "evol-q-omse", "fq-vit"),
         abilities=Abilities(tensors=("uniform", "log2"), observers=_STATISTICS),
     ),
+    "omse": Method(  # the same calibration, of what matmuls read
+        fq_vit.quantize,
+        ("omse", "omse-log2"),
+        abilities=Abilities(tensors=("uniform", "log2"), observers=_STATISTICS),
+    ),
     "repq-vit": Method(
         repq_vit.quantize,
         ("repq-vit",),
@@ -58,5 +66,14 @@ METHODS: dict[str, Method] = {
         ("erq", "erq-uniform"),
         "erq",
         Abilities(("uniform", "dual-uniform"), ("uniform", "log-sqrt2"), ("method",), asymmetric_only=True),
+    ),
+    "aiqvit": Method(
+        aiqvit.quantize,
+        ("aiqvit",),
+        "aiqvit",
+        Abilities(
+            tensors=("uniform", "log-sqrt2", "focusing"), observers=("method",), asymmetric_only=True, low_rank=True
+        ),
+        ReconstructionConfig(steps=150, easy_first=0.3),
     ),
 }

@@ -12,13 +12,15 @@ class Abilities:
     """The recipes that a method can carry out.
 
     weights, tensors: quantizers that it fits for weights and for activations. observers: where it takes parameters
-    from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction.
+    from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction. low_rank: it can add terms
+    of low rank to weights.
     """
 
     weights: tuple[QuantizerName, ...] = ("uniform",)
     tensors: tuple[QuantizerName, ...] = ("uniform",)
     observers: tuple[ObserverName, ...] = OBSERVERS
     asymmetric_only: bool = False
+    low_rank: bool = False
 
     def check(self, method: str, recipe: Recipe) -> None:
         """Raises InputError for a site that the method, of this name, cannot quantize as the recipe says."""
@@ -33,6 +35,8 @@ class Abilities:
                     f"{name}: method {method} cannot use the observer {spec.observer}; "
                     f"set observer to {_any(self.observers)}"
                 )
+            if spec.low_rank and not (self.low_rank and name.endswith(".weight")):
+                raise InputError(f"{name}: method {method} adds no low-rank term here; leave out low_rank")
             if self.asymmetric_only and (spec.signed or spec.symmetric or spec.bias_correction):
                 raise InputError(
                     f"{name}: method {method} fits unsigned codes with a zero point; "

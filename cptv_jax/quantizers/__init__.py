@@ -3,22 +3,30 @@
 from cptv_jax.quantizers.base import Quantizer
 from cptv_jax.quantizers.bias_correction import BiasCorrected, Moments, moments
 from cptv_jax.quantizers.dual_uniform import DualUniform
+from cptv_jax.quantizers.focusing import Focusing
 from cptv_jax.quantizers.logarithmic import Log2, LogSqrt2
+from cptv_jax.quantizers.low_rank import LowRank, RankSearch
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
+from cptv_jax.quantizers.straight_through import round_through, straight_through
 from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Uniform, grid
 
 __all__ = [
     "BiasCorrected",
     "DualUniform",
+    "Focusing",
     "FractionalUniform",
     "Log2",
     "LogSqrt2",
+    "LowRank",
     "Moments",
     "OffsetUniform",
     "Quantizer",
+    "RankSearch",
     "Uniform",
     "grid",
     "moments",
+    "round_through",
     "rounded_product",
+    "straight_through",
     "true_divide",
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cptv_jax.quantizers.rounding import true_divide
+from cptv_jax.quantizers.straight_through import straight_through
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +49,10 @@ class DualUniform:
         self, values: Float[Array, "inputs outputs"], rounding: Callable[[Array], Array] = jnp.round
     ) -> Float[Array, "inputs outputs"]:
         """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
-        steps = rounding(true_divide(values, self._choose(self.outlier_scale, self.scale)))
-        return jnp.clip(steps + self._choose(self.outlier_zero_point, self.zero_point), self.low, self.high)
+        positions = true_divide(values, self._choose(self.outlier_scale, self.scale))
+        zero_point = self._choose(self.outlier_zero_point, self.zero_point)
+        exact = jnp.clip(rounding(positions) + zero_point, self.low, self.high)
+        return straight_through(exact, jnp.clip(positions + zero_point, self.low, self.high))
 
     def values(self, codes: Float[Array, "inputs outputs"]) -> Float[Array, "inputs outputs"]:
         return self._integer_steps(codes) * self._choose(self.outlier_scale, self.scale)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.rounding import true_divide
+from cptv_jax.quantizers.straight_through import straight_through
 
 _SQRT2_LESS_1 = 2.0**0.5 - 1.0
 
@@ -43,7 +44,7 @@ class Log2:
         return jnp.where(codes > self.high, 0.0, jnp.ldexp(1.0, -codes.astype(jnp.int32)))
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.values(self.codes(values))
+        return straight_through(self.values(self.codes(values)), values)
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +79,8 @@ class LogSqrt2:
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         """Quantized values in units of `scale`: powers of sqrt(2), not integers."""
-        return self._in_steps(self.codes(values))
+        exact = self._in_steps(self.codes(values))
+        return straight_through(exact, jnp.clip(true_divide(values, self.scale), 0.0, 1.0))
 
     def _in_steps(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         exponents, factors = self.log2_form(codes)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.rounding import true_divide
+from cptv_jax.quantizers.straight_through import straight_through
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +22,9 @@ class Uniform:
     low, high: bounds of the codes. They are arrays, not static, so that sites of different bit widths share one
         compiled program.
 
-    Rounding is half to even, after the zero point is added (FQ-ViT, section 3.1).
+    Rounding is half to even, after the zero point is added (FQ-ViT, section 3.1). The derivative of a code is
+    straight-through, 1 within the bounds and 0 outside, which gives values LSQ's by the scale (Esser et al. 2020,
+    equation 3).
     """
 
     scale: Float[Array, "..."]
@@ -33,7 +36,10 @@ class Uniform:
         return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.clip(jnp.round(true_divide(values, self.scale) + self.zero_point), self.low, self.high)
+        positions = true_divide(values, self.scale) + self.zero_point
+        exact = jnp.clip(jnp.round(positions), self.low, self.high)
+        # Clipped before rounding in the derivative: after it, whatever rounds to a bound would lie on the clip's kink.
+        return straight_through(exact, jnp.clip(positions, self.low, self.high))
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         return (codes - self.zero_point) * self.scale
@@ -56,7 +62,9 @@ class OffsetUniform(Uniform):
 
     def codes(self, values: Float[Array, "..."], rounding: Callable[[Array], Array] = jnp.round) -> Float[Array, "..."]:
         """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
-        return jnp.clip(rounding(true_divide(values, self.scale)) + self.zero_point, self.low, self.high)
+        positions = true_divide(values, self.scale)
+        exact = jnp.clip(rounding(positions) + self.zero_point, self.low, self.high)
+        return straight_through(exact, jnp.clip(positions + self.zero_point, self.low, self.high))
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,168 @@
+"""AIQViT (arXiv 2502.04628): low-rank compensation of quantized weights, and a quantizer that focuses on an interval.
+
+There is no public code. What the paper leaves open is chosen here:
+
+* Quantizers start as RepQ-ViT's: percentile search and reparameterized LayerNorms, with integral zero points.
+* A compensating term starts as the best one of its rank for the weight's rounding error (its truncated singular value
+  decomposition), and may have one of `ranks` columns.
+* Ranks are chosen by a short block reconstruction in which every layer mixes all its candidates by a softmax of learned
+  preferences, on one level: terms and preferences learn from the same images. `penalty` makes a term's size a part of
+  the loss, as more columns never fit worse. The preferred candidate stays, with what it has learned.
+* The interval of an attention map starts as the one with the least squared error among a few quantiles.
+* Then follows block reconstruction, easy images first: methods/reconstruction.py, with the defaults that
+  methods/__init__.py gives this method.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from cptv_jax.errors import InputError
+from cptv_jax.interpreters import Capturing, Tensor
+from cptv_jax.methods import repq_vit
+from cptv_jax.methods.initialization import first_images
+from cptv_jax.methods.learning import ReconstructionConfig
+from cptv_jax.methods.reconstruction import reconstruct
+from cptv_jax.models.architecture import call_stage, sites_of, stage_graphs
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantizers import Focusing, LowRank, Quantizer, RankSearch, Uniform
+from cptv_jax.recipe import Recipe
+
+_ENDS = (0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 1.0)  # quantiles tried as an interval's upper end
+_STARTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # and as its lower end
+
+
+@dataclass(frozen=True)
+class AiqvitOptions:
+    """images: how many calibration images, the first ones, quantizers are fitted on. search_images: how many ranks are
+    chosen on. ranks: the candidates. penalty: loss, relative to a stage's output, of a term as large as its weight.
+    search_steps: optimizer steps a stage to choose ranks in; 0 gives every layer the largest.
+    """
+
+    images: int = 32
+    search_images: int = 128
+    search_steps: int = 30
+    ranks: tuple[int, ...] = (2, 4, 8, 16)
+    penalty: float = 0.01
+
+
+def fit_focusing(values: Float[Array, "..."], bits: int) -> Focusing:
+    """The interval between two quantiles of the values whose levels have the least squared error on them."""
+    flat = values.reshape(-1)
+    starts, ends = jnp.quantile(flat, jnp.asarray(_STARTS)), jnp.quantile(flat, jnp.asarray(_ENDS))
+    high = jnp.float32(2**bits - 1)
+
+    def interval(index: Array) -> Focusing:
+        start, end = starts[index // len(_ENDS)], ends[index % len(_ENDS)]
+        return Focusing(jnp.maximum((end - start) / high, jnp.finfo(jnp.float32).eps), start, high)
+
+    def error(index: Array) -> Array:
+        focusing = interval(index)
+        return jnp.mean((focusing.values(focusing.codes(flat)) - flat) ** 2)
+
+    return interval(jnp.argmin(jax.lax.map(error, jnp.arange(len(_STARTS) * len(_ENDS)))))
+
+
+_fit_focusing = jax.jit(fit_focusing, static_argnums=1)
+
+
+def fit_low_rank(quantizer: Uniform, kernel: Float[Array, "inputs outputs"], rank: int) -> LowRank:
+    """The term of this rank (or of the weight's, if that is less) that leaves least of the weight's rounding error."""
+    error = np.asarray(kernel - quantizer.values(quantizer.codes(kernel)), np.float64)
+    left, strengths, right = np.linalg.svd(error, full_matrices=False)
+    roots = np.sqrt(strengths[:rank])
+    down, up = left[:, :rank] * roots, roots[:, None] * right[:rank]
+    return LowRank(quantizer, jnp.asarray(down, jnp.float32), jnp.asarray(up, jnp.float32))
+
+
+def _attention(graph: nnx.GraphDef[Any], readers: tuple[str, ...], weights: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    ops = Capturing({}, readers)
+    output = call_stage(graph, ops, weights, x)
+    return output, ops.inputs
+
+
+_attention_stage = jax.jit(_attention, static_argnums=(0, 1))
+
+
+def _focusings(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantizer]:
+    """Focusing quantizers of the sites that ask for one, from the float model's matmuls that read them."""
+    reads = {
+        name: (site.name, position)
+        for site in sites_of(model.architecture)
+        for position, name in enumerate(site.reads)
+        if name in recipe.sites and recipe.sites[name].quantizer == "focusing"
+    }
+    found: dict[str, Quantizer] = {}
+    x: PyTree = Tensor(images)
+    for stage, graph in stage_graphs(model.architecture).items():
+        prefix = stage + "."
+        here = {name: reader for name, reader in reads.items() if name.startswith(prefix)}
+        readers = tuple(reader.removeprefix(prefix) for reader, _ in here.values())
+        x, inputs = _attention_stage(graph, readers, model.weights[stage], x)
+        for name, (reader, position) in here.items():
+            values = inputs[reader.removeprefix(prefix)][position]
+            found[name] = _fit_focusing(values, recipe.sites[name].bits)
+    return found
+
+
+def _started(model: Model, images: Array, recipe: Recipe, key: Array) -> QuantizedModel:
+    """RepQ-ViT's model, with focusing quantizers where the recipe asks for them."""
+    sites = {
+        name: replace(spec, quantizer="log-sqrt2" if spec.quantizer == "focusing" else spec.quantizer, low_rank=False)
+        for name, spec in recipe.sites.items()
+    }
+    options = repq_vit.RepqVitOptions(images.shape[0], round_zero_point=True)
+    start = repq_vit.quantize(model, [images], replace(recipe, sites=sites), key, options=options)
+    focusings = _focusings(model, images, recipe)
+    return replace(start, recipe=recipe, quantizers={**start.quantizers, **focusings})
+
+
+def _compensated(model: QuantizedModel, options: AiqvitOptions) -> QuantizedModel:
+    """The model with a term beside each weight that the recipe gives one: a search among ranks, or of the largest."""
+    found: dict[str, Quantizer] = {}
+    ranks = jnp.asarray(sorted(options.ranks), jnp.float32)
+    for site, spec in model.recipe.sites.items():
+        if not spec.low_rank:
+            continue
+        quantizer = model.quantizers[site]
+        assert isinstance(quantizer, Uniform)
+        term = fit_low_rank(quantizer, model.model.layer(site.removesuffix(".weight"))["kernel"], max(options.ranks))
+        found[site] = term
+        if options.search_steps:
+            even = jnp.zeros(len(ranks))
+            found[site] = RankSearch(quantizer, term.down, term.up, ranks, even, jnp.float32(options.penalty))
+    return replace(model, quantizers={**model.quantizers, **found})
+
+
+def _decided(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    return {site: q.chosen() if isinstance(q, RankSearch) else q for site, q in quantizers.items()}
+
+
+def quantize(
+    model: Model,
+    batches: Sequence[Float[Array, "batch height width channels"]],
+    recipe: Recipe,
+    key: Array,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    options: AiqvitOptions = AiqvitOptions(),
+) -> QuantizedModel:
+    """A model with compensated weights and focusing attention quantizers, ready for block reconstruction.
+
+    batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts its steps.
+    Raises InputError for ranks below 1.
+    """
+    if min(options.ranks) < 1:
+        raise InputError(f"aiqvit.ranks are {list(options.ranks)}; each must be at least 1")
+    started = _started(model, first_images(batches, options.images), recipe, key)
+    compensated = _compensated(started, options)
+    if options.search_steps and any(spec.low_rank for spec in recipe.sites.values()):
+        images = np.asarray(first_images(batches, options.search_images))
+        config = ReconstructionConfig(options.search_steps, easy_first=1.0)
+        compensated = reconstruct(model, compensated, images, config, key, on_progress)
+    return replace(compensated, quantizers=_decided(compensated.quantizers))

@@ -1,0 +1,87 @@
+"""Low-rank compensation: a float term of few values beside a quantized weight."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cptv_jax.quantizers.uniform import Uniform
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A weight quantizer and the term down @ up that its layer adds to the quantized weight (AIQViT, equation 5).
+
+    down: [inputs, rank], up: [rank, outputs], float32. A layer computes x @ quantized + (x @ down) @ up. Columns of
+    `down` and rows of `up` beyond a layer's own rank are zero, so that all layers of a kind share one compiled program;
+    a deployed model leaves them out.
+    """
+
+    base: Uniform
+    down: Float[Array, "inputs rank"]
+    up: Float[Array, "rank outputs"]
+
+    @property
+    def factors(self) -> tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]:
+        return self.down, self.up
+
+    @property
+    def rank(self) -> Float[Array, ""]:
+        """How many columns of `down` are not zero."""
+        return jnp.sum(jnp.any(self.down != 0, 0))
+
+    @property
+    def scale(self) -> Float[Array, "..."]:
+        return self.base.scale
+
+    def with_scale(self, scale: Float[Array, "..."]) -> Self:
+        return replace(self, base=self.base.with_scale(scale))
+
+    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.base.codes(values)
+
+    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.base.values(codes)
+
+    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.base.steps(values)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RankSearch(LowRank):
+    """A LowRank whose rank is being chosen by differentiable architecture search (AIQViT; DARTS, Liu et al. 2019).
+
+    ranks: [candidates], increasing. preference: [candidates], logits of the candidates. The term is a mixture, by the
+    softmax of the preferences, of the candidates' terms; that of rank r has the first r columns of `down`.
+    penalty: loss of a term as large as the weight itself.
+    """
+
+    ranks: Float[Array, " candidates"]
+    preference: Float[Array, " candidates"]
+    penalty: Float[Array, ""]
+
+    @property
+    def gates(self) -> Float[Array, " rank"]:
+        """How much of each column the mixture has: the probability that the chosen rank exceeds its index."""
+        columns = jnp.arange(self.down.shape[1])
+        return jnp.matmul(jax.nn.softmax(self.preference), (self.ranks[:, None] > columns).astype(jnp.float32))
+
+    @property
+    def factors(self) -> tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]:
+        return self.down * self.gates, self.up
+
+    @property
+    def price(self) -> Float[Array, ""]:
+        """Loss of the expected number of values in the term."""
+        inputs, outputs = self.down.shape[0], self.up.shape[1]
+        return self.penalty * jnp.sum(self.gates) * (inputs + outputs) / (inputs * outputs)
+
+    def chosen(self) -> LowRank:
+        """The quantizer with the preferred rank alone."""
+        kept = jnp.arange(self.down.shape[1]) < self.ranks[jnp.argmax(self.preference)]
+        down, up = self.factors
+        return LowRank(self.base, jnp.where(kept, down, 0.0), jnp.where(kept[:, None], up, 0.0))

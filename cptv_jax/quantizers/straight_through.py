@@ -1,0 +1,30 @@
+"""Straight-through derivatives: the value of a step function, the slope of a smooth one (Bengio et al. 2013)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_jvp
+def _exact_with_slope_of(exact: Array, smooth: Array) -> Array:
+    return exact
+
+
+@_exact_with_slope_of.defjvp
+def _slope(primals: tuple[Array, Array], tangents: tuple[Any, Array]) -> tuple[Array, Array]:
+    return primals[0], tangents[1]
+
+
+def straight_through(exact: Float[Array, "..."], smooth: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`exact`, bit for bit, whose derivative is that of `smooth`. The two have one shape and dtype.
+
+    Where nothing is differentiated `smooth` is not computed under jit.
+    """
+    return _exact_with_slope_of(jax.lax.stop_gradient(exact), smooth)
+
+
+def round_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """round(x), half to even, with derivative 1."""
+    return straight_through(jnp.round(x), x)

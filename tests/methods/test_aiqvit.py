@@ -1,0 +1,124 @@
+"""AIQViT: what it attaches to RepQ-ViT's start, what it chooses, and that the result is an ordinary quantized model."""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_calibration import images, recipe_of, small_model
+
+from cptv_jax.checkpoint import load_model, save_model
+from cptv_jax.errors import InputError
+from cptv_jax.forward import forward
+from cptv_jax.methods import METHODS
+from cptv_jax.methods.aiqvit import AiqvitOptions, fit_focusing, quantize
+from cptv_jax.methods.learning import ReconstructionConfig
+from cptv_jax.methods.reconstruction import reconstruct
+from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantizers import Focusing, LowRank, OffsetUniform
+
+KEY = jax.random.key(0)
+BITS = {"preset": "aiqvit", "weight_bits": 3, "activation_bits": 4}
+OPTIONS = AiqvitOptions(images=16, search_images=32, search_steps=6, ranks=(1, 2, 4))
+
+
+@lru_cache
+def made(folder: Path, search_steps: int = 0, **fields: Any) -> QuantizedModel:
+    options = replace(OPTIONS, search_steps=search_steps)
+    recipe = recipe_of(**{**BITS, **fields})
+    return quantize(small_model(folder), [images(folder)[:32]], recipe, KEY, options=options)
+
+
+def logits(model: QuantizedModel, folder: Path) -> np.ndarray:
+    return np.asarray(forward(model.stages(), images(folder)[64:]).logits)
+
+
+def test_weights_get_terms_and_attention_focuses_on_an_interval(golden: Path) -> None:
+    model = made(golden)
+    for site, quantizer in model.quantizers.items():
+        if site.endswith(".weight"):
+            assert type(quantizer) is LowRank and quantizer.rank == 4, site
+        elif site.endswith("softmax"):
+            assert type(quantizer) is Focusing, site
+        else:
+            assert type(quantizer) is OffsetUniform, site
+            np.testing.assert_array_equal(quantizer.zero_point, np.round(quantizer.zero_point))
+    assert np.isfinite(logits(model, golden)).all()
+
+
+def test_terms_bring_the_model_nearer_to_the_float_one(golden: Path) -> None:
+    expected = np.asarray(forward(small_model(golden).stages(), images(golden)[64:]).logits)
+    with_terms, without = (
+        np.mean((logits(model, golden) - expected) ** 2) for model in (made(golden), made(golden, low_rank=False))
+    )
+    assert with_terms < without
+
+
+def test_an_interval_has_the_least_squared_error_of_all_that_are_tried() -> None:
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.dirichlet(np.full(17, 0.5), 200), jnp.float32)
+
+    def error(quantizer: Focusing) -> float:
+        return float(np.mean((np.asarray(quantizer.values(quantizer.codes(values))) - values) ** 2))
+
+    best = error(fit_focusing(values, 3))
+    for low, high in ((0.0, 1.0), (0.0, 0.98), (0.1, 0.999), (0.5, 0.9)):
+        start, end = np.quantile(values, [low, high])
+        assert best <= error(Focusing(jnp.float32((end - start) / 7), jnp.float32(start), jnp.float32(7))) * (1 + 1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_are_chosen_among_the_candidates_and_follow_the_penalty(golden: Path) -> None:
+    model = made(golden, OPTIONS.search_steps)
+    terms = [q for q in model.quantizers.values() if isinstance(q, LowRank)]
+    assert all(type(term) is LowRank and int(term.rank) in OPTIONS.ranks for term in terms)
+    dear = quantize(
+        small_model(golden), [images(golden)[:32]], recipe_of(**BITS), KEY,
+        options=replace(OPTIONS, search_steps=OPTIONS.search_steps, penalty=1e3),
+    )  # fmt: skip
+    assert all(int(term.rank) == 1 for term in dear.quantizers.values() if isinstance(term, LowRank))
+
+
+@pytest.mark.slow
+def test_reconstruction_learns_terms_and_intervals_and_leaves_an_ordinary_model(golden: Path, tmp_path: Path) -> None:
+    start = made(golden)
+    config = ReconstructionConfig(steps=6, batch=16, easy_first=0.3)
+    model = reconstruct(small_model(golden), start, images(golden)[:32], config, KEY)
+    for site in ("blocks.1.attn.softmax", "blocks.1.mlp.fc1.weight"):
+        changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), model.quantizers[site], start.quantizers[site])
+        assert all(getattr(changed, name) for name in ("scale", "start", "down", "up") if hasattr(changed, name)), site
+    save_model(tmp_path / "saved", model)
+    again = load_model(str(tmp_path / "saved"))
+    assert isinstance(again, QuantizedModel)
+    np.testing.assert_array_equal(logits(again, golden), logits(model, golden))
+    scale = model.quantizers["blocks.1.attn.softmax"].scale
+    assert np.any(logits(model.with_scales({"blocks.1.attn.softmax": scale * 2}), golden) != logits(model, golden))
+
+
+def test_constant_images_give_a_finite_model(golden: Path) -> None:
+    constant = jnp.zeros((16, 32, 32, 3))
+    options = replace(OPTIONS, search_steps=0)
+    model = quantize(small_model(golden), [constant], recipe_of(**BITS), KEY, options=options)
+    assert np.isfinite(logits(model, golden)).all()
+
+
+def test_what_cannot_work_is_named(golden: Path) -> None:
+    aiqvit, repq = METHODS["aiqvit"].abilities, METHODS["repq-vit"].abilities
+    assert aiqvit is not None and repq is not None
+    aiqvit.check("aiqvit", recipe_of(**BITS))
+    with pytest.raises(InputError, match=r"blocks\.0\.norm1: method aiqvit adds no low-rank term here"):
+        aiqvit.check("aiqvit", recipe_of(**BITS, overrides={"blocks.0.norm1": {"low_rank": True}}))
+    with pytest.raises(InputError, match="method repq-vit adds no low-rank term"):
+        repq.check("repq-vit", recipe_of(preset="repq-vit", low_rank=True))
+    with pytest.raises(InputError, match=r"aiqvit\.ranks"):
+        options = replace(OPTIONS, ranks=(0, 4))
+        quantize(small_model(golden), [images(golden)[:8]], recipe_of(**BITS), KEY, options=options)
+
+
+def test_its_reconstruction_is_on_by_default() -> None:
+    assert METHODS["aiqvit"].reconstruction.steps
+    assert not METHODS["repq-vit"].reconstruction.steps
