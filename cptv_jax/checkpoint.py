@@ -33,6 +33,8 @@ from cptv_jax.quantizers import (
     LowRank,
     OffsetUniform,
     Quantizer,
+    TwinGelu,
+    TwinSoftmax,
     Uniform,
 )
 from cptv_jax.recipe import Recipe, SiteSpec
@@ -53,6 +55,8 @@ _QUANTIZERS: dict[str, type[Any]] = {
         Focusing,
         BiasCorrected,
         LowRank,
+        TwinSoftmax,
+        TwinGelu,
     )
 }
 

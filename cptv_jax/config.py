@@ -16,6 +16,7 @@ from cptv_jax.interpreters.arithmetic import ArithmeticName
 from cptv_jax.methods.aiqvit import AiqvitOptions
 from cptv_jax.methods.erq import ErqOptions
 from cptv_jax.methods.learning import ReconstructionConfig
+from cptv_jax.methods.ptq4vit import Ptq4VitOptions
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.recipe import RecipeConfig
 from cptv_jax.suggest import did_you_mean
@@ -90,6 +91,7 @@ class QuantizeConfig:
     method: str = "fq-vit"
     seed: int = 0
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    ptq4vit: Ptq4VitOptions = field(default_factory=Ptq4VitOptions)
     repq_vit: RepqVitOptions = field(default_factory=RepqVitOptions)
     erq: ErqOptions = field(default_factory=ErqOptions)
     aiqvit: AiqvitOptions = field(default_factory=AiqvitOptions)
@@ -120,6 +122,10 @@ _AT_LEAST = {
     "search.images_at_once": 1,
     "search.candidates_at_once": 1,
     "search.population_devices": 1,
+    "ptq4vit.candidates": 1,
+    "ptq4vit.rounds": 1,
+    "ptq4vit.images_at_once": 1,
+    "ptq4vit.candidates_at_once": 1,
 }
 _RATES = (
     "aiqvit.penalty",
@@ -132,7 +138,16 @@ _RATES = (
 )
 _SHARES = ("reconstruction.float_input", "reconstruction.easy_first")
 _SEEDS = 2**32
-_POSITIVE = ("erq.coe", "search.temperature", "search.step", "search.sigma", "search.cache_gib", "search.memory_gib")
+_POSITIVE = (
+    "erq.coe",
+    "ptq4vit.alpha",
+    "ptq4vit.beta",
+    "search.temperature",
+    "search.step",
+    "search.sigma",
+    "search.cache_gib",
+    "search.memory_gib",
+)
 
 
 def check(config: QuantizeConfig) -> None:

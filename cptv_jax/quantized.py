@@ -82,6 +82,15 @@ def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Colle
     return {"weights": weights, "quantizers": dict(quantizers), "quantized": quantized, "searched": kernels}
 
 
+def arithmetic_for(recipe: Recipe, name: ArithmeticName | None = None) -> Arithmetic:
+    """How to multiply codes of a recipe's widths; None takes what is fastest here."""
+    widths = {
+        weight: [s.bits for site, s in recipe.sites.items() if site.endswith(_WEIGHT) == weight]
+        for weight in (True, False)
+    }
+    return Arithmetic(name or fastest_arithmetic(), max(widths[True], default=8), max(widths[False], default=8))
+
+
 def _steps_within_codes(quantizers: Iterable[Quantizer]) -> bool:
     """Whether every zero point is a code, so that steps are integers no larger than the largest code."""
     bases = (quantizer.base if isinstance(quantizer, BiasCorrected) else quantizer for quantizer in quantizers)
@@ -171,14 +180,9 @@ class QuantizedModel:
         arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
             zero points that are no codes (of a range that lies beside zero), whose steps only "float32" can hold.
         """
-        specs = self.recipe.sites
         if not _steps_within_codes(self.quantizers.values()):
             arithmetic = "float32"
-        exact = Arithmetic(
-            arithmetic or fastest_arithmetic(),
-            weight_bits=max((spec.bits for site, spec in specs.items() if site.endswith(_WEIGHT)), default=8),
-            activation_bits=max((spec.bits for site, spec in specs.items() if not site.endswith(_WEIGHT)), default=8),
-        )
+        exact = arithmetic_for(self.recipe, arithmetic)
         stages = []
         for name, graph in stage_graphs(self.model.architecture).items():
             prefix = name + "."

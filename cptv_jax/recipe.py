@@ -15,8 +15,16 @@ from cptv_jax.suggest import did_you_mean
 
 ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf", "method"]
 OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf", "method")
-QuantizerName = Literal["uniform", "dual-uniform", "log2", "log-sqrt2", "focusing"]
-QUANTIZERS: tuple[QuantizerName, ...] = ("uniform", "dual-uniform", "log2", "log-sqrt2", "focusing")
+QuantizerName = Literal["uniform", "dual-uniform", "log2", "log-sqrt2", "focusing", "twin-softmax", "twin-gelu"]
+QUANTIZERS: tuple[QuantizerName, ...] = (
+    "uniform",
+    "dual-uniform",
+    "log2",
+    "log-sqrt2",
+    "focusing",
+    "twin-softmax",
+    "twin-gelu",
+)
 MIN_BITS, MAX_BITS = 2, 8
 _WORDS = {bool: "true or false", str: "a name"}
 
@@ -24,7 +32,17 @@ _WORDS = {bool: "true or false", str: "a name"}
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["bits"],
-    meta_fields=["quantizer", "signed", "symmetric", "per_channel", "observer", "bias_correction", "low_rank"],
+    meta_fields=[
+        "quantizer",
+        "signed",
+        "symmetric",
+        "per_channel",
+        "parts",
+        "per_head",
+        "observer",
+        "bias_correction",
+        "low_rank",
+    ],
 )
 @dataclass(frozen=True)
 class SiteSpec:
@@ -35,6 +53,8 @@ class SiteSpec:
     signed: codes from -2^(bits-1) instead of from 0.
     symmetric: zero point 0 and a range mirrored around zero.
     per_channel: one scale for each entry of the last axis (a weight's output channels, a token's features).
+    parts: one scale for each of so many equal parts of the last axis (3: a qkv weight's query, key and value).
+    per_head: one scale for each attention head (operands of attention's matmuls).
     observer: the calibration statistic that sets scale and zero point; "method": the base method's own search does.
     bias_correction: restore each output channel's mean and deviation (weights only).
     low_rank: a float term of low rank is added (weights only).
@@ -45,6 +65,8 @@ class SiteSpec:
     signed: bool = False
     symmetric: bool = False
     per_channel: bool = False
+    parts: int = 1
+    per_head: bool = False
     observer: ObserverName = "minmax"
     bias_correction: bool = False
     low_rank: bool = False
@@ -90,6 +112,9 @@ class Preset:
     softmax, gelu: quantizers of what these functions produce, in a recipe of scope "matmuls".
     normalized_weight: quantizer of the weights that read a LayerNorm inside the blocks, in a recipe of scope "matmuls".
     input_bits: width of the image; null means activation_bits.
+    activation_signed: signed symmetric activations. per_head: operands of attention's matmuls have a scale a head.
+    weight_per_channel: see SiteSpec.per_channel. overrides: like RecipeConfig's, before those; a pattern may match
+        nothing.
     """
 
     scope: Literal["full", "matmuls"] = "full"
@@ -100,6 +125,9 @@ class Preset:
     weight_observer: ObserverName = "minmax"
     activation_observer: ObserverName = "omse"
     weight_signed: bool = False
+    weight_per_channel: bool = True
+    activation_signed: bool = False
+    per_head: bool = False
     bias_correction: bool = True
     low_rank: bool = False
     power_of_two_factor: bool = True
@@ -107,6 +135,7 @@ class Preset:
     log_int_softmax: bool = False
     quantize_input: bool = True
     softmax_bits: int | None = None
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 _OMSE: dict[str, Any] = {
@@ -116,7 +145,8 @@ _OMSE: dict[str, Any] = {
     "power_of_two_factor": False,
     "integer_layer_norm": False,
 }
-_PERCENTILE: dict[str, Any] = {
+# Of methods that set every parameter themselves and quantize what matmuls read, not what other operations compute.
+_MATMULS: dict[str, Any] = {
     "scope": "matmuls",
     "weight_observer": "method",
     "activation_observer": "method",
@@ -124,6 +154,18 @@ _PERCENTILE: dict[str, Any] = {
     "power_of_two_factor": False,
     "integer_layer_norm": False,
 }
+
+# What PTQ4ViT and its baseline have in common: signed symmetric, three weight intervals for qkv, an interval a head for
+# matmul operands, the image in float.
+_PTQ4VIT = Preset(
+    **_MATMULS,
+    weight_signed=True,
+    weight_per_channel=False,
+    activation_signed=True,
+    per_head=True,
+    quantize_input=False,
+    overrides={"*.qkv.weight": {"parts": 3}},
+)
 
 PRESETS: dict[str, Preset] = {
     # Evol-Q's shipped flags (config_fq.py, --mode e2e): what CPT-V starts from.
@@ -138,12 +180,21 @@ PRESETS: dict[str, Preset] = {
     "omse": Preset(**_OMSE),
     "omse-log2": Preset(**_OMSE, softmax="log2"),
     # RepQ-ViT as published: the image keeps 8 bits.
-    "repq-vit": Preset(**_PERCENTILE, softmax="log-sqrt2", input_bits=8),
+    "repq-vit": Preset(**_MATMULS, softmax="log-sqrt2", input_bits=8),
     # ERQ as published (its TPAMI extension), and the same without dual uniform weights (its ICML version).
-    "erq": Preset(**_PERCENTILE, softmax="log-sqrt2", quantize_input=False, normalized_weight="dual-uniform"),
-    "erq-uniform": Preset(**_PERCENTILE, softmax="log-sqrt2", quantize_input=False),
+    "erq": Preset(**_MATMULS, softmax="log-sqrt2", quantize_input=False, normalized_weight="dual-uniform"),
+    "erq-uniform": Preset(**_MATMULS, softmax="log-sqrt2", quantize_input=False),
     # AIQViT: a float low-rank term beside each weight, attention quantized in an interval.
-    "aiqvit": Preset(**_PERCENTILE, softmax="focusing", input_bits=8, low_rank=True),
+    "aiqvit": Preset(**_MATMULS, softmax="focusing", input_bits=8, low_rank=True),
+    # PTQ4ViT as published (configs/PTQ4ViT.py): twin uniform after softmax and GELU, patch convolution per channel.
+    "ptq4vit": dataclasses.replace(
+        _PTQ4VIT,
+        softmax="twin-softmax",
+        gelu="twin-gelu",
+        overrides={**_PTQ4VIT.overrides, "embed.proj.weight": {"per_channel": True}},
+    ),
+    # Its baseline (configs/BasePTQ.py): uniform everywhere.
+    "base-ptq": _PTQ4VIT,
 }
 
 
@@ -188,26 +239,36 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     observer, weight_observer = choice("activation_observer"), choice("weight_observer")
     # OMSE in the published code always fits a zero point; the other observers mirror signed ranges.
     symmetric = choice("weight_signed") and weight_observer != "omse"
-    activation = SiteSpec(bits=config.activation_bits, observer=observer)
+    activation = SiteSpec(
+        bits=config.activation_bits,
+        signed=preset.activation_signed,
+        symmetric=preset.activation_signed,
+        observer=observer,
+    )
     residual = SiteSpec(bits=config.activation_bits, per_channel=True, observer="ptf") if factor else activation
     softmax = (
         SiteSpec("log2", softmax_bits)
         if log_softmax
-        else SiteSpec(bits=config.activation_bits if config.softmax_bits is None else softmax_bits, observer=observer)
+        else dataclasses.replace(
+            activation, bits=config.activation_bits if config.softmax_bits is None else softmax_bits
+        )
     )
     weight = SiteSpec(
         bits=config.weight_bits,
         signed=choice("weight_signed"),
         symmetric=symmetric,
-        per_channel=True,
+        per_channel=preset.weight_per_channel,
         observer=weight_observer,
         bias_correction=choice("bias_correction"),
         low_rank=choice("low_rank"),
     )
     by_kind = {"weight": weight, "add": residual, "softmax": softmax}
     if preset.scope == "matmuls":
-        by_kind["softmax"] = dataclasses.replace(softmax, quantizer=preset.softmax)
+        # A twin quantizer's split is one for all heads.
+        per_head = preset.per_head and preset.softmax == "uniform"
+        by_kind["softmax"] = dataclasses.replace(softmax, quantizer=preset.softmax, per_head=per_head)
         by_kind["gelu"] = dataclasses.replace(activation, quantizer=preset.gelu)
+        by_kind["operand"] = dataclasses.replace(activation, per_head=preset.per_head)
         by_kind.pop("add")
     read = {name for site in sites for name in site.reads}
     normalized = {name for names in layer_norm_readers(sites).values() for name in names}
@@ -228,10 +289,14 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         if site.name == "embed.input" and preset.input_bits is not None:
             spec = dataclasses.replace(spec, bits=preset.input_bits)
         specs[site.name] = spec
+    for pattern, fields in preset.overrides.items():
+        for name in (name for name in specs if fnmatchcase(name, pattern)):
+            specs[name] = dataclasses.replace(specs[name], **fields)
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
+    shapes = {site.name: site.shape for site in sites}
     for name, spec in specs.items():
-        _check(name, spec)
+        _check(name, spec, shapes[name])
     integer_layer_norm = choice("integer_layer_norm") and factor
     return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope)
 
@@ -258,7 +323,7 @@ def _override(
             specs[name] = dataclasses.replace(specs.get(name, default), **change)
 
 
-def _check(name: str, spec: SiteSpec) -> None:
+def _check(name: str, spec: SiteSpec, shape: tuple[int, ...]) -> None:
     if not (isinstance(spec.bits, int) and MIN_BITS <= spec.bits <= MAX_BITS):
         raise InputError(f"{name}: {spec.bits} bits asked for; widths from {MIN_BITS} to {MAX_BITS} are supported")
     if spec.observer not in OBSERVERS:
@@ -269,3 +334,17 @@ def _check(name: str, spec: SiteSpec) -> None:
         raise InputError(f"{name}: observer 'ptf' needs per_channel: true")
     if spec.observer == "percentile" and spec.per_channel:
         raise InputError(f"{name}: observer 'percentile' works per tensor; set per_channel: false or another observer")
+    if not isinstance(spec.parts, int) or spec.parts < 1 or shape[-1] % spec.parts:
+        raise InputError(f"{name}: its {shape[-1]} channels do not make {spec.parts} equal parts; set another parts")
+    if spec.per_head and len(shape) != 4:
+        raise InputError(
+            f"{name}: per_head is for tensors with an axis of heads, which this one lacks; set it to false"
+        )
+    if spec.per_channel + (spec.parts > 1) + spec.per_head > 1:
+        raise InputError(f"{name}: per_channel, parts and per_head exclude each other; set one of them")
+    if spec.parts > 1 and spec.bias_correction:
+        raise InputError(f"{name}: bias_correction needs one scale a channel or tensor; set parts: 1")
+    if (spec.parts > 1 or spec.per_head) and spec.observer != "method":
+        raise InputError(f"{name}: observer '{spec.observer}' knows neither parts nor per_head; set observer: method")
+    if spec.quantizer.startswith("twin") and spec.observer != "method":
+        raise InputError(f"{name}: a {spec.quantizer} quantizer is set by a method's search; set observer: method")

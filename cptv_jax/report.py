@@ -19,7 +19,9 @@ _ROWS = (("float", "full precision"), ("base", "base method"), ("final", "after 
 
 def _describe(spec: SiteSpec) -> str:
     grid = f"{'signed ' if spec.signed else 'unsigned '}{'symmetric' if spec.symmetric else 'asymmetric'}"
-    granularity = "per channel" if spec.per_channel else "per tensor"
+    granularity = "per channel" if spec.per_channel else "per head" if spec.per_head else "per tensor"
+    if spec.parts > 1:
+        granularity = f"{spec.parts} parts"
     correction = ", bias correction" if spec.bias_correction else ""
     if spec.quantizer == "log2":
         return f"| log2 | {spec.bits} | per tensor | fixed levels |"
@@ -28,6 +30,8 @@ def _describe(spec: SiteSpec) -> str:
     if spec.quantizer == "focusing":
         return f"| focusing (one interval) | {spec.bits} | per tensor | {spec.observer} |"
     correction += ", low-rank float term" if spec.low_rank else ""
+    if spec.quantizer in ("twin-softmax", "twin-gelu"):
+        return f"| {spec.quantizer} | {spec.bits} | {granularity} | {spec.observer} |"
     return f"| {spec.quantizer} {grid} | {spec.bits} | {granularity} | {spec.observer}{correction} |"
 
 

@@ -93,6 +93,40 @@ def test_what_stays_in_float(preset: str) -> None:
     }
 
 
+@pytest.mark.parametrize("preset", ["ptq4vit", "base-ptq"])
+def test_ptq4vit_and_its_baseline(preset: str) -> None:
+    """What linear layers and matmuls read, and weights, but not the image; signed symmetric, set by the method."""
+    recipe = make(preset=preset, weight_bits=4, activation_bits=6)
+    common = {"signed": True, "symmetric": True, "observer": "method"}
+    weight, activation = SiteSpec("uniform", 4, **common), SiteSpec("uniform", 6, **common)
+    head = SiteSpec("uniform", 6, per_head=True, **common)
+    qkv = SiteSpec("uniform", 4, parts=3, **common)
+    twin = preset == "ptq4vit"
+    expected = {"embed.proj.weight": SiteSpec("uniform", 4, per_channel=twin, **common)}
+    for i in range(2):
+        expected |= {f"blocks.{i}.{name}": weight for name in ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")}
+        expected |= {f"blocks.{i}.{name}": activation for name in ("norm1", "attn.context", "norm2")}
+        expected |= {f"blocks.{i}.attn.{name}": head for name in ("query", "key", "value")}
+        expected[f"blocks.{i}.attn.qkv.weight"] = qkv
+        expected[f"blocks.{i}.attn.softmax"] = SiteSpec("twin-softmax", 6, **common) if twin else head
+        expected[f"blocks.{i}.mlp.gelu"] = SiteSpec("twin-gelu", 6, **common) if twin else activation
+    assert recipe.sites == expected | {"head.norm": activation, "head.fc.weight": weight}
+    assert not recipe.integer_layer_norm and not recipe.log_int_softmax and recipe.scope == "matmuls"
+
+
+def test_granularities_that_do_not_fit_are_refused() -> None:
+    def message(site: str, **change: Any) -> str:
+        return refusal(preset="ptq4vit", overrides={site: change})
+
+    assert "do not make 5 equal parts" in message("blocks.0.attn.proj.weight", parts=5)
+    assert "do not make 0 equal parts" in message("blocks.0.attn.proj.weight", parts=0)
+    assert "lacks; set it to false" in message("blocks.0.attn.proj.weight", per_head=True)
+    assert "exclude each other" in message("blocks.0.attn.qkv.weight", per_channel=True)
+    assert "set parts: 1" in message("blocks.0.attn.qkv.weight", bias_correction=True)
+    assert "knows neither parts nor per_head" in message("blocks.0.attn.query", observer="minmax")
+    assert "set by a method's search" in message("blocks.0.mlp.gelu", observer="minmax")
+
+
 def test_a_stage_sees_its_own_sites_by_their_relative_names() -> None:
     recipe = make()
     assert set(recipe.of_stage("blocks.1")) == {*WEIGHTS, *ACTIVATIONS, *RESIDUALS, "attn.softmax"}

@@ -8,6 +8,7 @@ from cptv_jax.compare.checks import Check
 from cptv_jax.compare.erq import compare_erq
 from cptv_jax.compare.interchange import Recording, read_recording
 from cptv_jax.compare.losses import compare_losses
+from cptv_jax.compare.ptq4vit import compare_ptq4vit
 from cptv_jax.compare.quantized import compare_quantized
 from cptv_jax.compare.report import Comparison, render
 from cptv_jax.compare.repq_vit import compare_repq_vit
@@ -23,6 +24,7 @@ _COMPARE: dict[str, dict[str, Compare]] = {
     "quantized": {
         "evol-q": compare_quantized,
         "fq-vit": compare_quantized,
+        "ptq4vit": compare_ptq4vit,
         "repq-vit": compare_repq_vit,
         "erq": compare_erq,
     },

@@ -20,6 +20,7 @@ from cptv_jax.quantizers import (
     Uniform,
     moments,
     rounded_product,
+    spread,
     true_divide,
 )
 
@@ -63,7 +64,8 @@ def _uint8(x: Array) -> Array:
 
 def coded(quantizer: Uniform, codes: Array) -> Tensor:
     """Codes of a uniform quantizer (integers in float32) as a tensor of uint8."""
-    return Tensor(_uint8(codes - quantizer.low), quantizer.scale, quantizer.zero_point - quantizer.low)
+    scale, zero = spread(quantizer.scale, codes), spread(quantizer.zero_point - quantizer.low, codes)
+    return Tensor(_uint8(codes - quantizer.low), scale, zero)
 
 
 def quantized(quantizer: Quantizer, values: Array) -> Tensor:

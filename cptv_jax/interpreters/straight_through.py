@@ -6,13 +6,13 @@ from jaxtyping import Array
 
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, quantize_weight
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.quantizers import Quantizer, straight_through
+from cptv_jax.quantizers import Quantizer, spread, straight_through
 
 _SMALLEST_VARIANCE = 1e-12  # of a constant token, whose LayerNorm has no derivative
 
 
 def _in_steps(quantizer: Quantizer, values: Array) -> Tensor:
-    return Tensor(quantizer.steps(values), quantizer.scale)
+    return Tensor(quantizer.steps(values), spread(quantizer.scale, values))
 
 
 class StraightThrough(FakeQuant):

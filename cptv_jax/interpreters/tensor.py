@@ -17,7 +17,7 @@ class Tensor:
     """(stored - zero) * scale; without a zero, stored * scale; without a scale, the plain values.
 
     stored: uint8 codes, counted from the lowest code of their quantizer, where there is a zero; else float32.
-    scale: input units per step, () or (channels,); None for a value that no quantizer has touched.
+    scale: input units per step, (), (channels,) or (heads, 1, 1); None for a value that no quantizer has touched.
     zero: float32, the stored code of the value 0; broadcasts with scale.
     """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cptv_jax.errors import InputError
-from cptv_jax.methods import aiqvit, erq, fq_vit, repq_vit
+from cptv_jax.methods import aiqvit, erq, fq_vit, ptq4vit, repq_vit
 from cptv_jax.methods.abilities import Abilities
 from cptv_jax.methods.learning import NO_RECONSTRUCTION, ReconstructionConfig
 from cptv_jax.quantized import Model, QuantizedModel
@@ -54,6 +54,12 @@ METHODS: dict[str, Method] = {
         fq_vit.quantize,
         ("omse", "omse-log2"),
         abilities=Abilities(tensors=("uniform", "log2"), observers=_STATISTICS),
+    ),
+    "ptq4vit": Method(
+        ptq4vit.quantize,
+        ("ptq4vit", "base-ptq"),
+        "ptq4vit",
+        Abilities(tensors=("uniform", "twin-softmax", "twin-gelu"), observers=("method",)),
     ),
     "repq-vit": Method(
         repq_vit.quantize,

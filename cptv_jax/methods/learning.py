@@ -14,7 +14,7 @@ from cptv_jax.interpreters import StraightThrough, Tensor
 from cptv_jax.mesh import compiler_options
 from cptv_jax.models.architecture import call_stage
 from cptv_jax.quantized import ModelStageFunction, QuantizedModel
-from cptv_jax.quantizers import Focusing, FractionalUniform, LowRank, Quantizer, RankSearch, straight_through
+from cptv_jax.quantizers import Focusing, FractionalUniform, LowRank, Quantizer, RankSearch, spread, straight_through
 from cptv_jax.recipe import SiteSpec
 from cptv_jax.stages import Output
 
@@ -157,7 +157,7 @@ def bound(state: PyTree, parameters: PyTree) -> PyTree:
 
     def moved(path: tuple[Any, ...], array: Array, by: Array) -> Array:
         quantizer = state["quantizers"].get(_site_of(path))
-        return array + (by if quantizer is None else by * quantizer.scale)
+        return array + (by if quantizer is None else by * spread(quantizer.scale, by))
 
     weights = jax.tree_util.tree_map_with_path(moved, state["weights"], parameters["weights"])
     return {"weights": weights, "quantizers": quantizers}

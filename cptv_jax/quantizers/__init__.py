@@ -8,7 +8,8 @@ from cptv_jax.quantizers.logarithmic import Log2, LogSqrt2
 from cptv_jax.quantizers.low_rank import LowRank, RankSearch
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import round_through, straight_through
-from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Uniform, grid
+from cptv_jax.quantizers.twin import TwinGelu, TwinSoftmax, twin_softmax
+from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Uniform, grid, spread
 
 __all__ = [
     "BiasCorrected",
@@ -22,11 +23,15 @@ __all__ = [
     "OffsetUniform",
     "Quantizer",
     "RankSearch",
+    "TwinGelu",
+    "TwinSoftmax",
     "Uniform",
     "grid",
     "moments",
     "round_through",
     "rounded_product",
+    "spread",
     "straight_through",
     "true_divide",
+    "twin_softmax",
 ]

@@ -15,7 +15,11 @@ class Quantizer(Protocol):
 
     @property
     def scale(self) -> Float[Array, "..."]:
-        """Input units per step; a scalar (per tensor) or one value for each entry of the last axis (per channel)."""
+        """Input units per step.
+
+        A scalar (per tensor), one value for each entry or for each of several equal parts of the last axis (per
+        channel, per part), or (heads, 1, 1) for a matmul's operand.
+        """
 
     def with_scale(self, scale: Float[Array, "..."]) -> Self:
         """The same quantizer with another scale of the same shape; zero point and range stay."""

@@ -17,7 +17,7 @@ from cptv_jax.quantizers.straight_through import straight_through
 class Uniform:
     """code = clamp(round(x / scale + zero_point), low, high); value = (code - zero_point) * scale.
 
-    scale: input units per step; () per tensor or (channels,) along the last axis.
+    scale: input units per step; () per tensor, (channels,) or (parts,) along the last axis, or (heads, 1, 1).
     zero_point: broadcasts with scale; the code of the value 0, an integer.
     low, high: bounds of the codes. They are arrays, not static, so that sites of different bit widths share one
         compiled program.
@@ -36,16 +36,16 @@ class Uniform:
         return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        positions = true_divide(values, self.scale) + self.zero_point
+        positions = true_divide(values, spread(self.scale, values)) + spread(self.zero_point, values)
         exact = jnp.clip(jnp.round(positions), self.low, self.high)
         # Clipped before rounding in the derivative: after it, whatever rounds to a bound would lie on the clip's kink.
         return straight_through(exact, jnp.clip(positions, self.low, self.high))
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
-        return (codes - self.zero_point) * self.scale
+        return (codes - spread(self.zero_point, codes)) * spread(self.scale, codes)
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.codes(values) - self.zero_point
+        return self.codes(values) - spread(self.zero_point, values)
 
     def clip(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
         """Codes of steps that are on this grid already (an integer LayerNorm emits such)."""
@@ -97,6 +97,16 @@ class FractionalUniform:
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.base.steps(values)
+
+
+def spread(parameter: Float[Array, "..."], values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A parameter that is held once for each of several equal parts of the last axis, for every entry of that axis.
+
+    A parameter of any other shape already broadcasts against `values` and is returned as it is.
+    """
+    if parameter.ndim != 1 or parameter.shape[0] in (1, values.shape[-1]):
+        return parameter
+    return jnp.repeat(parameter, values.shape[-1] // parameter.shape[0])
 
 
 def grid(bits: int, signed: bool) -> tuple[float, float]:

@@ -398,3 +398,23 @@ def test_every_operation_quantizes_its_result_where_its_site_is_quantized(operat
     assert exact.scale is None
     np.testing.assert_array_equal(found.steps, quantizer.steps(exact.values))
     assert found.scale is quantizer.scale
+
+
+def test_matmul_with_a_scale_a_head_is_exact_in_steps() -> None:
+    a, b = normal(0, 2, 3, 4, 8), normal(1, 2, 3, 8, 5)
+    scale_a, scale_b = (np.asarray(s, np.float32).reshape(3, 1, 1) for s in ((0.1, 0.2, 0.3), (0.05, 0.3, 0.1)))
+    ops = FakeQuant({"a": uniform(scale_a, 0.0, -8, 7), "b": uniform(scale_b, 0.0, -8, 7)})
+    found = ops.matmul("y", ops.operand("a", Tensor(jnp.asarray(a))), ops.operand("b", Tensor(jnp.asarray(b))), 0.5)
+    steps = [np.clip(np.round(x / s), -8, 7) for x, s in ((a, scale_a), (b, scale_b))]
+    # Integers, so the sums are exact; three float32 products follow.
+    expected = (steps[0].astype(np.float64) @ steps[1]) * (0.5 * scale_a.astype(np.float64) * scale_b)
+    np.testing.assert_allclose(found.values, expected, rtol=4e-7)
+
+
+def test_linear_with_a_weight_scale_for_each_part_of_the_outputs() -> None:
+    x, kernel = normal(0, 2, 3, 4), normal(1, 4, 6)
+    scale = np.asarray([0.1, 0.3], np.float32)
+    ops = FakeQuant({"fc.weight": uniform(scale, 0.0, -8, 7)})
+    found = ops.linear("fc", jnp.asarray(kernel), None, Tensor(jnp.asarray(x)))
+    each = np.repeat(scale, 3)
+    np.testing.assert_allclose(found.values, x @ (np.clip(np.round(kernel / each), -8, 7) * each), rtol=1e-4, atol=1e-6)

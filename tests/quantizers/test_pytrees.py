@@ -13,6 +13,8 @@ from cptv_jax.quantizers import (
     LogSqrt2,
     OffsetUniform,
     Quantizer,
+    TwinGelu,
+    TwinSoftmax,
     Uniform,
 )
 
@@ -20,6 +22,8 @@ UNIFORM = Uniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.0), jnp.float32(0.0), 
 EVERY = {
     "uniform": (UNIFORM, 4),
     "bias corrected": (BiasCorrected(UNIFORM), 4),
+    "twin softmax": (TwinSoftmax(jnp.float32(0.03), jnp.float32(8.0), jnp.float32(7.0), jnp.float32(0.0)), 4),
+    "twin gelu": (TwinGelu(jnp.float32(0.2), jnp.float32(0.01), jnp.float32(-8.0), jnp.float32(7.0)), 4),
     "log2": (Log2(jnp.float32(15.0)), 1),
     "offset uniform": (OffsetUniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.5), UNIFORM.low, UNIFORM.high), 4),
     "fractional uniform": (

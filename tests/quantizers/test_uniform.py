@@ -142,3 +142,15 @@ def test_clip_limits_steps_to_what_the_codes_can_hold() -> None:
 def test_grid_bounds() -> None:
     assert [grid(bits, False) for bits in (2, 4, 8)] == [(0, 3), (0, 15), (0, 255)]
     assert [grid(bits, True) for bits in (2, 4, 8)] == [(-2, 1), (-8, 7), (-128, 127)]
+
+
+def test_a_scale_for_each_part_of_the_last_axis_or_each_head() -> None:
+    x = np.random.default_rng(5).normal(size=(2, 3, 4, 6)).astype(np.float32)
+    scales = np.asarray([0.1, 0.2, 0.3], np.float32)
+    parts, heads = make(scales, 0.0, 4, signed=True), make(scales.reshape(3, 1, 1), 0.0, 4, signed=True)
+    for i, scale in enumerate(scales):
+        one = make(scale, 0.0, 4, signed=True)
+        for method in (lambda q, a: q.codes(a), lambda q, a: q.steps(a), lambda q, a: q.values(q.codes(a))):
+            cut = x[..., 2 * i : 2 * i + 2]
+            np.testing.assert_array_equal(method(parts, x)[..., 2 * i : 2 * i + 2], method(one, cut))
+            np.testing.assert_array_equal(method(heads, x)[:, i], method(one, x[:, i]))

@@ -1,0 +1,189 @@
+"""Recordings of PTQ4ViT and its baseline: gradients, intervals, the search step by step, weights, blocks and logits."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from cptv_jax.compare import checks
+from cptv_jax.compare.checks import Check
+from cptv_jax.compare.interchange import Meta, Recording
+from cptv_jax.compare.quantized import LOGITS, PARAMETERS, block_checks, weight_checks
+from cptv_jax.compare.reparameterized import weight_names
+from cptv_jax.compare.subject import prepare
+from cptv_jax.compare.timm_names import Operand, operands_by_site
+from cptv_jax.errors import InputError
+from cptv_jax.methods.interval_search import Choice, LayerSearch, Side
+from cptv_jax.methods.layerwise import Layer, float_stage_inputs, layers
+from cptv_jax.methods.ptq4vit import Ptq4VitOptions, Search, given_gradients, layer_search, resolve
+from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantizers import Quantizer, TwinGelu, TwinSoftmax
+from cptv_jax.recipe import MAX_BITS, MIN_BITS, Recipe, RecipeConfig
+from cptv_jax.recipe import resolve as resolve_recipe
+
+GRADIENTS = "0 gradients, from the recorded gradient of the logits"
+INITIAL = "1 initial intervals"
+SEARCH = "1 search, each step from the recorded choices before it"
+
+GRADIENT_RELATIVE = 1e-4  # of the largest of the layer
+# Two candidates whose recorded similarities are so close, relative to the similarity, are the same to float32 sums over
+# all images with single codes flipped: measured up to 4e-3 on the recordings (l2, hessian), 3e-6 (cosine).
+_TIES = {"hessian": 1e-3, "l2": 1e-3, "cosine": 1e-6}
+_PRESETS = {"ptq4vit": "ptq4vit", "base": "base-ptq"}
+_INTERVALS = {"input": "a_interval", "weight": "w_interval", "A": "A_interval", "B": "B_interval"}
+
+
+def _recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
+    widths = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations")}
+    preset = _PRESETS[meta.choice("variant", tuple(_PRESETS))]
+    config = RecipeConfig(preset=preset, weight_bits=widths["weights"], activation_bits=widths["activations"])
+    return resolve_recipe(config, sites_of(architecture))
+
+
+def _search_of(meta: Meta) -> Search:
+    """The search in meta, with the published form of the softmax quantizer."""
+    options = Ptq4VitOptions(
+        metric=meta.choice("metric", tuple(_TIES)),  # type: ignore[arg-type]
+        alpha=meta.number("search.alpha"),
+        beta=meta.number("search.beta"),
+        candidates=meta.integer("search.candidates"),
+        rounds=meta.integer("search.rounds"),
+        softmax_form="published",
+    )
+    return resolve(options, _PRESETS[meta.choice("variant", tuple(_PRESETS))])
+
+
+def compare_ptq4vit(recording: Recording) -> list[Check]:
+    """All checks of one file. Raises InputError for a missing array."""
+    subject = prepare(recording, _recipe_of)
+    search = _search_of(recording.meta)
+    for key in ("fp_logits", "q_logits", "q_top1", "block_in/0"):
+        recording.raw(key)
+    inputs, outputs = float_stage_inputs(subject.model, [jnp.asarray(batch) for batch in subject.calibration])
+    gradients = None
+    if search.loss.metric == "hessian":
+        images = sum(len(batch) for batch in subject.calibration)
+        gradient = recording.array("logit_grad", images, subject.config.num_classes)
+        gradients = given_gradients(outputs, jnp.asarray(gradient, jnp.float32))
+    replays = []
+    of_gradients: list[Check] = []
+    operands = operands_by_site(subject.model.architecture)
+    _refuse_unknown_modules(recording, {operands[site].module for site in subject.recipe.sites})
+    for layer in layers(subject.model, inputs, gradients, subject.recipe.sites):
+        module = operands[layer.sites[1]].module
+        if gradients is not None and f"raw_grad/{module}" in recording:
+            of_gradients.append(_gradient_check(recording, f"raw_grad/{module}", layer))
+        replays.append(replay(recording, module, layer_search(layer, subject.recipe, search, {}), search.rounds))
+    quantizers = {site: quantizer for done in replays for site, quantizer in done.quantizers.items()}
+    model = QuantizedModel(subject.model, subject.recipe, {site: quantizers[site] for site in subject.recipe.sites})
+    subject = dataclasses.replace(subject, quantize=lambda *_: model)
+    initial = {site: quantizer for done in replays for site, quantizer in done.initial.items()}
+
+    found = subject.float_checks(recording) + of_gradients
+    found += checks.parameter_checks(INITIAL, _intervals(recording, "init", initial, operands))
+    found += [done.check for done in replays if done.check is not None]
+    found += checks.parameter_checks(PARAMETERS, _intervals(recording, "param", quantizers, operands))
+    found += weight_checks(recording, subject, weight_names(subject.model.architecture))
+    found += block_checks(recording, subject)
+    return found + subject.quantized_logit_checks(recording, LOGITS, model.stages(), "q_logits", "q_top1")
+
+
+def _refuse_unknown_modules(recording: Recording, known: set[str]) -> None:
+    for module in recording.under("param/"):
+        if module not in known:
+            raise InputError(
+                f"{recording.path}: 'param/{module}' belongs to no layer of the model and options that meta describes"
+            )
+
+
+def _gradient_check(recording: Recording, key: str, layer: Layer) -> Check:
+    ours = np.concatenate([np.asarray(samples.gradient) for samples in layer.samples])
+    if not layer.is_linear:
+        ours = ours * float(layer.operation.factor)  # the reference's matmul comes before the factor
+    recorded = recording.array(key, *ours.shape)
+    largest = checks.largest(ours - recorded) / checks.largest(recorded)
+    return Check(GRADIENTS, key, largest, GRADIENT_RELATIVE, "relative to the largest", largest)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One layer's search beside the recorded one.
+
+    initial, quantizers: by site. check: of all choices; None where no similarities are recorded.
+    """
+
+    initial: dict[str, Quantizer]
+    quantizers: dict[str, Quantizer]
+    check: Check | None
+
+
+def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) -> Replay:
+    """Every step of a layer's search from the recorded choices before it.
+
+    A choice that differs from the recorded one passes as a tie where the recorded similarities of both are as close as
+    float noise makes them; the recorded one is then taken, so that what follows can be compared.
+    """
+    sites = search.layer.sites
+    initial = {
+        site: each.initial for site, each in zip(sites, search.operands, strict=True) if each.initial is not None
+    }
+    if not recording.under(f"search/{module}/"):
+        found = search.search(rounds)
+        return Replay(initial, {site: q for site, q in zip(sites, found, strict=True) if q is not None}, None)
+
+    path: list[Choice | None] = [None, None]  # the recorded choices
+    final: list[Choice | None] = [None, None]
+    tables: dict[tuple[Side, bytes], np.ndarray] = {}
+    wrong = tied = count = 0
+    largest = 0.0
+    for step in range(rounds * len(search.order)):
+        side = search.order[step % len(search.order)]
+        other = path[1 - side]
+        circumstances = (side, b"" if other is None or search.operands[side].alone else other.tobytes())
+        if circumstances not in tables:
+            tables[circumstances] = search.losses(side, path)
+        losses = tables[circumstances]
+        shape = losses.shape[1:]
+        recorded = recording.flat(f"search/{module}/{step}", losses.size).reshape(len(losses), -1).astype(np.float64)
+        ours = np.argmin(losses.reshape(recorded.shape), 0)
+        theirs = np.argmax(recorded, 0)
+        best = np.max(recorded, 0)
+        regret = (best - np.take_along_axis(recorded, ours[None], 0)[0]) / np.maximum(np.abs(best), 1e-300)
+        close = regret <= _TIES[search.options.metric]
+        wrong, tied = wrong + int(np.sum(~close)), tied + int(np.sum(close & (ours != theirs)))
+        count += ours.size
+        largest = max(largest, float(np.max(regret)))
+        path[side] = theirs.reshape(shape)
+        final[side] = np.where(close, theirs, ours).reshape(shape)
+    quantizers = [operand.quantizer(choice) for operand, choice in zip(search.operands, final, strict=True)]
+    check = Check(
+        SEARCH,
+        f"search/{module}",
+        float(wrong),
+        0.0,
+        f"of {count} choices differ",
+        largest,
+        1 - (wrong + tied) / count,
+        f"{tied} ties" if tied else "",
+    )
+    return Replay(initial, {site: q for site, q in zip(sites, quantizers, strict=True) if q is not None}, check)
+
+
+def _intervals(
+    recording: Recording, prefix: str, quantizers: dict[str, Quantizer], operands: dict[str, Operand]
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Key, our and the recorded values of every interval under `{prefix}/`, and of what twin quantizers have beside."""
+    found = []
+    for site, quantizer in quantizers.items():
+        module = f"{prefix}/{operands[site].module}"
+        values = {_INTERVALS[operands[site].role]: np.ravel(quantizer.scale)}
+        if prefix == "param" and isinstance(quantizer, TwinSoftmax):
+            values["split"] = np.ravel(quantizer.scale * quantizer.levels)
+        if prefix == "param" and isinstance(quantizer, TwinGelu):
+            values["a_neg_interval"] = np.ravel(quantizer.negative_scale)
+        found += [
+            (f"{module}/{name}", ours, recording.flat(f"{module}/{name}", ours.size)) for name, ours in values.items()
+        ]
+    return found

@@ -1,0 +1,241 @@
+"""PTQ4ViT (arXiv 2111.12293) and its baseline: every interval by a search on the output of its layer.
+
+All layers are calibrated on inputs of the float model, one at a time. The initial interval of a tensor or group is its
+largest absolute value over 2^(bits-1) - 0.5; candidates are alpha to beta times that, and the better of a layer's
+operands are found in turns (section 4.2).
+
+The published Hessian metric weighs errors with the gradient of KL(p || p), the divergence of the float model from
+itself, which is zero but for rounding noise. Here it is the gradient of the float model's cross-entropy against a label
+sampled from its own output for every image; its square estimates the diagonal of the Fisher information without bias.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cptv_jax.errors import InputError
+from cptv_jax.forward import activation_bytes
+from cptv_jax.interpreters.arithmetic import Arithmetic
+from cptv_jax.mesh import rows_at_once
+from cptv_jax.methods.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
+from cptv_jax.methods.layerwise import Layer, float_stage_inputs, layers, operations
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantized import Model, QuantizedModel, arithmetic_for
+from cptv_jax.quantizers import Quantizer, TwinGelu, Uniform, grid, true_divide, twin_softmax
+from cptv_jax.recipe import Recipe, SiteSpec
+from cptv_jax.stages import Output
+
+# The most negative value that the published code expects of GELU (its true minimum is -0.16997121).
+_GELU_RANGE = 0.16997124254703522
+_CHUNKS = 8
+_AT_ONCE = 100  # candidates at most
+_SPLITS = 20  # candidates 2^0, 2^-1, ...
+_SMALLEST_INTERVAL = float(jnp.finfo(jnp.float32).eps)
+
+
+@dataclass(frozen=True)
+class Ptq4VitOptions:
+    """The search. Null means the published choice for the recipe's preset, "ptq4vit" or "base-ptq".
+
+    metric: of a layer's output; "hessian" (ptq4vit), "cosine" (base-ptq) or "l2". alpha, beta: smallest and largest
+    factor of the initial interval (0.01 or 0.5, and 1.2). candidates: between them; beta itself is not tried.
+    rounds: turns over both operands (3 or 1).
+    softmax_form: of the twin quantizer after softmax; "piecewise", or "published", which adds an offset that is
+        there for parity with the published code.
+    images_at_once, candidates_at_once: bound the memory; null lets the device decide.
+    """
+
+    metric: Metric | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    candidates: int = 100
+    rounds: int | None = None
+    softmax_form: Literal["piecewise", "published"] = "piecewise"
+    images_at_once: int | None = None
+    candidates_at_once: int | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """The options with every null filled in."""
+
+    loss: LossOptions
+    alpha: float
+    beta: float
+    candidates: int
+    rounds: int
+    overlap: bool
+
+    @property
+    def factors(self) -> Float[np.ndarray, " candidates"]:
+        span = self.beta - self.alpha
+        return np.asarray([self.alpha + i * span / self.candidates for i in range(self.candidates)], np.float32)
+
+
+_PUBLISHED = {
+    "ptq4vit": Ptq4VitOptions("hessian", 0.01, 1.2, rounds=3),
+    "base-ptq": Ptq4VitOptions("cosine", 0.5, 1.2, rounds=1),
+}
+
+
+def resolve(
+    options: Ptq4VitOptions,
+    preset: str,
+    at_once: int = 1,
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 - frozen
+) -> Search:
+    """The search that a preset and the options ask for. Raises InputError where they make none."""
+    published = _PUBLISHED[preset]
+    alpha = published.alpha if options.alpha is None else options.alpha
+    beta = published.beta if options.beta is None else options.beta
+    metric, rounds = options.metric or published.metric, options.rounds or published.rounds
+    assert alpha is not None and beta is not None and metric is not None and rounds is not None
+    if not 0 < alpha < beta:
+        raise InputError(f"ptq4vit.alpha is {alpha} and ptq4vit.beta {beta}; give 0 < alpha < beta")
+    overlap = options.softmax_form == "published"
+    return Search(LossOptions(metric, at_once, arithmetic), alpha, beta, options.candidates, rounds, overlap)
+
+
+def quantize(
+    model: Model,
+    batches: Sequence[Float[Array, "batch height width channels"]],
+    recipe: Recipe,
+    key: Array,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    options: Ptq4VitOptions = Ptq4VitOptions(),
+    logit_gradient: Float[Array, "images classes"] | None = None,
+) -> QuantizedModel:
+    """Quantizes every site of the recipe; weights stay as they are.
+
+    batches: normalised calibration images; how they are batched does not matter. key: of the sampled labels.
+    logit_gradient: for the Hessian metric, instead of the one at sampled labels.
+    on_progress(done, total) counts layers. Raises InputError for a recipe that it cannot carry out.
+    """
+    _check_recipe(recipe, model)
+    images = sum(len(batch) for batch in batches)
+    one = jax.eval_shape(lambda batch: batch[:1], batches[0])
+    rows = rows_at_once(activation_bytes(model.stages(), one))
+    # Candidates are dropped between chunks of images, so there should be several.
+    size = options.images_at_once or max(1, min(rows, images // _CHUNKS))
+    at_once = options.candidates_at_once or max(1, min(rows // size, _AT_ONCE))
+    search = resolve(options, recipe.name, at_once, arithmetic_for(recipe))
+    chunks = _chunks(batches, size)
+    inputs, outputs = float_stage_inputs(model, chunks)
+    gradients = None
+    if search.loss.metric == "hessian":
+        gradients = (
+            given_gradients(outputs, logit_gradient) if logit_gradient is not None else _sampled_gradients(outputs, key)
+        )
+    quantizers: dict[str, Quantizer] = {}
+    total = len(operations(model, recipe.sites))
+    on_progress(0, total)
+    for done, layer in enumerate(layers(model, inputs, gradients, recipe.sites), 1):
+        found = layer_search(layer, recipe, search, quantizers).search(search.rounds)
+        quantizers |= {site: each for site, each in zip(layer.sites, found, strict=True) if each is not None}
+        on_progress(done, total)
+    return QuantizedModel(model, recipe, {site: quantizers[site] for site in recipe.sites})
+
+
+def layer_search(layer: Layer, recipe: Recipe, search: Search, fitted: Mapping[str, Quantizer]) -> LayerSearch:
+    """Initial intervals and candidates of one layer's operands.
+
+    fitted: quantizers found so far. A tensor that several layers read keeps the quantizer that the first found.
+    """
+
+    def operand(side: int) -> OperandSearch:
+        spec = recipe.sites.get(layer.sites[side])
+        if spec is None:
+            return OperandSearch()
+        if layer.sites[side] in fitted:
+            return OperandSearch(fitted[layer.sites[side]])
+        if spec.quantizer == "twin-softmax":
+            splits = [twin_softmax(spec.bits, jnp.float32(2.0**-i), search.overlap) for i in range(_SPLITS)]
+            # A split of one coarse step leaves no gap between the ranges.
+            return OperandSearch(candidates=stack(splits), neutral=spec.bits - 1, alone=True)
+        initial = _initial_quantizer(_operand_arrays(layer, side), spec)
+        return OperandSearch(initial, scaled(initial, search.factors), int(np.argmin(np.abs(search.factors - 1))))
+
+    return LayerSearch(layer, (operand(0), operand(1)), search.loss)
+
+
+def _operand_arrays(layer: Layer, side: int) -> list[Array]:
+    if side == 1 and layer.operation.weight is not None:
+        return [layer.operation.weight[0]]
+    return [samples.operands[side] for samples in layer.samples]
+
+
+def _initial_quantizer(arrays: Sequence[Array], spec: SiteSpec) -> Quantizer:
+    """Whose range ends half a step past the largest absolute value of a tensor, channel, part or head.
+
+    A group that is zero everywhere gets a tiny interval instead of none.
+    """
+    largest = jnp.max(jnp.stack([_largest(array, spec) for array in arrays]), 0)
+    low, high = (jnp.float32(bound) for bound in grid(spec.bits, signed=True))
+    scale = jnp.maximum(true_divide(largest, high + 0.5), _SMALLEST_INTERVAL)
+    if spec.quantizer == "twin-gelu":
+        return TwinGelu(scale, jnp.float32(_GELU_RANGE) / -low, low, high)
+    return Uniform(scale, jnp.float32(0), low, high)
+
+
+def _largest(values: Array, spec: SiteSpec) -> Array:
+    """Largest absolute value, in the shape of the spec's scale. Of post-GELU values the largest positive one."""
+    if spec.quantizer == "twin-gelu":
+        return jnp.maximum(jnp.max(values), 0.0)
+    if spec.per_head:
+        return jnp.max(jnp.abs(values), (0, 2, 3))[:, None, None]
+    if spec.per_channel:
+        return jnp.max(jnp.abs(values.reshape(-1, values.shape[-1])), 0)
+    if spec.parts > 1:
+        return jnp.max(jnp.abs(values.reshape(-1, spec.parts, values.shape[-1] // spec.parts)), (0, 2))
+    return jnp.max(jnp.abs(values))
+
+
+def _chunks(batches: Sequence[Array], size: int) -> list[Array]:
+    """All images in chunks of one size, where a size near the wanted one divides the batches."""
+    count = len(batches[0])
+    pieces = -(-count // size)
+    while count % pieces and pieces < 2 * -(-count // size):
+        pieces += 1
+    width = -(-count // pieces)
+    return [batch[i : i + width] for batch in batches for i in range(0, len(batch), width)]
+
+
+def _sampled_gradients(outputs: Sequence[Output], key: Array) -> list[Output]:
+    """Gradient of the cross-entropy against one label an image, drawn from the model's own output."""
+    logits = jnp.concatenate([output.logits for output in outputs])
+    labels = jax.random.categorical(key, logits)
+    return given_gradients(outputs, jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1]))
+
+
+def given_gradients(outputs: Sequence[Output], logit_gradient: Float[Array, "images classes"]) -> list[Output]:
+    """A gradient with respect to the logits, cut into the chunks of the outputs."""
+    ends = np.cumsum([len(output.logits) for output in outputs])
+    parts = jnp.split(jnp.asarray(logit_gradient), ends[:-1])
+    return [Output(jnp.zeros_like(output.features), part) for output, part in zip(outputs, parts, strict=True)]
+
+
+def _check_recipe(recipe: Recipe, model: Model) -> None:
+    """Raises InputError for what this method cannot carry out, beside its `Abilities`."""
+    sites = sites_of(model.architecture)
+    read = {name: site.kind for site in sites for name in site.reads}
+    for name, spec in recipe.sites.items():
+        weight = name.endswith(".weight")
+        if not weight and name not in read:
+            raise InputError(f"{name}: no linear layer or matmul reads it, so ptq4vit cannot set it; leave it in float")
+        if spec.bias_correction or (spec.quantizer == "uniform" and not (spec.signed and spec.symmetric)):
+            raise InputError(
+                f"{name}: ptq4vit's grids are signed and symmetric, without bias correction; "
+                "set signed: true, symmetric: true, bias_correction: false"
+            )
+        one = spec.quantizer == "uniform" and read.get(name) == "matmul"
+        if (not weight and (spec.per_channel or spec.parts > 1)) or (spec.per_head and not one):
+            raise InputError(
+                f"{name}: ptq4vit has one interval for an activation, or one a head for a matmul's uniform operand; "
+                "set per_channel: false, parts: 1 and per_head: false"
+            )
