@@ -6,8 +6,8 @@ from typing import Any
 
 PREAMBLE = """# Results
 
-Each section is one run of `python -m benchmarks.run`, which README.md describes. Ratios compare numbers of the same
-run. Load averages beyond zero at its start mean that other jobs had a part of the machine.
+Each section is one run of `python -m benchmarks.run`, or of the script that it names; README.md describes both. Ratios
+compare numbers of the same run. Load averages beyond zero at its start mean that other jobs had a part of the machine.
 """
 
 # The published schedule: 10 passes over 12 blocks, 4 evaluations of 1,000 images at each.
