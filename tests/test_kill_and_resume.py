@@ -213,7 +213,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
         raise AssertionError("computed again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "fq-vit", replace(METHODS["fq-vit"], quantize=fail))
+        patch.setitem(METHODS, "fq-vit", replace(METHODS["fq-vit"], carry_out=fail))
         patch.setattr(pipeline, "run_search", fail)
         patch.setattr(pipeline, "evaluate", fail)
         second = call(tmp_path / "run")
