@@ -31,6 +31,8 @@ DEFAULT_BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W4A8", "W3A8")
 DEFAULT_SEARCH = SearchConfig(strategy="generational", passes=1, rounds=2, children=4)
 NEAR_POINTS = 1.5
 AUTO_SEEDS = (0, 1, 2)
+RECONSTRUCTION_STEPS = 150  # a stage, as AIQViT's own
+_RECONSTRUCTION = "reconstruction"
 _WIDTHS = re.compile(r"W(\d+)A(\d+)")
 
 
@@ -38,7 +40,8 @@ _WIDTHS = re.compile(r"W(\d+)A(\d+)")
 class Options:
     """What `cptv bench methods` is asked.
 
-    methods: names in METHODS, NAME/PRESET, or YAML files of a configuration. bits: such as W4A8. calibration, batch:
+    methods: names in METHODS or NAME/PRESET, each perhaps with +reconstruction (of its blocks, with the steps of
+    `config` or RECONSTRUCTION_STEPS), or YAML files of a configuration. bits: such as W4A8. calibration, batch:
     images of a run, as in CalibrationConfig. held_out: further images that only the objective sees. seeds: None means
     the first of AUTO_SEEDS for all, and all of them for runs that are near another. search: on top of each base
     method. config: what all runs share, such as options of methods.
@@ -104,12 +107,19 @@ def _with_method(config: QuantizeConfig, word: str) -> tuple[str, QuantizeConfig
     """The label and the configuration of a method as --methods names it."""
     if word.endswith((".yaml", ".yml")):
         return Path(word).stem, load_config(word)
+    word, plus, addition = word.partition("+")
     name, _, preset = word.partition("/")
     if name not in METHODS:
         raise InputError(f"--methods has '{name}'{did_you_mean(name, METHODS)}")
     if preset and preset not in METHODS[name].presets:
         raise InputError(f"--methods has '{word}'{did_you_mean(preset, METHODS[name].presets)}")
-    return word, replace(config, method=name, recipe=replace(config.recipe, preset=preset or None))
+    config = replace(config, method=name, recipe=replace(config.recipe, preset=preset or None))
+    if not plus:
+        return word, config
+    if addition != _RECONSTRUCTION:
+        raise InputError(f"--methods has '{word}+{addition}'; only +{_RECONSTRUCTION} can stand behind a method")
+    steps = config.reconstruction.steps or RECONSTRUCTION_STEPS
+    return f"{word}+{addition}", replace(config, reconstruction=replace(config.reconstruction, steps=steps))
 
 
 def _runs(options: Options, seed: int) -> list[_Run]:

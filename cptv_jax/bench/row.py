@@ -82,7 +82,8 @@ def peak_mib() -> float:
 class Phases:
     """Seconds and peak memory of a run's phases, written down as each begins and ends.
 
-    A phase that an earlier process began and did not end is marked as resumed: its seconds are those of this process.
+    A phase that an earlier process began and did not end is marked as resumed: its seconds and its peak are those of
+    this process alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +96,7 @@ class Phases:
         """Ends the phase before, if any."""
         self.end()
         earlier = self.found.get(name, {})
-        self.found[name] = {"resumed": name == "search" and bool(earlier)}  # a base method starts anew
+        self.found[name] = {"resumed": bool(earlier)}
         self._current, self._start = name, time.perf_counter()
         self._write()
 

@@ -19,6 +19,7 @@ from cptv_jax.bench.row import Phases, Task, measure, peak_mib
 from cptv_jax.cli import main
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS, Method
+from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.search.objective import info_nce
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +204,18 @@ def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_o
     assert here == ["fq-vit_W4A8_seed0", "fq-vit-evol-q_W4A8_seed0"]
 
 
+def test_reconstruction_is_asked_for_by_name_with_the_steps_of_the_configuration(options: Options) -> None:
+    names = ("fq-vit", "fq-vit/fq-vit+reconstruction")
+    plain, with_it = (run for run in bench._runs(replace(options, methods=names), 0))
+    assert plain.config.reconstruction.steps is None
+    assert with_it.name == "fq-vit-fq-vit+reconstruction_W4A8_seed0"
+    assert with_it.config.recipe.preset == "fq-vit"
+    assert with_it.config.reconstruction.steps == bench.RECONSTRUCTION_STEPS
+    shared = replace(options.config, reconstruction=ReconstructionConfig(steps=7))
+    _, with_it = (run for run in bench._runs(replace(options, methods=names, config=shared), 0))
+    assert with_it.config.reconstruction.steps == 7
+
+
 # Bad input
 
 
@@ -211,6 +224,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "bits out of range": ("--bits W8A8 W9A8", "--bits has W9A8;", "from 2 to 8"),
     "method": ("--methods fqvit", "--methods has 'fqvit'", "did you mean 'fq-vit'?"),
     "preset": ("--methods fq-vit/evolq", "--methods has 'fq-vit/evolq'", "did you mean 'evol-q'?"),
+    "addition": ("--methods fq-vit+luck", "--methods has 'fq-vit+luck'", "only +reconstruction"),
     "method file": ("--methods none.yaml", "no configuration file none.yaml", "check"),
     "seeds": ("--seeds 0 -1", "--seeds are 0 -1", "or auto"),
     "seeds in words": ("--seeds 0 auto", "--seeds are 0 auto", "or auto"),
