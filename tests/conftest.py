@@ -1,6 +1,7 @@
 """What all tests share: where JAX runs, where it keeps compiled programs, where the data lies."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_module() -> Iterator[None]:
+    """Compiled programs are dropped after each module: a worker that kept those of all would grow past 5 GB.
+
+    Programs that several modules use come back from the cache on disk.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
