@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from cptv_jax.errors import InputError
 from cptv_jax.interpreters.arithmetic import ARITHMETICS, Arithmetic, ArithmeticName
 from cptv_jax.interpreters.tensor import Tensor
 
@@ -118,19 +121,45 @@ def pieces_at_once(
     return each * mesh.shape[DATA], width * mesh.shape[POPULATION]
 
 
+def _race_program(name: ArithmeticName) -> Callable[[], PyTree]:
+    codes = jnp.full((_RACE_SIZE, _RACE_SIZE), 7, jnp.uint8)
+    tensor = Tensor(codes, jnp.float32(1), jnp.float32(128))
+    product = jax.jit(Arithmetic(name, weight_bits=4).matmul_weight)
+    return lambda: jax.block_until_ready(product(tensor, tensor))
+
+
+@cache
+def supported_arithmetics() -> tuple[ArithmeticName, ...]:
+    """What the present backend can compute: the CPU backend of older JAX has no product of bfloat16 into float32."""
+    found = []
+    for name in ARITHMETICS:
+        with suppress(jax.errors.JaxRuntimeError):
+            _race_program(name)()
+            found.append(name)
+    return tuple(found)
+
+
 @cache
 def fastest_arithmetic() -> ArithmeticName:
     """The fastest way to multiply codes on the present backend, by a race of one matmul; the result is kept.
 
     It decides about time alone: every arithmetic gives the same numbers.
     """
-    codes = jnp.full((_RACE_SIZE, _RACE_SIZE), 7, jnp.uint8)
-    tensor = Tensor(codes, jnp.float32(1), jnp.float32(128))
-    programs = {name: jax.jit(Arithmetic(name, weight_bits=4).matmul_weight) for name in ARITHMETICS}
-    seconds = dict.fromkeys(ARITHMETICS, np.inf)
+    programs = {name: _race_program(name) for name in supported_arithmetics()}
+    seconds = dict.fromkeys(programs, np.inf)
     for _ in range(_RACE_ROUNDS):  # in turn, and the best of each counts, so that other work decides nothing
         for name, run in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(tensor, tensor))
+            run()
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     return min(seconds, key=lambda name: seconds[name])
+
+
+def check_arithmetic(name: ArithmeticName) -> None:
+    """Raises InputError for an arithmetic that the present backend cannot compute."""
+    known = supported_arithmetics()
+    if name not in known:
+        raise InputError(
+            f"arithmetic {name} cannot be computed on this {jax.default_backend()} with jax {jax.__version__}; "
+            f"set --search.arithmetic to {' or '.join(known)}, or leave it out"
+        )

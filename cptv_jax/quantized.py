@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, Tensor, quantize_weight
-from cptv_jax.mesh import fastest_arithmetic
+from cptv_jax.mesh import check_arithmetic, fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
 from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, moments
 from cptv_jax.recipe import Recipe
@@ -88,6 +88,8 @@ def arithmetic_for(recipe: Recipe, name: ArithmeticName | None = None) -> Arithm
         weight: [s.bits for site, s in recipe.sites.items() if site.endswith(_WEIGHT) == weight]
         for weight in (True, False)
     }
+    if name is not None:
+        check_arithmetic(name)
     return Arithmetic(name or fastest_arithmetic(), max(widths[True], default=8), max(widths[False], default=8))
 
 

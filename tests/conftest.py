@@ -16,7 +16,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
+
+# The first example of a test compiles, which takes as long as the machine is busy.
+hypothesis.settings.register_profile("cptv", deadline=None)
+hypothesis.settings.load_profile("cptv")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,7 +31,6 @@ from cptv_jax.cli import main
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
-from cptv_jax.quantizers import BiasCorrected, Log2, Uniform
 
 TINY = replace(
     DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
@@ -108,7 +107,16 @@ def test_the_recipes_above_hold_every_quantizer_and_mixed_bits(model: Model) -> 
     assert {spec.quantizer for spec in specs} == {"uniform", "log2"}
     assert {spec.bias_correction for spec in specs} == {True, False}
     assert {spec.bits for spec in resolve(RECIPES["mixed"], sites).sites.values()} == {2, 4, 5, 8}
-    assert set(checkpoint._QUANTIZERS.values()) == {Uniform, Log2, BiasCorrected}  # a new one needs a recipe here
+    # A new one needs a recipe here, or a test of its method that saves and loads its result.
+    elsewhere = {
+        "DualUniform", "FractionalUniform", "OffsetUniform", "LogSqrt2", "TwinSoftmax", "TwinGelu", "Focusing",
+        "LowRank",
+    }  # fmt: skip
+    assert {kind.__name__ for kind in checkpoint._QUANTIZERS.values()} - elsewhere == {
+        "Uniform",
+        "Log2",
+        "BiasCorrected",
+    }
 
 
 def test_the_description_says_what_is_inside(quantized: QuantizedModel, tmp_path: Path) -> None:

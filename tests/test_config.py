@@ -184,7 +184,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         override(QuantizeConfig(), {"search.pases": "3"})
     with pytest.raises(InputError, match=r"c.yaml: unknown field 'calibration.imags'; did you mean 'images'\?"):
         from_mapping(QuantizeConfig, {"calibration": {"imags": 3}}, "c.yaml")
-    with pytest.raises(InputError, match=r"c.yaml: unknown field '3'; known: calibration, .*method, "):
+    with pytest.raises(InputError, match=r"c.yaml: unknown field '3'; known: aiqvit, calibration, .*method, "):
         from_mapping(QuantizeConfig, {3: 3}, "c.yaml")
 
 

@@ -74,10 +74,13 @@ def _settle(
 ) -> tuple[list[Check], dict[str, Quantizer]]:
     """The first pass that the rest is compared with.
 
-    One unit in the last place can flip a percentile, which changes what every later quantizer sees. Where that
-    happened, the blocks on their recorded inputs are judged, and the comparison goes on from them.
+    One unit in the last place can flip a code or a percentile, which changes what every later quantizer sees, and one
+    channel's scale enters all of a LayerNorm's. Where that happened, the comparison goes on from the blocks on their
+    recorded inputs; where it spread beyond the tolerance, these alone are judged.
     """
-    if free[-1].passed:
+    if not free[-1].measured:
         return free, quantizers
+    if free[-1].passed:
+        return free, forced
     remark = "a flipped choice spread; what follows starts from the blocks on their recorded inputs"
     return [*free[:-1], dataclasses.replace(free[-1], allowed=None, remark=remark)], forced

@@ -49,7 +49,7 @@ class AiqvitOptions:
     search_images: int = 128
     search_steps: int = 30
     ranks: tuple[int, ...] = (2, 4, 8, 16)
-    penalty: float = 0.01
+    penalty: float = 0.001
 
 
 def fit_focusing(values: Float[Array, "..."], bits: int) -> Focusing:

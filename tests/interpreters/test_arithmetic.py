@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cptv_jax import mesh
+from cptv_jax.errors import InputError
 from cptv_jax.forward import forward
 from cptv_jax.interpreters import ARITHMETICS, Arithmetic, ArithmeticName, Tensor
-from cptv_jax.mesh import fastest_arithmetic
+from cptv_jax.mesh import fastest_arithmetic, supported_arithmetics
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
@@ -42,7 +44,7 @@ def test_products_of_codes_are_exact_in_every_arithmetic(seed: int, bits: int, i
     rng = np.random.default_rng(seed)
     x, steps_x = codes(rng, 8, 5, inputs)
     w, steps_w = codes(rng, bits, inputs, 7, channels=7)
-    for name in ARITHMETICS:
+    for name in supported_arithmetics():
         np.testing.assert_array_equal(product(name, x, w, bits), steps_x @ steps_w, name)
         sums = Arithmetic(name, weight_bits=bits).row_sums(x)
         np.testing.assert_array_equal(sums, steps_x.sum(-1, keepdims=True), name)
@@ -51,6 +53,8 @@ def test_products_of_codes_are_exact_in_every_arithmetic(seed: int, bits: int, i
 @pytest.mark.parametrize("name", ARITHMETICS)
 def test_the_largest_steps_are_exact_up_to_the_bound_and_equal_beyond_it(name: ArithmeticName) -> None:
     """All codes at their extremes: the sum is the bound itself, in the worst case that shapes and bits allow."""
+    if name not in supported_arithmetics():
+        pytest.skip(f"{name} cannot be computed here")
     arithmetic = Arithmetic(name)
     terms = arithmetic.exact_terms(8)
     assert terms * 255 * 255 < 2**24 <= (terms + 1) * 255 * 255
@@ -68,7 +72,7 @@ def test_attention_s_products_are_exact_with_batch_and_heads_in_front() -> None:
     rng = np.random.default_rng(1)
     query, steps_q = codes(rng, 8, 2, 3, 5, 16)
     key, steps_k = codes(rng, 8, 2, 3, 16, 6)
-    for name in ARITHMETICS:
+    for name in supported_arithmetics():
         np.testing.assert_array_equal(Arithmetic(name).matmul(query, key), steps_q @ steps_k, name)
 
 
@@ -76,7 +80,7 @@ def test_without_a_zero_point_values_are_multiplied_as_float32() -> None:
     rng = np.random.default_rng(2)
     x, w = (Tensor(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((4, 8), (8, 3)))
     exact = np.float64(x.stored) @ np.float64(w.stored)
-    for name in ARITHMETICS:
+    for name in supported_arithmetics():
         # Eight products of order 1 in float32.
         np.testing.assert_allclose(Arithmetic(name).matmul_weight(x, w), exact, rtol=0, atol=2e-6)
 
@@ -95,15 +99,15 @@ def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: s
         images = jnp.asarray(file["calib_images"].transpose(0, 2, 3, 1)[:32])
     recipe = resolve(RecipeConfig(preset=preset, weight_bits=bits), sites_of(SMALL))
     quantized = METHODS["fq-vit"].quantize(model, [images], recipe, jax.random.key(0))
-    outputs = {name: forward(quantized.stages(arithmetic=name), images) for name in ARITHMETICS}
-    for name in ARITHMETICS:
+    outputs = {name: forward(quantized.stages(arithmetic=name), images) for name in supported_arithmetics()}
+    for name in supported_arithmetics():
         np.testing.assert_array_equal(outputs[name].logits, outputs["float32"].logits, name)
         np.testing.assert_array_equal(outputs[name].features, outputs["float32"].features, name)
     fractional = {
         site: replaced_zero_point(quantizer) if site == "blocks.0.norm1" else quantizer
         for site, quantizer in quantized.quantizers.items()
     }
-    stages = type(quantized)(model, recipe, fractional).stages(arithmetic="bf16-codes")
+    stages = type(quantized)(model, recipe, fractional).stages(arithmetic=supported_arithmetics()[-1])
     assert stages[1].function.arithmetic.name == "float32"  # type: ignore[attr-defined]
 
 
@@ -111,5 +115,13 @@ def replaced_zero_point(quantizer: Any) -> Any:
     return type(quantizer)(quantizer.scale, quantizer.zero_point + 0.25, quantizer.low, quantizer.high)
 
 
-def test_the_fastest_arithmetic_is_one_of_them_and_stays() -> None:
-    assert fastest_arithmetic() in ARITHMETICS and fastest_arithmetic() == fastest_arithmetic()
+def test_the_fastest_arithmetic_is_one_that_works_and_stays() -> None:
+    assert fastest_arithmetic() in supported_arithmetics() and fastest_arithmetic() == fastest_arithmetic()
+    assert "float32" in supported_arithmetics() and set(supported_arithmetics()) <= set(ARITHMETICS)
+
+
+def test_an_arithmetic_that_the_backend_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "supported_arithmetics", lambda: ("float32",))
+    with pytest.raises(InputError, match=r"arithmetic int8 cannot be computed on this cpu .* to float32, or leave"):
+        mesh.check_arithmetic("int8")
+    mesh.check_arithmetic("float32")

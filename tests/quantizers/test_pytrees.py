@@ -8,9 +8,11 @@ import pytest
 from cptv_jax.quantizers import (
     BiasCorrected,
     DualUniform,
+    Focusing,
     FractionalUniform,
     Log2,
     LogSqrt2,
+    LowRank,
     OffsetUniform,
     Quantizer,
     TwinGelu,
@@ -40,6 +42,10 @@ EVERY = {
         ),
         7,
     ),
+}
+EVERY |= {
+    "focusing": (Focusing(jnp.float32(0.2), jnp.float32(0.3), jnp.float32(15.0)), 3),
+    "low rank": (LowRank(UNIFORM, jnp.ones((7, 3)), jnp.ones((3, 2))), 6),
 }
 X = jnp.asarray(np.random.default_rng(0).uniform(0.01, 4, (7, 2)), jnp.float32)
 
@@ -82,3 +88,16 @@ def test_widths_share_one_compiled_program() -> None:
     for high in (3.0, 15.0, 255.0):
         run(Uniform(UNIFORM.scale, UNIFORM.zero_point, UNIFORM.low, jnp.float32(high)))
     assert len(traces) == 1
+
+
+def test_steps_have_a_derivative_by_the_values_and_by_the_scale(quantizer: Quantizer) -> None:
+    # What is learned by gradients (block reconstruction) would stay where it is with the derivatives of rounding.
+    slopes = jax.grad(lambda x: jnp.sum(quantizer.steps(x) * quantizer.scale))(X)
+    assert np.isfinite(slopes).all() and np.mean(np.asarray(slopes) > 0) > 0.25
+    if not isinstance(quantizer, Log2):  # has no scale to learn
+
+        def values(scale: jax.Array) -> jax.Array:
+            moved = quantizer.with_scale(scale)
+            return jnp.sum((moved.steps(X) * moved.scale) ** 2)
+
+        assert np.all(np.asarray(jax.grad(values)(quantizer.scale)) != 0)

@@ -42,7 +42,7 @@ with np.load(folder / "data.npz") as file:
     images = np.ascontiguousarray(file["calib_images"].transpose(0, 2, 3, 1)[:48])
 recipe = resolve(RecipeConfig(weight_bits=4, activation_observer="minmax"), sites_of(architecture))
 quantized = METHODS["fq-vit"].quantize(model, [jnp.asarray(images[:16])], recipe, jax.random.key(0))
-stages = quantized.stages(lambda site: site.endswith(("attn.qkv.weight", "attn.proj.weight")), arithmetic="bf16-codes")
+stages = quantized.stages(lambda site: site.endswith(("attn.qkv.weight", "attn.proj.weight")))
 batches = [images[:24], images[24:]]
 teacher = [outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
 strategy = Generational(sigma=0.05, children=8)
