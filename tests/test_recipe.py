@@ -229,7 +229,7 @@ def refusal(**fields: Any) -> str:
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     message = refusal(preset="evolq")
     assert "'evolq'" in message and "did you mean 'evol-q'?" in message
-    assert f"known: {', '.join(sorted(PRESETS))}" in refusal(preset="zzz")
+    assert f"known: {', '.join(sorted(PRESETS)[:8])}" in refusal(preset="zzz")
 
 
 @pytest.mark.parametrize("field", ["weight_observer", "activation_observer"])

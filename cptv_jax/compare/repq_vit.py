@@ -16,7 +16,6 @@ from cptv_jax.methods import repq_vit
 from cptv_jax.methods.initialization import initialize, reparameterized
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.models.architecture import Architecture
-from cptv_jax.quantizers import Quantizer
 from cptv_jax.recipe import Recipe
 
 FIRST_PASS = "1 parameters after the first pass"
@@ -43,8 +42,10 @@ def compare_repq_vit(recording: Recording) -> list[Check]:
     found = subject.float_checks(recording)
     if inputs:
         forced = initialize(subject.model, images, subject.recipe, pairs, True, inputs=inputs)
-        found += checks.parameter_checks(TEACHER_FORCED, parameter_arrays(recording, "initparam", forced, architecture))
-        free, quantizers = _settle(free, quantizers, forced)
+        judged = checks.parameter_checks(TEACHER_FORCED, parameter_arrays(recording, "initparam", forced, architecture))
+        found += judged
+        if judged[-1].measured < free[-1].measured:
+            free, quantizers = _settled(free), forced
     found += free
     model = repq_vit.finish(subject.model, subject.recipe, quantizers, RepqVitOptions())
     subject = dataclasses.replace(subject, quantize=lambda *_: model)
@@ -69,18 +70,15 @@ def _recorded_inputs(recording: Recording, subject: Subject) -> dict[str, PyTree
     return found
 
 
-def _settle(
-    free: list[Check], quantizers: dict[str, Quantizer], forced: dict[str, Quantizer]
-) -> tuple[list[Check], dict[str, Quantizer]]:
-    """The first pass that the rest is compared with.
+def _settled(free: list[Check]) -> list[Check]:
+    """The checks of a first pass that is not what the comparison goes on from.
 
     One unit in the last place can flip a code or a percentile, which changes what every later quantizer sees, and one
-    channel's scale enters all of a LayerNorm's. Where that happened, the comparison goes on from the blocks on their
-    recorded inputs; where it spread beyond the tolerance, these alone are judged.
+    channel's scale enters all of a LayerNorm's. Where the blocks on their recorded inputs are nearer to the recording
+    than the pass as a whole, the comparison goes on from them; where a flip spread beyond the tolerance, they alone
+    are judged.
     """
-    if not free[-1].measured:
-        return free, quantizers
     if free[-1].passed:
-        return free, forced
+        return free
     remark = "a flipped choice spread; what follows starts from the blocks on their recorded inputs"
-    return [*free[:-1], dataclasses.replace(free[-1], allowed=None, remark=remark)], forced
+    return [*free[:-1], dataclasses.replace(free[-1], allowed=None, remark=remark)]
