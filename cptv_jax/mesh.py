@@ -128,25 +128,25 @@ def _race_program(name: ArithmeticName) -> Callable[[], PyTree]:
     return lambda: jax.block_until_ready(product(tensor, tensor))
 
 
-def _attention(arithmetic: Arithmetic) -> Any:
+def _attention(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> Any:
     """Products in the forms that attention has them: of heads cut from one tensor, of tokens with a weight."""
-    tokens = Tensor(jnp.ones((8, 17, 192), jnp.uint8), jnp.float32(1), jnp.float32(2))
     heads = tokens.move(lambda x: x.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4))
     query, key, value = (heads.move(lambda x, i=i: x[i]) for i in range(3))  # type: ignore[misc]
     scores = arithmetic.matmul(query, key.move(lambda x: x.swapaxes(-1, -2)))
     weights = Tensor(scores.astype(jnp.uint8), tokens.scale, tokens.zero)
-    kernel = Tensor(jnp.ones((192, 64), jnp.uint8), jnp.ones(64), jnp.ones(64))
     return arithmetic.matmul(weights, value), arithmetic.matmul_weight(tokens, kernel), arithmetic.row_sums(tokens)
 
 
 @cache
 def supported_arithmetics() -> tuple[ArithmeticName, ...]:
     """What the present backend can compute: the CPU backend of older JAX has no product of bfloat16 into float32."""
+    tokens = Tensor(jnp.ones((8, 17, 192), jnp.uint8), jnp.float32(1), jnp.float32(2))
+    kernel = Tensor(jnp.ones((192, 64), jnp.uint8), jnp.ones(64), jnp.ones(64))
     found = []
     for name in ARITHMETICS:
         with suppress(jax.errors.JaxRuntimeError):
             _race_program(name)()
-            jax.block_until_ready(jax.jit(_attention, static_argnums=0)(Arithmetic(name)))
+            jax.block_until_ready(jax.jit(_attention, static_argnums=0)(Arithmetic(name), tokens, kernel))
             found.append(name)
     return tuple(found)
 
