@@ -150,7 +150,7 @@ def test_the_search_moves_the_scales_of_weights(golden: Path, method: str) -> No
     x = jnp.asarray(images(golden)[:16])
     stages = model.stages(lambda site: site.startswith("blocks.2.attn") and site.endswith(".weight"))
     teacher = forward(small_model(golden).stages(), x)
-    evaluator = Evaluator(stages, [[x]], [teacher], Objective("mse", "logits", 1.0), width=2)
+    evaluator = Evaluator(stages, [np.asarray(x)], [teacher], Objective("mse", "logits", 1.0), len(x), width=2)
     start = stages[3].candidate
     factors = np.asarray([1.0, 0.9, 0.5], np.float32)
     population = jax.tree.map(lambda scale: factors[:, None] * np.asarray(scale), start)
