@@ -251,5 +251,7 @@ def test_importance_is_the_mean_squared_gradient_of_the_loss(golden: Path) -> No
         return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
 
     squared = np.mean(jax.grad(loss)(inputs[2].values) ** 2, 0)
-    np.testing.assert_allclose(found["blocks.0"], squared / squared.mean(), rtol=1e-4, atol=1e-6)
+    # One program or a program a stage: gradients are float32 sums of terms that cancel, so what is small beside the
+    # mean of 1 is off by a few of its last places squared (2e-6 measured on jax 0.7.2).
+    np.testing.assert_allclose(found["blocks.0"], squared / squared.mean(), rtol=1e-4, atol=1e-5)
     assert found["blocks.2"].shape == (1, 64)  # the class token, which the head reads
