@@ -29,7 +29,7 @@ from cptv_jax.models.zoo import architecture_named
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import RecipeConfig, resolve
 from cptv_jax.search import Evaluator, EvolQ, Objective
-from cptv_jax.search.run import initial_state, run_search
+from cptv_jax.search.run import SearchState, initial_state, run_search
 from cptv_jax.stages import Output
 
 SITES = ("attn.qkv.weight", "attn.proj.weight")
@@ -162,9 +162,14 @@ def main() -> None:
         stages = model.stages(lambda site: site.endswith(SITES))
         evaluator = Evaluator(stages, batches, teacher, Objective(), at_once, width, mesh)
         strategy = EvolQ()
-        run_search(evaluator, lambda name: strategy, 1, jax.random.key(0), initial_state(evaluator))  # compiles
+
+        def search(passes: int) -> SearchState:
+            begin = initial_state(evaluator)
+            return run_search(evaluator, lambda name, direction: strategy, passes, jax.random.key(0), begin)
+
+        search(1)  # compiles
         start = time.perf_counter()
-        state = run_search(evaluator, lambda name: strategy, args.passes, jax.random.key(0), initial_state(evaluator))
+        state = search(args.passes)
         took = time.perf_counter() - start
         result = {"passes": args.passes, "evaluations": state.evaluations, "images": args.images, "seconds": took}
         print("published schedule", json.dumps(result), flush=True)

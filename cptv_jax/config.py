@@ -37,16 +37,20 @@ class CalibrationConfig:
 class SearchConfig:
     """The search on top of the base method.
 
-    strategy: "evol-q" (the published one), "generational", or "none".
+    strategy: "evol-q" (the published one), "generational", "guided" (gradients propose, evolution decides), or "none".
     objective, on, temperature: see cptv_jax.search.objective.
     teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
         the published code does.
-    sites: name patterns of the weight or activation sites whose scales are searched.
+    sites: name patterns of the weight or activation sites whose scales are searched. offsets: and their zero points,
+        and the starts of focusing intervals (guided only).
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
     images: how many of the remaining ones the search uses, in whole batches; null means all.
     population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
-    sigma, children, survivors: of generational; sigma is in log-scale.
+    sigma, children, survivors: of generational; sigma is in log-scale. guided has the first two.
+    gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
+        log-scale, images a step; all calibration images but those held out take turns.
+    patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
     race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
     arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
     memory_gib: bound on the activations of each device; null lets the device decide.
@@ -55,12 +59,13 @@ class SearchConfig:
     cache_gib: bound on the cached stage inputs.
     """
 
-    strategy: Literal["evol-q", "generational", "none"] = "evol-q"
+    strategy: Literal["evol-q", "generational", "guided", "none"] = "evol-q"
     objective: Literal["infonce", "mse", "kl", "cosine"] = "infonce"
     on: Literal["logits", "features"] = "logits"
     temperature: float = 3.0
     teacher: Literal["float", "published"] = "float"
     sites: tuple[str, ...] = ("blocks.*.attn.qkv.weight", "blocks.*.attn.proj.weight")
+    offsets: bool = False
     passes: int = 10
     rounds: int = 3
     holdout: float = 0.1
@@ -71,6 +76,10 @@ class SearchConfig:
     sigma: float = 0.01
     children: int = 8
     survivors: int = 2
+    gradient_steps: int = 60
+    gradient_rate: float = 0.01
+    gradient_batch: int = 50
+    patience: int | None = None
     race: bool = False
     arithmetic: ArithmeticName | None = None
     memory_gib: float | None = None
@@ -118,6 +127,9 @@ _AT_LEAST = {
     "search.samples": 1,
     "search.children": 1,
     "search.survivors": 1,
+    "search.gradient_steps": 1,
+    "search.gradient_batch": 2,
+    "search.patience": 1,
     "search.images": 1,
     "search.images_at_once": 1,
     "search.candidates_at_once": 1,
@@ -145,6 +157,7 @@ _POSITIVE = (
     "search.temperature",
     "search.step",
     "search.sigma",
+    "search.gradient_rate",
     "search.cache_gib",
     "search.memory_gib",
 )

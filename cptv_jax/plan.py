@@ -116,4 +116,9 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
         method.abilities.check(config.method, recipe)
     if config.search.strategy != "none":
         searched_sites(recipe, config.search)
+    if config.search.offsets and config.search.strategy != "guided":
+        raise InputError(
+            f"search.offsets is true, but the steps of {config.search.strategy} are for scales; "
+            "set --search.strategy guided, or --search.offsets false"
+        )
     return Plan(config, method, recipe, _split(images, config))

@@ -10,14 +10,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, Tensor, quantize_weight
+from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, StraightThrough, Tensor, quantize_weight
 from cptv_jax.mesh import check_arithmetic, fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
-from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, moments
+from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, moments, offsets, with_parameters
 from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
 
 _WEIGHT = ".weight"
+_OFFSETS = ("zero_point", "start")  # what a candidate holds of a site beside its scale
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ModelStageFunction:
     The state has "weights", the module's arrays; "quantizers" by site; "quantized", the weights as matmuls read them,
     by site (their kernels among the module's arrays are empty); and "searched", the kernels, and their moments, of the
     weights whose scales are searched.
+
+    differentiable: the same numbers with straight-through derivatives; it reads "weights", whole, and "quantizers".
     """
 
     graph: nnx.GraphDef[Any]
@@ -35,11 +38,12 @@ class ModelStageFunction:
     rounding: bool = True
     all_tokens: bool = False
     arithmetic: Arithmetic = Arithmetic()  # noqa: RUF009 - frozen
+    differentiable: bool = False
 
     def __call__(self, state: PyTree, x: PyTree) -> PyTree:
-        ops = FakeQuant(
+        ops = (StraightThrough if self.differentiable else FakeQuant)(
             state["quantizers"],
-            weights=state["quantized"],
+            weights={} if self.differentiable else state["quantized"],
             arithmetic=self.arithmetic,
             all_tokens=self.all_tokens,
             integer_layer_norm=self.integer_layer_norm,
@@ -49,14 +53,44 @@ class ModelStageFunction:
         return call_stage(self.graph, ops, state["weights"], x if isinstance(x, Tensor) else Tensor(x))
 
 
-def bind_scales(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
-    """The state with the scales of the candidate's sites replaced; a searched scale is positive by construction.
+def _by_site(candidate: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+    """Parameters by site and name, of a candidate: "SITE" is a site's scale, "SITE.zero_point" and the like others."""
+    found: dict[str, dict[str, jax.Array]] = {}
+    for key, value in candidate.items():
+        site, _, name = key.rpartition(".")
+        site, name = (site, name) if name in _OFFSETS else (key, "scale")
+        found.setdefault(site, {})[name] = value
+    return found
+
+
+def _candidate(quantizers: Mapping[str, Quantizer], recipe: Recipe, prefix: str, shifted: bool) -> dict[str, jax.Array]:
+    """The parameters of quantizers, as a candidate. prefix: of the sites' names in the recipe."""
+    found = {}
+    for site, quantizer in quantizers.items():
+        spec = recipe.sites[prefix + site]
+        scale = jnp.asarray(quantizer.scale)
+        found[site] = jnp.min(scale) if spec.observer == "ptf" else scale  # power-of-two factors must stay such
+        if shifted and not spec.symmetric:
+            found |= {f"{site}.{name}": value for name, value in offsets(quantizer).items()}
+    return found
+
+
+def move_candidate(candidate: Mapping[str, jax.Array], steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A candidate whose scales are multiplied by the exponential of a step, and whose offsets are shifted by it."""
+    return {
+        key: value + steps[key] if key.endswith(_OFFSETS) else value * jnp.exp(steps[key])
+        for key, value in candidate.items()
+    }
+
+
+def bind_candidate(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
+    """The state with the parameters of the candidate's sites replaced; a searched scale is positive by construction.
 
     Only the candidate's weights are quantized anew.
     """
     quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
-    for site, scale in candidate.items():
-        quantizers[site] = quantizers[site].with_scale(scale)
+    for site, values in _by_site(candidate).items():
+        quantizers[site] = with_parameters(quantizers[site], values)
         if site in state["searched"]:
             weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
     return {**state, "quantizers": quantizers, "quantized": weights}
@@ -170,17 +204,20 @@ class QuantizedModel:
         self,
         searched: Callable[[str], bool] = lambda site: False,
         *,
+        shifted: bool = False,
         rounding: bool = True,
         all_tokens: bool = False,
         arithmetic: ArithmeticName | None = None,
+        differentiable: bool = False,
     ) -> tuple[Stage, ...]:
         """The stages of the quantized forward pass.
 
-        searched: which sites' scales form the candidates.
+        searched: which sites' scales form the candidates. shifted: and their zero points and intervals' starts.
         rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
         all_tokens: compute also the tokens of the last block that the head does not read.
         arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
             zero points that are no codes (of a range that lies beside zero), whose steps only "float32" can hold.
+        differentiable: with straight-through derivatives by state and candidate; weights are quantized in every pass.
         """
         if not _steps_within_codes(self.quantizers.values()):
             arithmetic = "float32"
@@ -193,19 +230,27 @@ class QuantizedModel:
                 for site, quantizer in self.quantizers.items()
                 if site.startswith(prefix)
             }
-            candidate = {
-                site: jnp.asarray(quantizer.scale) for site, quantizer in quantizers.items() if searched(prefix + site)
-            }
+            chosen = {site: quantizer for site, quantizer in quantizers.items() if searched(prefix + site)}
+            candidate = _candidate(chosen, self.recipe, prefix, shifted)
             function = ModelStageFunction(
-                graph, self.recipe.integer_layer_norm, self.recipe.log_int_softmax, rounding, all_tokens, exact
+                graph,
+                self.recipe.integer_layer_norm,
+                self.recipe.log_int_softmax,
+                rounding,
+                all_tokens,
+                exact,
+                differentiable,
             )
-            state = _state(self.model.weights[name], quantizers, candidate)
-            if not rounding:
-                state = {**state, "weights": self.model.weights[name], "quantized": {}}
-            stages.append(Stage(name, function, state, candidate, bind_scales))
+            if rounding and not differentiable:
+                state = _state(self.model.weights[name], quantizers, chosen)
+            else:
+                weights = self.model.weights[name]
+                state = {"weights": weights, "quantizers": quantizers, "quantized": {}, "searched": {}}
+            stages.append(Stage(name, function, state, candidate, bind_candidate, move_candidate))
         return tuple(stages)
 
-    def with_scales(self, scales: Mapping[str, jax.Array]) -> "QuantizedModel":
-        """The same model with other scales at the named sites."""
-        changed = {site: self.quantizers[site].with_scale(jnp.asarray(scale)) for site, scale in scales.items()}
+    def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "QuantizedModel":
+        """The same model with other scales ("SITE"), zero points ("SITE.zero_point") or starts at the named sites."""
+        values = _by_site(jax.tree.map(jnp.asarray, dict(parameters)))
+        changed = {site: with_parameters(self.quantizers[site], found) for site, found in values.items()}
         return replace(self, quantizers={**self.quantizers, **changed})

@@ -128,7 +128,7 @@ def plot_losses(path: Path, log: tuple[dict[str, Any], ...]) -> None:
     position, marks = 0, []
     for record in log:
         position += record["event"] == "accepted"
-        if record["event"] != "accepted" and record["held_out"] is not None:
+        if record.get("held_out") is not None:
             marks.append((position, record["held_out"]))
     if marks:
         axes.plot(*zip(*marks, strict=True), "o--", color="tab:orange", label="held-out images, after each pass")

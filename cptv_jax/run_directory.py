@@ -193,11 +193,9 @@ class RunDirectory:
         self.write_log(state)
         earlier = self._numbered("state")
         number = int(earlier[-1].name) + 1 if earlier else 0
-        described = {
-            name: getattr(state, name)
-            for name in ("pass_index", "position", "loss", "evaluations", "best_pass", "best_held_out", "log")
-        }
-        tree = {"scales": state.scales, "best_scales": state.best_scales}
+        trees = ("scales", "best_scales", "direction")
+        described = {name: value for name, value in vars(state).items() if name not in trees}
+        tree = {name: getattr(state, name) for name in trees if getattr(state, name)}  # Orbax saves no empty tree
         save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
         self._drop(earlier)
 
@@ -209,7 +207,7 @@ class RunDirectory:
         tree, metadata = restore_tree(saved[-1])
         described = dict(metadata["search"])
         described["log"] = tuple(described["log"])
-        return SearchState(scales=tree["scales"], best_scales=tree["best_scales"], **described)
+        return SearchState(**tree, **described)
 
     def write_log(self, state: SearchState) -> None:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))

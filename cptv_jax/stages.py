@@ -1,10 +1,11 @@
 """Stages: all that the search knows of a model."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 
@@ -28,6 +29,11 @@ class StageFunction(Hashable, Protocol):
         """The stage's output for one batch, from its state (weights, quantizers) and its input."""
 
 
+def scaled(candidate: PyTree, steps: PyTree) -> PyTree:
+    """Every leaf multiplied by the exponential of its step."""
+    return jax.tree.map(lambda scale, step: scale * jnp.exp(step), candidate, steps)
+
+
 @dataclass(frozen=True)
 class Stage:
     """An addressable piece of a forward pass.
@@ -37,6 +43,8 @@ class Stage:
     state: everything that the function reads beside its input.
     candidate: the part of the state that a search may change (by site, a scale), or an empty pytree.
     bind: places a candidate in a state; pure, so it can be vmapped over a population.
+    move: a candidate moved by steps of its own structure and shapes, of which a zero moves nothing and a small one
+        changes a little, alike for every parameter: scales by default are multiplied by the step's exponential.
     """
 
     name: str
@@ -44,6 +52,7 @@ class Stage:
     state: PyTree
     candidate: PyTree = None
     bind: Callable[[PyTree, PyTree], PyTree] = lambda state, candidate: state
+    move: Callable[[PyTree, PyTree], PyTree] = scaled
 
     @property
     def searchable(self) -> bool:
@@ -51,4 +60,4 @@ class Stage:
 
     def bound(self, candidate: PyTree) -> "Stage":
         """This stage with the candidate in place."""
-        return Stage(self.name, self.function, self.bind(self.state, candidate), candidate, self.bind)
+        return replace(self, state=self.bind(self.state, candidate), candidate=candidate)

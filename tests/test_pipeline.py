@@ -18,11 +18,11 @@ from cptv_jax.interpreters import Float, Tensor
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.pipeline import Quantization, quantize, strategy_for
+from cptv_jax.pipeline import Quantization, quantize
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import RecipeConfig
 from cptv_jax.run_directory import claimed
-from cptv_jax.search import EvolQ, Generational, Objective
+from cptv_jax.search import Objective
 
 TINY = Architecture(
     "tiny",
@@ -140,14 +140,14 @@ class Guarded(Images):
 def closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guarded images open when the search hands back its final state."""
     Guarded.open = False
-    search = pipeline._search
+    search = pipeline.improve
 
     def search_then_open(*arguments: Any) -> Any:
         found = search(*arguments)
         Guarded.open = True
         return found
 
-    monkeypatch.setattr(pipeline, "_search", search_then_open)
+    monkeypatch.setattr(pipeline, "improve", search_then_open)
 
 
 def test_evaluation_images_are_not_read_before_the_search_is_over(
@@ -306,20 +306,6 @@ def test_without_a_search_the_base_model_is_the_result(model: Model, calibration
     found = quantize(model, calibration, QuantizeConfig(**{**vars(CONFIG), "search": search}), evaluation=evaluation)
     assert found.model is found.base and found.log == ()
     assert found.results["final"] == found.results["base"]
-
-
-# The configured strategy
-
-
-@pytest.mark.parametrize(("bits", "step"), [(3, 1e-3), (4, 1e-3), (8, 1e-4)])
-def test_the_published_strategy_steps_by_the_weights_width(bits: int, step: float) -> None:
-    assert strategy_for(SearchConfig(), bits) == EvolQ(step, 15, 10, 3)
-    assert strategy_for(SearchConfig(step=0.5, population=4, samples=2, rounds=1), bits) == EvolQ(0.5, 4, 2, 1)
-
-
-def test_the_generational_strategy_takes_its_own_settings() -> None:
-    config = SearchConfig(strategy="generational", sigma=0.5, children=7, survivors=3, rounds=4)
-    assert strategy_for(config, 4) == Generational(0.5, 7, 3, 4)
 
 
 def test_a_finished_run_measures_other_evaluation_images_anew(

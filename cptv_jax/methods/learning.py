@@ -10,11 +10,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from cptv_jax.interpreters import StraightThrough, Tensor
+from cptv_jax.interpreters import Tensor
 from cptv_jax.mesh import compiler_options
-from cptv_jax.models.architecture import call_stage
 from cptv_jax.quantized import ModelStageFunction, QuantizedModel
-from cptv_jax.quantizers import Focusing, FractionalUniform, LowRank, Quantizer, RankSearch, spread, straight_through
+from cptv_jax.quantizers import (
+    Focusing,
+    FractionalUniform,
+    LowRank,
+    Quantizer,
+    RankSearch,
+    innermost,
+    spread,
+    with_zero_point,
+)
 from cptv_jax.recipe import SiteSpec
 from cptv_jax.stages import Output
 
@@ -70,10 +78,6 @@ def _site_of(path: tuple[Any, ...]) -> str:
     return ".".join([*layer, "weight"]) if name == "kernel" else ""
 
 
-def _innermost(quantizer: Quantizer) -> Any:
-    return _innermost(quantizer.base) if hasattr(quantizer, "base") else quantizer
-
-
 def _of_quantizer(quantizer: Quantizer, spec: SiteSpec) -> dict[str, Array]:
     """Zero-initialized parameters of one quantizer."""
     found: dict[str, Array] = {}
@@ -83,8 +87,8 @@ def _of_quantizer(quantizer: Quantizer, spec: SiteSpec) -> dict[str, Array]:
         return found
     # Power-of-two factors must stay such, so the scales of a site move together.
     found["scale"] = jnp.zeros(() if spec.observer == "ptf" else scale.shape)
-    if hasattr(_innermost(quantizer), "zero_point") and not spec.symmetric and spec.observer != "ptf":
-        found["zero_point"] = jnp.zeros_like(_innermost(quantizer).zero_point)
+    if hasattr(innermost(quantizer), "zero_point") and not spec.symmetric and spec.observer != "ptf":
+        found["zero_point"] = jnp.zeros_like(innermost(quantizer).zero_point)
     if isinstance(quantizer, Focusing):
         found["start"] = jnp.zeros_like(quantizer.start)
     if isinstance(quantizer, LowRank):
@@ -125,14 +129,6 @@ def initial_parameters(state: PyTree, specs: Mapping[str, SiteSpec]) -> PyTree:
     }
 
 
-def _moved_zero_point(quantizer: Any, by: Array) -> Any:
-    if hasattr(quantizer, "base"):
-        return replace(quantizer, base=_moved_zero_point(quantizer.base, by))
-    moved = quantizer.zero_point + by
-    exact = jnp.clip(jnp.round(moved), quantizer.low, quantizer.high)
-    return replace(quantizer, zero_point=straight_through(exact, moved))
-
-
 def _bound_quantizer(quantizer: Quantizer, learned: Mapping[str, Array]) -> Quantizer:
     if isinstance(quantizer, Focusing):
         quantizer = replace(quantizer, start=quantizer.start + learned["start"] * quantizer.scale)
@@ -141,7 +137,7 @@ def _bound_quantizer(quantizer: Quantizer, learned: Mapping[str, Array]) -> Quan
     if "scale" in learned:
         quantizer = quantizer.with_scale(quantizer.scale * jnp.exp(learned["scale"]))
     if "zero_point" in learned:
-        quantizer = _moved_zero_point(quantizer, learned["zero_point"])
+        quantizer = with_zero_point(quantizer, innermost(quantizer).zero_point + learned["zero_point"])
     return quantizer
 
 
@@ -226,12 +222,7 @@ def mixed(x: Tensor, other: Float[Array, "..."], probability: float, key: Array)
 
 def differentiable_outputs(function: ModelStageFunction, state: PyTree, x: Tensor) -> Float[Array, "batch ..."]:
     """What a quantized stage computes, with straight-through derivatives by its state."""
-    ops = StraightThrough(
-        state["quantizers"],
-        integer_layer_norm=function.integer_layer_norm,
-        log_int_softmax=function.log_int_softmax,
-    )
-    return array_of(call_stage(function.graph, ops, state["weights"], x))
+    return array_of(replace(function, differentiable=True)(state, x))
 
 
 def _train_step(

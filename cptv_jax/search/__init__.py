@@ -1,8 +1,21 @@
 """CPT-V: evolutionary search over quantization scales, blind to architecture and base method."""
 
 from cptv_jax.search.evaluator import Evaluator
+from cptv_jax.search.gradient import Descent, GradientProposer
 from cptv_jax.search.objective import OBJECTIVES, Objective
 from cptv_jax.search.race import RacingEvaluator
-from cptv_jax.search.strategies import STRATEGIES, EvolQ, Generational, Strategy
+from cptv_jax.search.strategies import STRATEGIES, EvolQ, Generational, Guided, Strategy
 
-__all__ = ["OBJECTIVES", "STRATEGIES", "Evaluator", "EvolQ", "Generational", "Objective", "RacingEvaluator", "Strategy"]
+__all__ = [
+    "OBJECTIVES",
+    "STRATEGIES",
+    "Descent",
+    "Evaluator",
+    "EvolQ",
+    "Generational",
+    "GradientProposer",
+    "Guided",
+    "Objective",
+    "RacingEvaluator",
+    "Strategy",
+]

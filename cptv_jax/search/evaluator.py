@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,41 +14,15 @@ from jaxtyping import Array, PyTree
 
 from cptv_jax.forward import pieces, stage_inputs
 from cptv_jax.mesh import DATA, POPULATION, compiler_options, make_mesh, place, replicated
-from cptv_jax.stages import Stage, StageFunction
+from cptv_jax.search.runs import Run, runs_of, stacked
+from cptv_jax.stages import Stage
 
 Loss = Callable[[PyTree, PyTree], Array]
-Bind = Callable[[PyTree, PyTree], PyTree]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive stages that compute alike: their common function and how many there are."""
-
-    function: StageFunction
-    length: int
-
-    def state(self, states: PyTree, index: Array | int) -> PyTree:
-        """One stage's state. states: stacked along a leading axis, where there are several."""
-        if self.length == 1:
-            return states
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
-
-    def apply(self, states: PyTree, start: Array | int, x: PyTree) -> PyTree:
-        """Outputs [K, ...] of the last stage from inputs [K, ...] of the one at `start`, which may be traced."""
-
-        def step(index: Array | int, x: PyTree) -> PyTree:
-            state = self.state(states, index)
-            return jax.vmap(lambda one: self.function(state, one))(x)
-
-        if self.length == 1:
-            return step(0, x)
-        return jax.lax.fori_loop(start, self.length, step, x)
 
 
 def _generation(
-    home: _Run,
-    bind: Bind,
-    tail: tuple[_Run, ...],
+    home: Run,
+    tail: tuple[Run, ...],
     states: PyTree,
     index: Array,
     population: PyTree,
@@ -61,7 +35,7 @@ def _generation(
     further on, a population is a batch. One program serves every stage of the run.
     """
     state = home.state(states, index)
-    y = jax.vmap(lambda candidate: home.function(bind(state, candidate), x))(population)
+    y = jax.vmap(lambda candidate: home.function(home.bind(state, candidate), x))(population)
     if home.length > 1:
         y = home.apply(states, index + 1, y)
     for run, states in zip(tail, later, strict=True):
@@ -92,7 +66,7 @@ def _losses(loss: Loss, whole: NamedSharding, first: int, parts: Sequence[PyTree
 # JAX keeps the programs of one function together, so evaluators of equal stages share them.
 @cache
 def _generation_program() -> Any:
-    return jax.jit(_generation, static_argnums=(0, 1, 2), compiler_options=compiler_options())
+    return jax.jit(_generation, static_argnums=(0, 1), compiler_options=compiler_options())
 
 
 @cache
@@ -147,7 +121,7 @@ class Evaluator:
         self.cache_bytes = cache_bytes
         self.on_refresh = on_refresh
         self.stages = [self._placed(stage) for stage in stages]
-        self._runs, self._home = _runs_of(self.stages)
+        self._runs, self._home = runs_of(self.stages)
         self._states = [self._stacked(run) for run in range(len(self._runs))]
         self._cached = range(0)  # stages whose inputs are held
         self._inputs: list[dict[int, PyTree]] = []  # by piece, stage
@@ -155,12 +129,8 @@ class Evaluator:
     def _placed(self, stage: Stage) -> Stage:
         return replace(stage, state=place(self.mesh, stage.state))
 
-    def _members(self, run: int) -> list[Stage]:
-        return [stage for stage, (home, _) in zip(self.stages, self._home, strict=True) if home == run]
-
     def _stacked(self, run: int) -> PyTree:
-        states = [stage.state for stage in self._members(run)]
-        return states[0] if len(states) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return stacked([stage.state for stage, (home, _) in zip(self.stages, self._home, strict=True) if home == run])
 
     @property
     def _count(self) -> int:
@@ -196,7 +166,7 @@ class Evaluator:
         if index not in self._cached:
             self._refresh(index)
         home, position = self._home[index]
-        stage, tail = self.stages[index], tuple(self._runs[home + 1 :])
+        tail = tuple(self._runs[home + 1 :])
         count = jax.tree.leaves(population)[0].shape[0]
         begin, end = int(self._bounds[first]), int(self._bounds[last])
         used = range(begin // self.images, -(-end // self.images))
@@ -206,7 +176,6 @@ class Evaluator:
             parts = [
                 _generation_program()(
                     self._runs[home],
-                    stage.bind,
                     tail,
                     self._states[home],
                     jnp.int32(position),
@@ -246,25 +215,6 @@ class Evaluator:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _shapes(stage: Stage) -> Any:
-    return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), stage.state)
-
-
-def _runs_of(stages: Sequence[Stage]) -> tuple[list[_Run], list[tuple[int, int]]]:
-    """Runs of consecutive stages that compute alike, and for each stage its run and its place there."""
-    runs: list[_Run] = []
-    home: list[tuple[int, int]] = []
-    for i, stage in enumerate(stages):
-        before = stages[i - 1] if i else None
-        alike = before is not None and (before.function, before.bind) == (stage.function, stage.bind)
-        if alike and _shapes(before) == _shapes(stage):  # type: ignore[arg-type]
-            runs[-1] = _Run(stage.function, runs[-1].length + 1)
-        else:
-            runs.append(_Run(stage.function, 1))
-        home.append((len(runs) - 1, runs[-1].length - 1))
-    return runs, home
 
 
 def _padded_slice(population: PyTree, start: int, width: int) -> PyTree:

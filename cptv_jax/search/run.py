@@ -10,15 +10,19 @@ from jaxtyping import Array, PyTree
 from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.strategies import Strategy
 
-Scales = dict[str, PyTree]  # candidates by stage name
+Scales = dict[str, PyTree]  # candidates, or steps that move them, by stage name
+FRACTIONS = (0.5, 1.0)  # of a proposal that are tried; the likeliest last, as it then stands in the evaluator
 
 
 @dataclass(frozen=True)
 class SearchState:
     """Where a search stands between two stages; all that is needed to go on.
 
-    pass_index, position: the next stage to visit, as an index into the visiting order. loss: of the present scales on
-    the search batches (None before the first evaluation). evaluations: candidates evaluated so far.
+    pass_index, position: the next stage to visit, as an index into the visiting order.
+    proposed, direction: whether this pass has had its proposal, and the steps (see Stage.move) of it that were taken,
+    or would have been.
+    loss: of the present scales on the search batches (None before the first evaluation). evaluations: candidates
+    evaluated so far.
     best_pass: 0 is the start; best_held_out: its loss on the held-out batches; best_scales: its scales.
     log: a record of every accepted step and finished pass.
     """
@@ -26,6 +30,8 @@ class SearchState:
     scales: Scales
     pass_index: int = 0
     position: int = 0
+    proposed: bool = False
+    direction: Scales = field(default_factory=dict)
     loss: float | None = None
     evaluations: int = 0
     best_pass: int = 0
@@ -68,28 +74,69 @@ def evolve_stage(
     return candidate, best, accepted
 
 
+def _placed(evaluator: Evaluator, order: Sequence[int], scales: Scales) -> None:
+    for index in order:
+        evaluator.accept(index, scales[evaluator.stages[index].name])
+
+
+def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, direction: Scales) -> SearchState:
+    """The state after a proposal for all stages: it, or a fraction of it, is taken if it lowers the loss.
+
+    order: indices of the searched stages. direction: steps from the present scales, by stage.
+    """
+    assert state.loss is not None
+    moves = {evaluator.stages[index].name: evaluator.stages[index].move for index in order}
+    best, taken, scales = state.loss, 0.0, state.scales
+    for fraction in FRACTIONS:
+        steps = {name: jax.tree.map(lambda step, f=fraction: f * step, direction[name]) for name in moves}
+        trial = {name: move(state.scales[name], steps[name]) for name, move in moves.items()}
+        _placed(evaluator, order, trial)
+        loss = evaluator.loss_of(order[0], trial[evaluator.stages[order[0]].name])
+        if loss < best:
+            best, taken, scales = loss, fraction, trial
+    if taken != FRACTIONS[-1]:  # what stands in the evaluator
+        _placed(evaluator, order, scales)
+    length = taken or FRACTIONS[0]
+    record = {"event": "proposal", "pass": state.pass_index + 1, "fraction": taken, "loss": best}
+    records = [record]
+    if taken:
+        records.append({"event": "accepted", "pass": state.pass_index + 1, "stage": "all", "round": 0, "loss": best})
+    return replace(
+        state,
+        scales=scales,
+        proposed=True,
+        direction={name: jax.tree.map(lambda step: length * step, steps) for name, steps in direction.items()},
+        loss=best,
+        evaluations=state.evaluations + len(FRACTIONS),
+        log=(*state.log, *records),
+    )
+
+
 def run_search(
     evaluator: Evaluator,
-    strategy_of: Callable[[str], Strategy],
+    strategy_of: Callable[[str, PyTree], Strategy],
     passes: int,
     key: Array,
     state: SearchState,
     held_out_loss: Callable[[Sequence[Any]], float] | None = None,
     on_round: Callable[[str, int, float], None] = lambda stage, evaluated, best: None,
     on_stage: Callable[[SearchState], None] = lambda state: None,
+    propose: Callable[[Scales, int, Array], Scales] | None = None,
+    patience: int | None = None,
 ) -> SearchState:
     """Continues a search from `state` to its end (CPT-V, section 3.3: blocks from last to first, `passes` times).
 
-    strategy_of: the strategy for a stage, by name. key: of the whole search; each pass, stage and round folds in its
-    index, so that a resumed search draws what an uninterrupted one would.
+    strategy_of: the strategy for a stage, by its name and the direction of the pass's proposal there (None without).
+    key: of the whole search; each pass, stage and round folds in its index, so that a resumed search draws what an
+    uninterrupted one would.
     held_out_loss: loss of a list of stages on images that the search does not see; it picks the best among the start
     and the passes. Without it the last pass is the best.
     on_stage: called with the state after every stage, for saving; the scales in it may be saved as float32.
+    propose(scales, pass, key): steps for all stages at the start of a pass, which the true loss then judges.
+    patience: end after so many passes in a row that did not lower the held-out loss.
     """
     order = [i for i, stage in reversed(list(enumerate(evaluator.stages))) if stage.searchable]
-    for index in order:
-        name = evaluator.stages[index].name
-        evaluator.accept(index, state.scales[name])
+    _placed(evaluator, order, state.scales)
     if state.loss is None:
         start = evaluator.stages[order[0]].candidate
         held_out = held_out_loss(evaluator.stages) if held_out_loss else None
@@ -97,10 +144,15 @@ def run_search(
         record = {"event": "start", "loss": loss, "held_out": held_out}
         state = replace(state, loss=loss, best_held_out=held_out, evaluations=1, log=(*state.log, record))
         on_stage(state)
-    while state.pass_index < passes:
+    while state.pass_index < passes and (patience is None or state.pass_index - state.best_pass < patience):
+        pass_key = jax.random.fold_in(key, state.pass_index)
+        if propose and not state.proposed:
+            proposal_key = jax.random.fold_in(pass_key, len(evaluator.stages))
+            state = consider(evaluator, order, state, propose(state.scales, state.pass_index, proposal_key))
+            on_stage(state)
         index = order[state.position]
         name = evaluator.stages[index].name
-        stage_key = jax.random.fold_in(jax.random.fold_in(key, state.pass_index), index)
+        stage_key = jax.random.fold_in(pass_key, index)
         evaluated = 0
 
         def count(candidates: int, best: float, name: str = name) -> None:
@@ -109,7 +161,8 @@ def run_search(
             on_round(name, candidates, best)
 
         assert state.loss is not None
-        candidate, loss, accepted = evolve_stage(evaluator, index, strategy_of(name), state.loss, stage_key, count)
+        strategy = strategy_of(name, state.direction.get(name))
+        candidate, loss, accepted = evolve_stage(evaluator, index, strategy, state.loss, stage_key, count)
         evaluator.accept(index, candidate)
         records = [
             {"event": "accepted", "pass": state.pass_index + 1, "stage": name, "round": round_index + 1, "loss": value}
@@ -135,5 +188,5 @@ def _finish_pass(state: SearchState, held_out: float | None) -> SearchState:
     better = held_out is None or state.best_held_out is None or held_out < state.best_held_out
     record = {"event": "pass", "pass": number, "loss": state.loss, "held_out": held_out}
     record["evaluations"] = state.evaluations
-    state = replace(state, pass_index=number, position=0, log=(*state.log, record))
+    state = replace(state, pass_index=number, position=0, proposed=False, log=(*state.log, record))
     return replace(state, best_pass=number, best_held_out=held_out, best_scales=state.scales) if better else state

@@ -102,7 +102,7 @@ def test_reconstruction_learns_terms_and_intervals_and_leaves_an_ordinary_model(
     assert isinstance(again, QuantizedModel)
     np.testing.assert_array_equal(logits(again, golden), logits(model, golden))
     scale = model.quantizers["blocks.1.attn.softmax"].scale
-    assert np.any(logits(model.with_scales({"blocks.1.attn.softmax": scale * 2}), golden) != logits(model, golden))
+    assert np.any(logits(model.with_parameters({"blocks.1.attn.softmax": scale * 2}), golden) != logits(model, golden))
 
 
 def test_constant_images_give_a_finite_model(golden: Path) -> None:

@@ -159,7 +159,7 @@ def test_the_search_moves_the_scales_of_weights(golden: Path, method: str) -> No
     np.testing.assert_allclose(losses[0], evaluator.loss_of(3, start), rtol=1e-6)
     assert np.isfinite(losses).all() and len(set(losses.tolist())) == 3
     scales = {f"blocks.2.{site}": leaf[1] for site, leaf in population.items()}
-    bound = forward(model.with_scales(scales).stages(), x)
+    bound = forward(model.with_parameters(scales).stages(), x)
     np.testing.assert_allclose(np.mean((bound.logits - teacher.logits) ** 2), losses[1], rtol=1e-4)
 
 

@@ -91,7 +91,7 @@ def test_the_result_is_an_ordinary_quantized_model(golden: Path, tmp_path: Path)
     expected = forward(model.stages(), some).logits
     np.testing.assert_array_equal(forward(again.stages(), some).logits, expected)
     [site] = [site for site in model.recipe.sites if site == "blocks.1.attn.qkv.weight"]
-    moved = model.with_scales({site: model.quantizers[site].scale * 1.3})
+    moved = model.with_parameters({site: model.quantizers[site].scale * 1.3})
     assert np.any(forward(moved.stages(), some).logits != expected)
 
 

@@ -42,7 +42,13 @@ def search(
 ) -> SearchState:
     begin = initial_state(evaluator) if state is None else state
     return run_search(
-        evaluator, lambda name: STRATEGIES[strategy], passes, jax.random.key(seed), begin, held_out, **options
+        evaluator,
+        lambda name, direction: STRATEGIES[strategy],
+        passes,
+        jax.random.key(seed),
+        begin,
+        held_out,
+        **options,
     )
 
 
@@ -56,7 +62,7 @@ def assert_same(a: SearchState, b: SearchState) -> None:
     """Equal in every bit of every field."""
     for field in dataclasses.fields(SearchState):
         x, y = getattr(a, field.name), getattr(b, field.name)
-        if field.name in ("scales", "best_scales"):
+        if field.name in ("scales", "best_scales", "direction"):
             assert jax.tree.structure(x) == jax.tree.structure(y)
             for one, other in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
                 assert np.asarray(one).dtype == np.asarray(other).dtype == np.float32
@@ -167,7 +173,7 @@ def test_every_stage_round_and_pass_draws_anew(make_evaluator: Callable[..., Eva
 
     strategy = Recording(children=3, rounds=2)
     evaluator = make_evaluator()
-    run_search(evaluator, lambda name: strategy, 2, jax.random.key(0), initial_state(evaluator))
+    run_search(evaluator, lambda name, direction: strategy, 2, jax.random.key(0), initial_state(evaluator))
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 3
 
 
@@ -290,3 +296,70 @@ def test_one_stage_reports_its_improving_rounds(make_evaluator: Callable[..., Ev
     assert accepted == [(i, rounds[i]) for i in improving]
     # It proposes only: the stage keeps its scales until they are accepted.
     assert evaluator.loss_of(1, evaluator.stages[1].candidate) == start
+
+
+# Proposals for all stages at once
+
+
+def towards(stages: Sequence[Stage], step: float) -> Callable[..., dict[str, Any]]:
+    """A proposal that moves every parameter by the same step, whatever it is asked."""
+    steps = {s.name: jax.tree.map(lambda leaf: np.full(np.shape(leaf), step, np.float32), s.candidate) for s in stages}
+    return lambda scales, number, key: steps
+
+
+def finer_and_coarser(toy: Subject) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Proposals that are taken and rejected: the toy's grids are too coarse."""
+    return towards(toy.stages, -0.4), towards(toy.stages, 1.5)
+
+
+def records(state: SearchState, event: str) -> list[dict[str, Any]]:
+    return [record for record in state.log if record["event"] == event]
+
+
+def test_a_proposal_that_lowers_the_loss_is_taken(toy: Subject, make_evaluator: Callable[..., Evaluator]) -> None:
+    good, _ = finer_and_coarser(toy)
+    evaluator = make_evaluator()
+    found = search(evaluator, passes=1, propose=good)
+    (proposal,), start = records(found, "proposal"), records(found, "start")[0]
+    assert proposal["fraction"] > 0 and proposal["loss"] < start["loss"]
+    assert records(found, "accepted")[0]["stage"] == "all"
+    assert found.direction["merge"]["input"] == pytest.approx(proposal["fraction"] * -0.4)
+    for stage in evaluator.stages:
+        jax.tree.map(np.testing.assert_array_equal, stage.candidate, found.scales[stage.name])
+
+
+def test_a_proposal_that_raises_the_loss_changes_nothing(
+    toy: Subject, make_evaluator: Callable[..., Evaluator]
+) -> None:
+    _, bad = finer_and_coarser(toy)
+    found, plain = search(make_evaluator(), propose=bad), search(make_evaluator())
+    assert [record["fraction"] for record in records(found, "proposal")] == [0.0, 0.0]
+    for name, scales in plain.scales.items():
+        jax.tree.map(np.testing.assert_array_equal, found.scales[name], scales)
+    assert found.loss == plain.loss and found.evaluations == plain.evaluations + 4
+
+
+def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
+    toy: Subject, make_evaluator: Callable[..., Evaluator], tmp_path: Path
+) -> None:
+    good, _ = finer_and_coarser(toy)
+    held_out = true_held_out(toy)
+    states: list[SearchState] = []
+    whole = search(make_evaluator(), held_out=held_out, propose=good, on_stage=states.append)
+    assert len(states) == 1 + 2 * (1 + 3)  # the start, then every pass's proposal and stages
+    for number, state in enumerate(states):
+        run = RunDirectory(tmp_path / str(number), {"config": {"seed": 0}})
+        run.save_state(state)
+        saved = run.state()
+        assert saved is not None
+        assert_same(saved, state)
+        assert_same(search(make_evaluator(), state=saved, held_out=held_out, propose=good), whole)
+
+
+def test_patience_ends_a_search_that_no_longer_improves(make_evaluator: Callable[..., Evaluator]) -> None:
+    losses = [5.0, 4.0, 4.5, 4.6, 3.0]
+    patient = search(make_evaluator(), passes=4, held_out=fake_held_out(losses))
+    ended = search(make_evaluator(), passes=4, held_out=fake_held_out(losses), patience=2)
+    assert (patient.pass_index, patient.best_pass) == (4, 4)
+    assert (ended.pass_index, ended.best_pass) == (3, 1)
+    assert_same(search(make_evaluator(), passes=4, state=ended, patience=2), ended)

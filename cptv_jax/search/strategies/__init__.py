@@ -3,7 +3,8 @@
 from cptv_jax.search.strategies.base import Strategy
 from cptv_jax.search.strategies.evol_q import EvolQ
 from cptv_jax.search.strategies.generational import Generational
+from cptv_jax.search.strategies.guided import Guided
 
-STRATEGIES = ("evol-q", "generational")
+STRATEGIES = ("evol-q", "generational", "guided")
 
-__all__ = ["STRATEGIES", "EvolQ", "Generational", "Strategy"]
+__all__ = ["STRATEGIES", "EvolQ", "Generational", "Guided", "Strategy"]

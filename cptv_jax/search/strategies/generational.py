@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-_TARGET_SUCCESS = 0.2  # Rechenberg's one-fifth rule
+TARGET_SUCCESS = 0.2  # Rechenberg's one-fifth rule
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Generational:
         success = float(np.mean(losses < state.losses[0]))
         every = np.concatenate([state.losses, losses])
         order = np.argsort(every, kind="stable")[: self.survivors]
-        sigma = state.sigma * math.exp((success - _TARGET_SUCCESS) / 2)
+        sigma = state.sigma * math.exp((success - TARGET_SUCCESS) / 2)
         return State(_select(state.parents, population, jnp.asarray(order)), every[order], sigma)
 
     def best(self, state: State) -> tuple[PyTree, float]:

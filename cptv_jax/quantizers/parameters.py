@@ -1,0 +1,61 @@
+"""The parameters of a quantizer that a search or a gradient may change, each under its name.
+
+"scale": input units per step; a scalar for a quantizer with a scale per channel moves all channels by one factor.
+"zero_point": as a fraction of the range of codes, so that it means the same at every width; it is rounded to a code.
+"start": the lower end of a focusing interval, as a fraction of the interval's length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cptv_jax.quantizers.base import Quantizer
+from cptv_jax.quantizers.focusing import Focusing
+from cptv_jax.quantizers.rounding import true_divide
+from cptv_jax.quantizers.straight_through import straight_through
+from cptv_jax.quantizers.uniform import FractionalUniform
+
+
+def innermost(quantizer: Quantizer) -> Any:
+    """The quantizer without what was put around it: bias correction, a low-rank term."""
+    return innermost(quantizer.base) if hasattr(quantizer, "base") else quantizer
+
+
+def with_zero_point(quantizer: Any, zero_point: Float[Array, "..."]) -> Any:
+    """The quantizer with another zero point, in codes, rounded and clipped to a code; its derivative is 1."""
+    if hasattr(quantizer, "base"):
+        return replace(quantizer, base=with_zero_point(quantizer.base, zero_point))
+    exact = jnp.clip(jnp.round(zero_point), quantizer.low, quantizer.high)
+    return replace(quantizer, zero_point=straight_through(exact, zero_point))
+
+
+def offsets(quantizer: Quantizer) -> dict[str, Array]:
+    """What of a quantizer can be shifted, beside its scale: an asymmetric grid's zero point, an interval's start.
+
+    A fractional zero point (RepQ-ViT's) is no code and stays as it is.
+    """
+    if isinstance(quantizer, Focusing):
+        return {"start": quantizer.start / (quantizer.high * quantizer.scale)}
+    grid = innermost(quantizer)
+    if isinstance(quantizer, FractionalUniform) or not hasattr(grid, "zero_point"):
+        return {}
+    return {"zero_point": grid.zero_point / (grid.high - grid.low)}
+
+
+def with_parameters(quantizer: Quantizer, values: Mapping[str, Array]) -> Quantizer:
+    """The quantizer with the named parameters; the others stay."""
+    if "scale" in values:
+        scale = values["scale"]
+        if jnp.ndim(scale) < jnp.ndim(quantizer.scale):  # powers of two, if that is what the factors were, stay such
+            scale = scale * true_divide(quantizer.scale, jnp.min(quantizer.scale))
+        quantizer = quantizer.with_scale(scale)
+    if "zero_point" in values:
+        grid = innermost(quantizer)
+        quantizer = with_zero_point(quantizer, values["zero_point"] * (grid.high - grid.low))
+    if "start" in values:
+        assert isinstance(quantizer, Focusing)
+        quantizer = replace(quantizer, start=values["start"] * (quantizer.high * quantizer.scale))
+    return quantizer

@@ -1,0 +1,177 @@
+"""Gradient steps on the candidates of a whole model: they propose where to go, and the evaluator decides."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from cptv_jax.mesh import DATA, compiler_options, place
+from cptv_jax.search.runs import Run, runs_of, stacked
+from cptv_jax.stages import Stage
+
+Loss = Callable[[PyTree, PyTree], Array]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
+
+    steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
+    step. passes: how many passes share the schedule; each begins with fresh moments, so that nothing of the optimizer
+    outlives a pass.
+    """
+
+    steps: int
+    rate: float
+    batch: int
+    passes: int
+
+    def rate_at(self, step: Array | int) -> Array:
+        """The rate of a step, counted from the first pass on."""
+        return self.rate * 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(step / (self.steps * self.passes), 1.0)))
+
+
+def _finite(gradients: PyTree, parameters: PyTree) -> PyTree:
+    """Zero where a gradient is no number: the deviation of a constant channel has none (bias correction)."""
+    return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradients)
+
+
+_ADAM = optax.chain(optax.stateless(_finite), optax.scale_by_adam())
+
+
+def _loss(
+    runs: tuple[Run, ...],
+    loss: Loss,
+    states: Sequence[PyTree],
+    candidates: Sequence[PyTree],
+    steps: Sequence[PyTree],
+    x: PyTree,
+    target: PyTree,
+) -> Array:
+    """Loss of a batch by the candidates, moved by steps. One stage's activations are kept at a time (checkpointed)."""
+    for run, *trees in zip(runs, states, candidates, steps, strict=True):
+
+        @jax.checkpoint
+        def stage(x: PyTree, state: PyTree, candidate: PyTree, step: PyTree, run: Run = run) -> PyTree:
+            return run.function(run.bind(state, run.move(candidate, step)), x)
+
+        if run.length == 1:
+            x = stage(x, *trees)
+        else:
+
+            def one(x: PyTree, trees: Sequence[PyTree], stage: Callable[..., PyTree] = stage) -> tuple[PyTree, None]:
+                return stage(x, *trees), None
+
+            x, _ = jax.lax.scan(one, x, trees)
+    return loss(x, target)
+
+
+def _descend(
+    runs: tuple[Run, ...],
+    loss: Loss,
+    states: Sequence[PyTree],
+    candidates: Sequence[PyTree],
+    steps: Sequence[PyTree],
+    moments: PyTree,
+    rate: Array,
+    x: PyTree,
+    target: PyTree,
+) -> tuple[Sequence[PyTree], PyTree, Array]:
+    """One step of Adam: the new steps and moments, and the loss before."""
+    value, gradients = jax.value_and_grad(_loss, 4)(runs, loss, states, candidates, steps, x, target)
+    updates, moments = _ADAM.update(gradients, moments)
+    return jax.tree.map(lambda step, update: step - rate * update, steps, updates), moments, value
+
+
+@cache
+def _descend_program() -> Any:
+    return jax.jit(_descend, static_argnums=(0, 1), compiler_options=compiler_options())
+
+
+def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarray]:
+    """Indices of the images of every step: all images in a new order, again and again."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    size = min(size, count)
+    order = rng.permutation(count)
+    for _ in range(steps):
+        if len(order) < size:
+            order = rng.permutation(count)
+        yield order[:size]
+        order = order[size:]
+
+
+class GradientProposer:
+    """Proposes steps for the candidates of all stages at once.
+
+    stages: differentiable ones of the quantized model, alike in candidates to those that the evaluator has.
+    read(indices): calibration images for the first stage. teacher: the teacher's outputs of all of them, in order, on
+    the host. loss(output, teacher): of a batch. mesh: a batch is divided among its data axis.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        read: Callable[[np.ndarray], np.ndarray],
+        teacher: PyTree,
+        loss: Loss,
+        descent: Descent,
+        mesh: Mesh,
+    ) -> None:
+        runs, self._home = runs_of(stages)
+        self._runs = tuple(runs)
+        self._names = [stage.name for stage in stages]
+        self._candidates = [stage.candidate for stage in stages]
+        self._states = place(mesh, self._stacked([stage.state for stage in stages]))
+        self.read, self.teacher, self.loss, self.descent, self.mesh = read, teacher, loss, descent, mesh
+
+    def _stacked(self, trees: Sequence[PyTree]) -> list[PyTree]:
+        """Trees of all stages, by run."""
+        by_run = zip(self._home, trees, strict=True)
+        members: list[list[PyTree]] = [[] for _ in self._runs]
+        for (run, _), tree in by_run:
+            members[run].append(tree)
+        return [stacked(of_run) for of_run in members]
+
+    def propose(
+        self,
+        scales: dict[str, PyTree],
+        pass_index: int,
+        key: Array,
+        on_step: Callable[[float], None] = lambda loss: None,
+    ) -> dict[str, PyTree]:
+        """Steps by stage name, away from the candidates `scales`, that a pass of descent arrives at.
+
+        on_step(loss): called after every step with the loss of its batch before it.
+        """
+        present = [scales.get(name, own) for name, own in zip(self._names, self._candidates, strict=True)]
+        candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
+        steps = jax.tree.map(jnp.zeros_like, candidates)
+        moments = place(self.mesh, _ADAM.init(steps))
+        count = jax.tree.leaves(self.teacher)[0].shape[0]
+        size = max(1, self.descent.batch // self.mesh.shape[DATA]) * self.mesh.shape[DATA]
+        for number, rows in enumerate(_batches(count, size, self.descent.steps, key)):
+            rate = self.descent.rate_at(pass_index * self.descent.steps + number)
+            x = place(self.mesh, self.read(rows), DATA if len(rows) % self.mesh.shape[DATA] == 0 else None)
+            target = place(self.mesh, jax.tree.map(lambda leaf, rows=rows: leaf[rows], self.teacher))
+            steps, moments, value = _descend_program()(
+                self._runs, self.loss, self._states, candidates, steps, moments, rate, x, target
+            )
+            on_step(float(value))
+        return {
+            name: self._member(steps, home, place_in_run)
+            for name, (home, place_in_run) in zip(self._names, self._home, strict=True)
+            if name in scales
+        }
+
+    def _member(self, trees: Sequence[PyTree], home: int, index: int) -> PyTree:
+        if self._runs[home].length == 1:
+            return trees[home]
+        return jax.tree.map(lambda leaf: leaf[index], trees[home])

@@ -1,0 +1,197 @@
+"""The search phase of a run: what a configuration comes to in evaluators, strategies and proposals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from cptv_jax.config import QuantizeConfig, SearchConfig
+from cptv_jax.data import Images
+from cptv_jax.forward import activation_bytes, outputs
+from cptv_jax.mesh import make_mesh, pieces_at_once
+from cptv_jax.plan import Split, searched_sites
+from cptv_jax.progress import bar
+from cptv_jax.quantized import Model, QuantizedModel, move_candidate
+from cptv_jax.run_directory import RunDirectory
+from cptv_jax.search import (
+    Descent,
+    Evaluator,
+    EvolQ,
+    Generational,
+    GradientProposer,
+    Guided,
+    Objective,
+    RacingEvaluator,
+    Strategy,
+)
+from cptv_jax.search.run import FRACTIONS, Scales, SearchState, initial_state, run_search
+from cptv_jax.search.strategies.evol_q import published_step
+from cptv_jax.stages import Output, Stage
+
+_GIB = 2**30
+
+
+def strategy_for(config: SearchConfig, weight_bits: int, direction: PyTree = None) -> Strategy:
+    """The configured strategy for a stage whose searched weights have this width.
+
+    direction: of the pass's proposal there, for guided.
+    """
+    if config.strategy == "guided":
+        return Guided(direction, move_candidate, config.sigma, config.children, config.rounds)
+    if config.strategy == "evol-q":
+        step = published_step(weight_bits) if config.step is None else config.step
+        return EvolQ(step, config.population, config.samples, config.rounds)
+    return Generational(config.sigma, config.children, config.survivors, config.rounds)
+
+
+def _children(config: SearchConfig) -> int:
+    """Candidates a round."""
+    return 1 if config.strategy == "evol-q" else config.children
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """What a search asks about candidates and stages.
+
+    objective: of a batch. mesh: that the images are divided on. teacher: outputs of all batches of `split.calibration`
+    that anything reads.
+    """
+
+    evaluator: Evaluator
+    held_out_loss: Callable[[Sequence[Stage]], float] | None
+    objective: Objective
+    mesh: Mesh
+    teacher: list[Output]
+
+
+def _outputs(
+    stages: Sequence[Stage], batches: Sequence[Images], search: SearchConfig, progress: bool, label: str
+) -> list[Output]:
+    """The output for each batch, in float32 on the host."""
+    with bar(label, sum(len(batch) for batch in batches), progress) as shown:
+        return [
+            outputs(stages, batch.normalized, len(batch), budget=_budget(search), on_progress=shown.update)
+            for batch in batches
+        ]
+
+
+def _budget(search: SearchConfig) -> float | None:
+    return None if search.memory_gib is None else search.memory_gib * _GIB
+
+
+def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
+    search = config.search
+    sites = searched_sites(base.recipe, search)
+    stages = base.stages(lambda site: site in sites, shifted=search.offsets, arithmetic=search.arithmetic)
+    reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
+    objective = Objective(search.objective, search.on, search.temperature)
+    searched = split.calibration[: split.searched]
+    known = split.calibration if search.strategy == "guided" else searched
+    targets = _outputs(reference, [*known, *split.held_out], search, progress, "teacher outputs")
+    loss_of = jax.jit(objective)
+
+    def held_out_loss(current: Sequence[Stage]) -> float:
+        found = _outputs(current, split.held_out, search, False, "held-out images")
+        pairs = zip(found, targets[len(known) :], strict=True)
+        return float(np.mean([float(loss_of(output, target)) for output, target in pairs]))
+
+    mesh = make_mesh(search.population_devices)
+    images, width = pieces_at_once(
+        mesh,
+        activation_bytes(stages, jax.ShapeDtypeStruct((1, *searched[0].pixels.shape[1:]), jnp.float32)),
+        config.calibration.batch * len(searched),
+        _children(search),
+        _budget(search),
+    )
+    evaluator = (RacingEvaluator if search.race else Evaluator)(
+        stages,
+        [batch.normalized(0, len(batch)) for batch in searched],
+        targets[: len(searched)],
+        objective,
+        search.images_at_once or images,
+        search.candidates_at_once or width,
+        mesh,
+        cache_bytes=search.cache_gib * _GIB,
+    )
+    return _Judges(evaluator, held_out_loss if split.held_out else None, objective, mesh, targets[: len(known)])
+
+
+def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges) -> GradientProposer:
+    sites = searched_sites(base.recipe, search)
+    batches = split.calibration
+    size = len(batches[0])
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
+
+    return GradientProposer(
+        base.stages(lambda site: site in sites, shifted=search.offsets, differentiable=True),
+        read,
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *judges.teacher),
+        judges.objective,
+        Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, search.passes),
+        judges.mesh,
+    )
+
+
+def _stage_bits(base: QuantizedModel, stage: str, sites: Sequence[str]) -> int:
+    """Width of a stage's searched sites; the last one's where they differ (the published code asks proj)."""
+    return [spec.bits for site, spec in base.recipe.of_stage(stage).items() if f"{stage}.{site}" in sites][-1]
+
+
+def improve(
+    teacher: Model,
+    base: QuantizedModel,
+    split: Split,
+    config: QuantizeConfig,
+    run: RunDirectory | None,
+    progress: bool,
+) -> tuple[QuantizedModel, SearchState]:
+    """The base method's model with what the configured search found, and how the search ended.
+
+    run: where it is saved after every stage, and continued from.
+    """
+    search = config.search
+    judges = _judges(teacher, base, split, config, progress)
+    evaluator = judges.evaluator
+    state = (run.state() if run else None) or initial_state(evaluator)
+    searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
+    bits = {name: _stage_bits(base, name, searched) for name in state.scales}
+    guided = search.strategy == "guided"
+    proposer = _proposer(base, split, search, judges) if guided else None
+    per_pass = len(bits) * search.rounds * _children(search) + guided * (search.gradient_steps + len(FRACTIONS))
+    done = state.pass_index * per_pass + state.position * search.rounds * _children(search)
+    done += state.proposed * (search.gradient_steps + len(FRACTIONS))
+    with bar("search", search.passes * per_pass, progress, done) as shown:
+        evaluator.on_refresh = lambda done, total: shown.set_postfix_str(f"stage inputs, batch {done} of {total}")
+
+        def on_round(stage: str, evaluated: int, best: float) -> None:
+            shown.set_postfix_str(f"{stage} loss {best:.5f}")
+            shown.update(evaluated)
+
+        def on_step(loss: float) -> None:
+            shown.set_postfix_str(f"gradient, batch loss {loss:.5f}")
+            shown.update(1)
+
+        def propose(scales: Scales, pass_index: int, key: jax.Array) -> Scales:
+            assert proposer is not None
+            return proposer.propose(scales, pass_index, key, on_step)
+
+        state = run_search(
+            evaluator,
+            lambda name, direction: strategy_for(search, bits[name], direction),
+            search.passes,
+            jax.random.key(config.seed),
+            state,
+            judges.held_out_loss,
+            on_round,
+            run.save_state if run else lambda state: None,
+            propose if guided else None,
+            search.patience,
+        )
+    found = {f"{name}.{key}": value for name, values in state.best_scales.items() for key, value in values.items()}
+    return base.with_parameters(found), state

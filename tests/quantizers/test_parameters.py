@@ -1,0 +1,62 @@
+"""What a search may change of a quantizer: placed back it is the same quantizer, and moved it keeps its form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cptv_jax.quantizers import (
+    BiasCorrected,
+    Focusing,
+    FractionalUniform,
+    OffsetUniform,
+    Uniform,
+    grid,
+    offsets,
+    with_parameters,
+    with_zero_point,
+)
+
+SCALES = jnp.asarray([0.1, 0.03, 0.5], jnp.float32)
+
+
+def uniform(zero_point: int, bits: int, signed: bool = False) -> Uniform:
+    low, high = grid(bits, signed)
+    return Uniform(SCALES, jnp.full(3, zero_point, jnp.float32), jnp.float32(low), jnp.float32(high))
+
+
+@given(st.integers(2, 8).flatmap(lambda bits: st.tuples(st.just(bits), st.integers(0, 2**bits - 1))))
+def test_a_zero_point_comes_back_as_the_same_code(case: tuple[int, int]) -> None:
+    bits, zero_point = case
+    for quantizer in (uniform(zero_point, bits), BiasCorrected(uniform(zero_point, bits))):
+        again = with_parameters(quantizer, {"scale": SCALES, **offsets(quantizer)})
+        jax.tree.map(np.testing.assert_array_equal, again, quantizer)
+
+
+def test_a_zero_point_is_rounded_and_stays_a_code() -> None:
+    moved = with_zero_point(BiasCorrected(uniform(3, 4)), jnp.asarray([3.4, 15.7, -2.0]))
+    np.testing.assert_array_equal(moved.base.zero_point, [3, 15, 0])
+    slope = jax.grad(lambda z: jnp.sum(with_zero_point(uniform(3, 4), z).zero_point))(jnp.asarray([3.4, 3.5, 3.6]))
+    np.testing.assert_array_equal(slope, 1)
+
+
+def test_one_scale_for_all_channels_keeps_their_powers_of_two() -> None:
+    factors = np.float32([1, 8, 2])
+    quantizer = with_parameters(uniform(3, 4), {"scale": jnp.float32(0.3) * factors})
+    moved = with_parameters(quantizer, {"scale": jnp.float32(0.7)})
+    np.testing.assert_array_equal(moved.scale, np.float32(0.7) * factors)
+
+
+def test_a_focusing_interval_keeps_its_place_when_its_scale_grows() -> None:
+    quantizer = Focusing(jnp.float32(0.01), jnp.float32(0.09), jnp.float32(15))
+    assert float(offsets(quantizer)["start"]) == pytest.approx(0.6)
+    moved = with_parameters(quantizer, {"scale": jnp.float32(0.02), "start": jnp.float32(0.6)})
+    assert float(moved.start) == pytest.approx(0.18)
+    assert float(moved.end) == pytest.approx(0.48)
+
+
+def test_a_fractional_zero_point_is_not_offered() -> None:
+    base = OffsetUniform(SCALES, jnp.full(3, 2.5), jnp.float32(0), jnp.float32(15))
+    assert offsets(FractionalUniform(base)) == {}

@@ -1,0 +1,146 @@
+"""Gradient proposals: of the numbers that the evaluator computes, in a direction that lowers their loss."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cptv_jax.forward import forward
+from cptv_jax.mesh import make_mesh
+from cptv_jax.quantized import QuantizedModel
+from cptv_jax.search import Descent, Evaluator, GradientProposer, Objective
+from cptv_jax.search.gradient import _descend_program, _loss
+from cptv_jax.search.runs import runs_of, stacked
+from cptv_jax.stages import Output, Stage
+
+BATCH, STEPS = 25, 6
+LOSS = Objective()
+
+
+def searched(site: str) -> bool:
+    return site.startswith("blocks.") and site.endswith((".weight", "residual1"))
+
+
+def stages_of(model: QuantizedModel, **options: Any) -> tuple[Stage, ...]:
+    return model.stages(searched, shifted=True, **options)
+
+
+@pytest.fixture(scope="module")
+def teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> Output:
+    model, images = vit_model
+    return jax.tree.map(np.asarray, forward(model.model.stages(), images))
+
+
+@pytest.fixture(scope="module")
+def proposer(vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output) -> GradientProposer:
+    model, images = vit_model
+    descent = Descent(STEPS, 0.01, BATCH, passes=2)
+    return GradientProposer(
+        stages_of(model, differentiable=True), lambda rows: images[rows], teacher, LOSS, descent, make_mesh()
+    )
+
+
+@pytest.fixture(scope="module")
+def scales(vit_model: tuple[QuantizedModel, np.ndarray]) -> dict[str, Any]:
+    return {stage.name: stage.candidate for stage in stages_of(vit_model[0]) if stage.searchable}
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def moved(stages: Sequence[Stage], direction: dict[str, Any], fraction: float = 1.0) -> list[Stage]:
+    steps = jax.tree.map(lambda step: fraction * step, direction)
+    return [s.bound(s.move(s.candidate, steps[s.name])) if s.name in steps else s for s in stages]
+
+
+def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_two(scales: dict[str, Any]) -> None:
+    candidate = scales["blocks.0"]
+    assert candidate["attn.qkv.weight"].shape == candidate["attn.qkv.weight.zero_point"].shape == (192,)
+    assert candidate["residual1"].shape == ()
+
+
+def test_it_differentiates_the_numbers_that_the_evaluator_computes(
+    vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
+) -> None:
+    model, images = vit_model
+    direction = proposer.propose(scales, 0, jax.random.key(0))
+    smooth = forward(moved(stages_of(model, differentiable=True), direction), jnp.asarray(images))
+    exact = forward(moved(stages_of(model), direction), images)
+    # Sums of float32 in another order: not one step of the logits is off.
+    np.testing.assert_allclose(smooth.logits, exact.logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_loops_and_checkpoints_leave_the_gradient_as_it_is(
+    vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output
+) -> None:
+    model, images = vit_model
+    stages = stages_of(model, differentiable=True)
+    x, target = jnp.asarray(images[:BATCH]), jax.tree.map(lambda leaf: leaf[:BATCH], teacher)
+
+    @jax.jit
+    def plain(steps: list[Any]) -> jax.Array:
+        y: Any = x
+        for stage, step in zip(stages, steps, strict=True):
+            y = stage.function(stage.bind(stage.state, stage.move(stage.candidate, step)), y)
+        return LOSS(y, target)
+
+    runs, home = runs_of(stages)
+    assert max(run.length for run in runs) > 1  # else nothing is looped over
+    members = [[i for i, (run, _) in enumerate(home) if run == number] for number in range(len(runs))]
+
+    @jax.jit
+    def looped(steps: list[Any]) -> jax.Array:
+        states, candidates, by_run = (
+            [stacked([trees[i] for i in run]) for run in members]
+            for trees in ([s.state for s in stages], [s.candidate for s in stages], steps)
+        )
+        return _loss(tuple(runs), LOSS, states, candidates, by_run, x, target)
+
+    zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
+    expected, found = jax.grad(plain)(zeros), jax.grad(looped)(zeros)
+    assert np.any(flat(expected) != 0)
+    # Both sum float32 over thousands of terms, in other orders.
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=2e-3, atol=1e-4 * np.abs(flat(expected)).max())
+
+
+def test_a_proposal_lowers_the_true_loss(
+    vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
+) -> None:
+    model, images = vit_model
+    losses: list[float] = []
+    direction = proposer.propose(scales, 0, jax.random.key(0), losses.append)
+    assert len(losses) == STEPS and set(direction) == set(scales)
+    evaluator = Evaluator(stages_of(model), [images], [teacher], LOSS, 25)
+    last = max(i for i, stage in enumerate(evaluator.stages) if stage.searchable)
+    before = evaluator.loss_of(last, evaluator.stages[last].candidate)
+    for index, stage in enumerate(moved(evaluator.stages, direction)):
+        if stage.searchable:
+            evaluator.accept(index, stage.candidate)
+    assert evaluator.loss_of(last, evaluator.stages[last].candidate) < before
+
+
+def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[str, Any]) -> None:
+    one, same, other = (flat(proposer.propose(scales, 0, jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.any(one != other)
+
+
+def test_later_passes_take_smaller_steps_with_the_same_program(
+    proposer: GradientProposer, scales: dict[str, Any]
+) -> None:
+    first, second = (flat(proposer.propose(scales, number, jax.random.key(0))) for number in (0, 1))
+    assert np.abs(second).mean() < 0.5 * np.abs(first).mean()
+    assert _descend_program()._cache_size() == 1
+
+
+def test_the_rate_falls_to_nothing() -> None:
+    descent = Descent(steps=10, rate=0.02, batch=1, passes=3)
+    rates = [float(descent.rate_at(step)) for step in range(31)]
+    assert rates[0] == pytest.approx(0.02) and rates[30] == pytest.approx(0.0, abs=1e-9)
+    assert all(a > b for a, b in pairwise(rates))

@@ -1,0 +1,75 @@
+"""The guided strategy: what its children are, and which of them survives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cptv_jax.search import Guided
+from cptv_jax.stages import scaled
+
+PARENT = {"weight": jnp.asarray([0.1, 0.2, 0.4, 0.05]), "input": jnp.float32(0.3)}
+DIRECTION = {"weight": jnp.asarray([0.3, -0.2, 0.1, 0.25]), "input": jnp.float32(-0.15)}
+CHILDREN = 30
+
+
+def steps_of(strategy: Guided, seed: int = 0) -> np.ndarray:
+    """Children of PARENT as steps from it, [children, parameters]."""
+    population = strategy.ask(strategy.init(PARENT, 1.0), jax.random.key(seed))
+    logs = jax.tree.map(lambda child, parent: np.log(np.asarray(child) / np.asarray(parent)), population, PARENT)
+    return np.concatenate([np.reshape(leaf, (CHILDREN, -1)) for leaf in jax.tree.leaves(logs)], 1)
+
+
+def guided(**options: Any) -> Guided:
+    return Guided(DIRECTION, scaled, children=CHILDREN, **options)
+
+
+def test_a_third_of_the_children_go_further_or_back_along_the_direction() -> None:
+    along = steps_of(guided())[::3] / np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
+    np.testing.assert_allclose(along, along[:, :1] * np.ones((1, 5)), rtol=1e-4)  # exp and log of float32
+    assert along.min() < 0 < along.max() and len(set(along[:, 0])) == len(along)
+
+
+def test_a_third_takes_back_a_random_part_of_the_direction() -> None:
+    back = steps_of(guided())[1::3] / np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
+    taken = np.round(back)
+    np.testing.assert_allclose(back, taken, atol=1e-4)  # exp and log of float32
+    assert set(np.unique(taken)) == {-1.0, 0.0}
+    assert 0.2 < -taken.mean() < 0.8
+
+
+def test_a_third_takes_random_steps_of_the_deviation_asked_for() -> None:
+    random = np.concatenate([steps_of(guided(sigma=0.02), seed)[2::3] for seed in range(10)])
+    assert random.std() == pytest.approx(0.02, rel=0.1)  # of 500 numbers: their deviation is known to 3 percent
+    assert abs(random.mean()) < 0.003
+
+
+def test_the_elder_survives_a_tie_and_the_best_child_a_loss() -> None:
+    strategy = guided()
+    state = strategy.init(PARENT, 1.0)
+    population = strategy.ask(state, jax.random.key(0))
+    losses = np.full(CHILDREN, 1.0)
+    kept, loss = strategy.best(strategy.tell(state, population, losses))
+    jax.tree.map(np.testing.assert_array_equal, kept, PARENT)
+    assert loss == 1.0
+    losses[7] = 0.5
+    best, loss = strategy.best(strategy.tell(state, population, losses))
+    jax.tree.map(lambda one, all: np.testing.assert_array_equal(one, all[7]), best, population)
+    assert loss == 0.5
+
+
+def test_random_steps_grow_while_they_succeed_and_shrink_while_they_fail() -> None:
+    strategy = guided()
+    state = strategy.init(PARENT, 1.0)
+    population = strategy.ask(state, jax.random.key(0))
+    worse, better = np.full(CHILDREN, 2.0), np.full(CHILDREN, 2.0)
+    better[2::3] = 0.5
+    assert strategy.tell(state, population, worse).sigma < state.sigma < strategy.tell(state, population, better).sigma
+
+
+def test_a_lone_child_leaves_the_deviation_as_it_is() -> None:
+    strategy = Guided(DIRECTION, scaled, children=1)
+    state = strategy.init(PARENT, 1.0)
+    assert strategy.tell(state, strategy.ask(state, jax.random.key(0)), np.asarray([2.0])).sigma == state.sigma
