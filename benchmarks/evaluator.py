@@ -37,6 +37,7 @@ from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import fastest_arithmetic, make_mesh, pieces_at_once, use_all_cores
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.search import RacingEvaluator
 
 SEARCHED = (".attn.qkv.weight", ".attn.proj.weight")  # what the published code searches
 _MUTATION = 1e-3
@@ -54,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, help="bound on the activations of each device")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4], help="K; several give several passes")
     parser.add_argument("--blocks", type=int, nargs="+", help="evaluate only these blocks; -1 is the last")
+    parser.add_argument("--race", action="store_true", help="early rejection: successive halving over the batches")
     parser.add_argument("--no-forward", action="store_true", help="do not time whole forward passes")
     parser.add_argument("--arithmetic", choices=[*OPERANDS], help="default: the model's own choice")
     parser.add_argument("--weight-bits", type=int, default=4)
@@ -145,6 +147,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "model": model.architecture.name,
         "arithmetic": options.arithmetic or fastest_arithmetic(),
         "images": count,
+        "batches": len(starts),
+        "race": options.race,
         "backend": jax.default_backend(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
@@ -168,11 +172,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         at_once, width = pieces_at_once(mesh, row, count, candidates, budget)
         at_once, width = options.images_at_once or at_once, options.width or width
 
-        def evaluator(used: int, at_once: int = at_once, width: int = width) -> Evaluator:
-            return Evaluator(stages, batches[:used], teacher[:used], Objective(), at_once, width, mesh)
+        def evaluator(used: int, race: bool = options.race, at_once: int = at_once, width: int = width) -> Evaluator:
+            kind = RacingEvaluator if race else Evaluator
+            return kind(stages, batches[:used], teacher[:used], Objective(), at_once, width, mesh)
 
-        warm = evaluator(1)
-        compilation = seconds(lambda: [warm.loss_of(i, stages[i].candidate) for i in (indices[0], indices[-1])])  # noqa: B023
+        def warm_up(candidates: int = candidates) -> None:
+            warm = evaluator(1, False)
+            for index in (indices[0], indices[-1]):
+                warm.loss_of(index, stages[index].candidate)
+            if options.race:  # the last block is enough: it is losses of parts of the batches that are new
+                evaluator(len(batches)).losses(indices[0], population(stages[indices[0]].candidate, candidates, 0))
+
+        compilation = seconds(warm_up)
         times = time_pass(evaluator(len(batches)), indices, candidates)
         total = sum(times["stages"].values())
         evaluated = count * candidates * len(indices)

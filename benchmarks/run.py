@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "the same, torch.compile": ("--weights-once", "--compile"),
 }
 MODELS = {"deit_base_patch16_224": 20, "vit_large_patch16_224": 10}  # images, fit for two cores
+RACE = ("--race", "--candidates", "16", "--count", "1000", "--no-forward")  # as a search has them
 GROWTH_CANDIDATES, GROWTH_IMAGES = (1, 4, 16), (100, 200, 400)
 
 
@@ -89,6 +90,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             arguments = (*given, "--count", options.count, "--candidates", options.candidates)
             measured = evaluator(options, arithmetic, *arguments)
             result["ours"].setdefault(measured["arithmetic"], []).append(measured)
+        if "race" not in result:
+            result["race"] = evaluator(options, None, *given, *RACE)
         for name, flags in VARIANTS.items():
             arguments = (*loop, *flags, "--images", options.count, "--batch", *batches[name])
             measured = run(options.torch_python, "pytorch_loop", *arguments)
