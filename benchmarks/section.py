@@ -100,8 +100,8 @@ def _compare(compared: dict[str, Any]) -> str:
         f"### {one['model']}, W4A8, against the PyTorch loop",
         f"{one['images']} images, {kind['candidates']} candidates a block, medians of {len(rounds)} "
         "alternating rounds. A pass includes the making of its prefix cache. Early rejection: one pass with "
-        f"{race['passes'][0]['candidates']} candidates a block, {race['images']} images in {race['batches']} batches, all "
-        "of them counted.",
+        f"{race['passes'][0]['candidates']} candidates a block, {race['images']} images in {race['batches']} batches, "
+        "all of them counted.",
         table(("what", "images (x candidates) a second", "batch"), rows),
         f"Ratios, cptv_jax ({best_ours}) over PyTorch:",
         table(("PyTorch", "whole pass", "pass with early rejection", "single quantized forward"), ratios),
