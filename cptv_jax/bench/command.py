@@ -10,11 +10,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     summary = "Every base method at every width, without and with CPT-V on top; repeat the command to continue it."
     methods = benches.add_parser("methods", help=summary, description=summary)
-    methods.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
-    methods.add_argument("--arch", help="timm name, where the file's name does not contain it")
-    methods.add_argument("--images", required=True, help="calibration images: a folder or tfds:NAME:SPLIT")
-    methods.add_argument("--eval", dest="evaluation", required=True, help="labelled images, only evaluated on")
-    methods.add_argument("--out", required=True, help="directory of the bench; an interrupted one is continued")
+    _add_source(methods)
     methods.add_argument(
         "--methods",
         nargs="+",
@@ -25,13 +21,6 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     methods.add_argument("--bits", nargs="+", metavar="WxAy", help="default: W8A8 W6A6 W4A4 W3A3 W4A8 W3A8")
     methods.add_argument("--calibration", type=int, default=128, metavar="N", help="images of a run (default: 128)")
     methods.add_argument("--batch", type=int, default=32, metavar="N", help="images per batch (default: 32)")
-    methods.add_argument(
-        "--held-out",
-        type=int,
-        default=100,
-        metavar="N",
-        help="further images that only the objective in the table is measured on (default: 100)",
-    )
     methods.add_argument(
         "--seeds",
         nargs="+",
@@ -46,10 +35,66 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     )
     methods.add_argument("--config", metavar="YAML", help="what all runs share, such as options of methods")
 
+    summary = "Search strategies at several budgets and widths on one base method; repeat the command to continue it."
+    search = benches.add_parser("search", help=summary, description=summary)
+    _add_source(search)
+    search.add_argument(
+        "--searches",
+        nargs="+",
+        metavar="SEARCH",
+        help="strategies, or YAML files with a search (default: all)",
+    )
+    search.add_argument("--bits", nargs="+", metavar="WxAy", help="default: W4A8 W3A8")
+    search.add_argument("--passes", nargs="+", type=int, metavar="N", help="the budgets (default: 1 2 4)")
+    search.add_argument("--seeds", nargs="+", default=["auto"], metavar="SEED", help="default: 0 1 2")
+    search.add_argument("--config", metavar="YAML", help="base method, recipe and calibration of all runs")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """What every bench reads and where it writes."""
+    parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
+    parser.add_argument("--arch", help="timm name, where the file's name does not contain it")
+    parser.add_argument("--images", required=True, help="calibration images: a folder or tfds:NAME:SPLIT")
+    parser.add_argument("--eval", dest="evaluation", required=True, help="labelled images, only evaluated on")
+    parser.add_argument("--out", required=True, help="directory of the bench; an interrupted one is continued")
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=100,
+        metavar="N",
+        help="further images that only the objective in the table is measured on (default: 100)",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Runs the bench that was asked for and prints its table; 1 where no run could be measured."""
-    from cptv_jax.bench.methods import DEFAULT_BITS, Options, bench_methods, search_from, seeds_from
+    text, lines = (_methods if args.bench == "methods" else _search)(args)
+    print(text, end="")
+    return 0 if any(line["seeds"] for line in lines) else 1
+
+
+def _search(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    from cptv_jax.bench.runs import AUTO_SEEDS, Source, seeds_from
+    from cptv_jax.bench.search import DEFAULT_BITS, DEFAULT_PASSES, SearchOptions, bench_search, markdown
+    from cptv_jax.config import load_config
+    from cptv_jax.search import STRATEGIES
+
+    options = SearchOptions(
+        Source(args.weights, args.images, args.evaluation, args.arch, args.held_out),
+        Path(args.out),
+        tuple(args.searches or STRATEGIES),
+        tuple(args.bits or DEFAULT_BITS),
+        tuple(args.passes or DEFAULT_PASSES),
+        seeds_from(args.seeds) or AUTO_SEEDS,
+        load_config(args.config),
+    )
+    lines = bench_search(options)
+    return markdown(lines), lines
+
+
+def _methods(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    from cptv_jax.bench.methods import DEFAULT_BITS, Options, bench_methods, search_from
+    from cptv_jax.bench.runs import seeds_from
     from cptv_jax.bench.table import markdown
     from cptv_jax.config import load_config
 
@@ -68,6 +113,5 @@ def run(args: argparse.Namespace) -> int:
         search=search_from(args.search),
         config=load_config(args.config),
     )
-    lines: list[dict[str, Any]] = bench_methods(options)
-    print(markdown(lines), end="")
-    return 0 if any(line["seeds"] for line in lines) else 1
+    lines = bench_methods(options)
+    return markdown(lines), lines

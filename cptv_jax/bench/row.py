@@ -136,6 +136,7 @@ def measure(task: Task) -> dict[str, Any]:
         "objective": objective,
         "recipe": outcome.model.recipe.name,
         "scope": outcome.model.recipe.scope,
+        "evaluations": max((record.get("evaluations", 0) for record in outcome.log), default=0),
         "images": {
             "base": len(plan.split.calibration) * batch,
             "search": plan.split.searched * batch if config.search.strategy != "none" else 0,

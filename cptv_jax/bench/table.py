@@ -107,7 +107,7 @@ def _images(line: dict[str, Any]) -> str:
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    rows = [" | ".join(_HEADER), "|".join("---" for _ in _HEADER)]
+    rows = []
     for line in lines:
         several = f" (seeds {', '.join(map(str, line['seeds']))})" if len(line["seeds"]) > 1 else ""
         seconds = _mean(line["seconds"])
@@ -125,5 +125,12 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
             _images(line),
             line["remark"],
         )
-        rows.append(" | ".join(" ".join(field.split()).replace("|", "\\|") for field in fields))
-    return "\n".join(f"| {row} |" if row[:3] != "---" else f"|{row}|" for row in rows) + "\n"
+        rows.append(fields)
+    return rows_of(_HEADER, rows)
+
+
+def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of text; line breaks and bars in it are made harmless."""
+    lines = [" | ".join(" ".join(field.split()).replace("|", "\\|") for field in row) for row in [header, *rows]]
+    lines = [f"| {line} |" for line in lines]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import pytest
 
 from cptv_jax import InputError, Model, SearchConfig, forward, load_images, load_model, quantize, save_model
-from cptv_jax.bench import methods as bench
-from cptv_jax.bench.methods import Options, bench_methods, run_child
+from cptv_jax.bench import methods
+from cptv_jax.bench import runs as bench
+from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.row import Phases, Task, measure, peak_mib
+from cptv_jax.bench.runs import run_child
 from cptv_jax.cli import main
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS, Method
@@ -206,13 +208,13 @@ def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_o
 
 def test_reconstruction_is_asked_for_by_name_with_the_steps_of_the_configuration(options: Options) -> None:
     names = ("fq-vit", "fq-vit/fq-vit+reconstruction")
-    plain, with_it = (run for run in bench._runs(replace(options, methods=names), 0))
+    plain, with_it = (run for run in methods._runs(replace(options, methods=names), 0))
     assert plain.config.reconstruction.steps is None
     assert with_it.name == "fq-vit-fq-vit+reconstruction_W4A8_seed0"
     assert with_it.config.recipe.preset == "fq-vit"
-    assert with_it.config.reconstruction.steps == bench.RECONSTRUCTION_STEPS
+    assert with_it.config.reconstruction.steps == methods.RECONSTRUCTION_STEPS
     shared = replace(options.config, reconstruction=ReconstructionConfig(steps=7))
-    _, with_it = (run for run in bench._runs(replace(options, methods=names, config=shared), 0))
+    _, with_it = (run for run in methods._runs(replace(options, methods=names, config=shared), 0))
     assert with_it.config.reconstruction.steps == 7
 
 
@@ -279,7 +281,7 @@ def test_bench_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def task(options: Options, monkeypatch: pytest.MonkeyPatch) -> Task:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (config,) = (run.config for run in bench._runs(options, 0))
+    (config,) = (run.config for run in methods._runs(options, 0))
     options.out.mkdir()
     return Task(
         options.weights,

@@ -1,0 +1,221 @@
+"""What all benches share: a table whose rows are runs of `cptv quantize`, each in a process of its own."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cptv_jax import data
+from cptv_jax.bench.row import Task, read_measured
+from cptv_jax.bench.table import Cell
+from cptv_jax.checkpoint import load_float_model, write_atomically
+from cptv_jax.config import QuantizeConfig
+from cptv_jax.data import Images
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import check_labels
+from cptv_jax.plan import planned
+from cptv_jax.progress import bar
+from cptv_jax.quantized import Model
+from cptv_jax.recipe import MAX_BITS, MIN_BITS
+from cptv_jax.run_directory import claimed, digest, first_difference, refuse_foreign, versions
+
+KIND = "bench"  # bench.json tells a bench's directory
+AUTO_SEEDS = (0, 1, 2)
+Line = dict[str, Any]
+_WIDTHS = re.compile(r"W(\d+)A(\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all runs of a bench read. held_out: further calibration images that only the objective sees."""
+
+    weights: str
+    images: str
+    evaluation: str
+    arch: str | None = None
+    held_out: int = 100
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a bench shows what was measured. name: of its files."""
+
+    name: str
+    lines_of: Callable[[Sequence[Cell]], list[Line]]
+    markdown: Callable[[Sequence[Line]], str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the bench; name: of its directory and its files."""
+
+    bits: str
+    label: str
+    config: QuantizeConfig
+
+    @property
+    def name(self) -> str:
+        label = re.sub(r"[^\w.+]+", "-", self.label)  # what a file can be named by
+        return f"{label}_{self.bits}_seed{self.config.seed}"
+
+    def cell(self, measured: dict[str, Any], reason: str) -> Cell:
+        return Cell(self.bits, self.label, self.config.seed, self.config.search.strategy, measured, reason)
+
+
+def seeds_from(words: Sequence[str]) -> tuple[int, ...] | None:
+    """Seeds, or None for "auto". Raises InputError for anything else."""
+    if list(words) == ["auto"]:
+        return None
+    if not all(word.isdecimal() and int(word) < 2**32 for word in words):
+        raise InputError(f"--seeds are {' '.join(words)}; give whole numbers from 0 to 2^32 - 1, or auto")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+def with_bits(config: QuantizeConfig, bits: str) -> QuantizeConfig:
+    """The configuration at widths such as W4A8. Raises InputError for anything else."""
+    parts = _WIDTHS.fullmatch(bits)
+    if parts is None or not all(MIN_BITS <= int(part) <= MAX_BITS for part in parts.groups()):
+        raise InputError(
+            f"--bits has {bits}; write W and A with widths from {MIN_BITS} to {MAX_BITS} bits, such as W4A8"
+        )
+    return replace(config, recipe=replace(config.recipe, weight_bits=int(parts[1]), activation_bits=int(parts[2])))
+
+
+class Bench:
+    """The runs of a bench, each in a child process, and what came of them so far.
+
+    refused: reasons known beforehand, by name of the run.
+    """
+
+    def __init__(
+        self, source: Source, out: Path, table: Table, identity: dict[str, Any], refused: dict[str, str]
+    ) -> None:
+        self.source = source
+        self.out = out
+        self.table = table
+        self.identity = identity
+        self.refused = refused
+        self.cells: dict[str, Cell] = {}
+        self.folder = out / "runs"
+        self.folder.mkdir(exist_ok=True)
+
+    def run(self, runs: Sequence[Run], progress: bool) -> None:
+        """Measures those that are not measured yet."""
+        with bar("bench", len(runs), progress) as shown:
+            for run in runs:
+                shown.set_description(f"bench {run.name}")
+                self.cells[run.name] = self._cell(run)
+                self.write()
+                shown.update(1)
+
+    def write(self) -> list[Line]:
+        """The table so far, as it is written to a Markdown and a JSON file."""
+        lines = self.table.lines_of(list(self.cells.values()))
+        measured = (cell.measured for cell in self.cells.values() if cell.done)
+        teacher = next((found["accuracy"]["float"] for found in measured), None)
+        heading = f"Full precision: {teacher['top1']:.2f} % of {teacher['images']} images.\n\n" if teacher else ""
+        write_atomically(self.out / f"{self.table.name}.md", heading + self.table.markdown(lines))
+        whole = {"settings": self.identity, "versions": versions(), "float": teacher, "lines": lines}
+        write_atomically(self.out / f"{self.table.name}.json", json.dumps(whole, indent=1))
+        return lines
+
+    def _cell(self, run: Run) -> Cell:
+        if run.name in self.refused:
+            return run.cell({}, f"not possible: {self.refused[run.name]}")
+        path = self.folder / f"{run.name}.json"
+        if not read_measured(path).get("done"):
+            read = self.source
+            task = Task(
+                read.weights, read.arch, read.images, read.evaluation, read.held_out, run.config,
+                self.folder / run.name, path,
+            )  # fmt: skip
+            code, reason = run_child(task, path.with_suffix(".log"))
+            if code:
+                refusal = read_measured(path).get("refused") if code == 2 else None
+                return run.cell({}, f"not possible: {refusal}" if refusal else f"failed: {reason}")
+        return run.cell(read_measured(path), "")
+
+
+@contextmanager
+def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], runs: Sequence[Run]) -> Iterator[Bench]:
+    """A bench in a directory that this process holds; one that was interrupted goes on.
+
+    settings: what makes it another bench, beside the source; what all runs have in common. runs: the first seed's.
+    Raises InputError for what no run can use, and for an `out` that is something else than this bench.
+    """
+    if source.held_out == 1 or source.held_out < 0:
+        raise InputError(f"--held-out is {source.held_out}; the objective contrasts images: give 2 or more, or 0")
+    refuse_foreign(out, KIND)
+    model = load_float_model(source.weights, source.arch)
+    count = max(run.config.calibration.images for run in runs) + source.held_out
+    images = data.load(
+        source.images, model.architecture.preprocessing, labels=False, limit=count, need=count, seed=runs[0].config.seed
+    )
+    evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
+    check_labels(model.stages(), evaluation)
+    refused = _refusals(model, images, runs)
+    identity = {
+        "weights": digest(model.weights),
+        "images": source.images,
+        "evaluation": digest([evaluation.pixels, evaluation.require_labels()]),
+        "held-out": source.held_out,
+        **settings,
+    }
+    del model, images, evaluation
+    with claimed(out, KIND):
+        _check_identity(out, identity)
+        yield Bench(source, out, table, identity, refused)
+
+
+def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, str]:
+    """Why runs cannot be, by name. Raises InputError where none can, for one reason."""
+    refused = {}
+    for run in runs:
+        try:
+            planned(model, images.take(slice(0, run.config.calibration.images)), run.config)
+        except InputError as error:
+            refused[run.name] = str(error)
+    if len(refused) == len(runs) and len(set(refused.values())) == 1:
+        raise InputError(next(iter(refused.values())))
+    return refused
+
+
+def _check_identity(out: Path, identity: dict[str, Any]) -> None:
+    path = out / f"{KIND}.json"
+    if path.exists():
+        different = first_difference(read_measured(path), json.loads(json.dumps(identity)))
+        if different:
+            raise InputError(
+                f"{out} holds a bench with other settings ({different}); choose another --out, or repeat the original "
+                "command to continue it"
+            )
+    write_atomically(path, json.dumps(identity, indent=1))
+
+
+def run_child(task: Task, log: Path) -> tuple[int, str]:
+    """Measures a task in a process of its own; its exit code, and the last it said where that is not 0."""
+    command = [sys.executable, "-m", "cptv_jax.bench.row"]
+    with (
+        log.open("w", encoding="utf-8") as said,
+        # Unbuffered, so that nothing is left to be written to a child that ended before it read.
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, bufsize=0) as child,
+    ):
+        assert child.stdin is not None
+        with suppress(BrokenPipeError):  # its exit code says why
+            child.stdin.write(f"{task.to_json()}\n".encode())  # and left open: its end would be the child's
+        try:
+            code = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+    if code == 0:
+        return 0, ""
+    if code < 0:
+        return code, f"ended by signal {-code}; see {log}"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return code, f"{lines[-1] if lines else f'exit code {code}'}; see {log}"

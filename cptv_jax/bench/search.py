@@ -1,0 +1,136 @@
+"""`cptv bench search`: strategies at several budgets and widths, on top of one base method, in one table."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, with_bits
+from cptv_jax.bench.table import Cell, rows_of
+from cptv_jax.config import QuantizeConfig, SearchConfig, load_config, to_mapping
+from cptv_jax.errors import InputError
+from cptv_jax.search import STRATEGIES
+from cptv_jax.suggest import did_you_mean
+
+DEFAULT_BITS = ("W4A8", "W3A8")
+DEFAULT_PASSES = (1, 2, 4)
+_HEADER = ("bits", "search", "evaluations", "seconds", "top-1 %", "gain", "objective", "seeds", "remark")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What `cptv bench search` is asked.
+
+    source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
+    section counts. bits: such as W3A8. passes: the budgets. config: base method, recipe and calibration of all runs.
+    """
+
+    source: Source
+    out: Path
+    searches: tuple[str, ...] = STRATEGIES
+    bits: tuple[str, ...] = DEFAULT_BITS
+    passes: tuple[int, ...] = DEFAULT_PASSES
+    seeds: tuple[int, ...] = AUTO_SEEDS
+    config: QuantizeConfig = QuantizeConfig()  # noqa: RUF009 - frozen
+
+
+def _search(word: str) -> tuple[str, SearchConfig]:
+    if word.endswith((".yaml", ".yml")):
+        return Path(word).stem, load_config(word).search
+    if word not in STRATEGIES:
+        raise InputError(f"--searches has '{word}'{did_you_mean(word, STRATEGIES)}")
+    return word, SearchConfig(strategy=word)  # type: ignore[arg-type]
+
+
+def _runs(options: SearchOptions, seed: int) -> list[Run]:
+    """The runs of one seed, by width, strategy and budget."""
+    if min(options.passes) < 1:
+        raise InputError(f"--passes has {min(options.passes)}; a search has at least 1")
+    runs = []
+    for bits in dict.fromkeys(options.bits):
+        config = with_bits(replace(options.config, seed=seed), bits)
+        for word in dict.fromkeys(options.searches):
+            name, search = _search(word)
+            for passes in dict.fromkeys(options.passes):
+                label = f"{name}, {passes} pass{'es' * (passes > 1)}"
+                runs.append(Run(bits, label, replace(config, search=replace(search, passes=passes))))
+    return runs
+
+
+def lines_of(cells: Sequence[Cell]) -> list[Line]:
+    """The table as data: for each width the base, then every search with the values of its seeds."""
+    lines: list[Line] = []
+    for bits in dict.fromkeys(cell.bits for cell in cells):
+        here = [cell for cell in cells if cell.bits == bits]
+        bases = {cell.seed: cell.measured for cell in here if cell.done}
+        lines.append(_line(bits, "base", list(bases), list(bases.values()), "base", ""))
+        for label in dict.fromkeys(cell.label for cell in here):
+            group = [cell for cell in here if cell.label == label]
+            done = [cell for cell in group if cell.done]
+            remark = "; ".join(f"seed {cell.seed}: {cell.reason}" for cell in group if cell.reason)
+            lines.append(_line(bits, label, [c.seed for c in done], [c.measured for c in done], "final", remark))
+    return lines
+
+
+def _line(bits: str, label: str, seeds: list[int], found: list[Line], stage: str, remark: str) -> Line:
+    phase = "base" if stage == "base" else "search"
+    top1 = [one["accuracy"][stage]["top1"] for one in found]
+    return {
+        "bits": bits,
+        "search": label,
+        "seeds": seeds,
+        "evaluations": [one["evaluations"] if stage == "final" else 0 for one in found],
+        "seconds": [one["phases"].get(phase, {}).get("seconds") for one in found],
+        "top1": top1,
+        "gain": [after - one["accuracy"]["base"]["top1"] for after, one in zip(top1, found, strict=True)],
+        "objective": [one["objective"].get(stage) for one in found],
+        "remark": remark,
+    }
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    """The mean, and the standard deviation where there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table as Markdown; means over seeds with their standard deviations."""
+    return rows_of(
+        _HEADER,
+        [
+            (
+                line["bits"],
+                line["search"],
+                _mean(line["evaluations"], 0) if line["search"] != "base" else "",
+                _mean(line["seconds"], 0),
+                _mean(line["top1"], 2),
+                _mean(line["gain"], 2) if line["search"] != "base" else "",
+                _mean(line["objective"], 4),
+                " ".join(map(str, line["seeds"])),
+                line["remark"],
+            )
+            for line in lines
+        ],
+    )
+
+
+TABLE = Table("search", lines_of, markdown)
+
+
+def bench_search(options: SearchOptions, progress: bool = True) -> list[Line]:
+    """Runs what is not yet measured, writes search.md and search.json into `options.out` after each run, and returns
+    the lines of the table. Raises InputError as `bench_methods` does.
+    """
+    first, *others = options.seeds
+    runs = _runs(options, first)
+    settings = {"config": to_mapping(replace(options.config, seed=0, search=SearchConfig()))}
+    with opened(options.source, options.out, TABLE, settings, runs) as bench:
+        bench.run(runs, progress)
+        for seed in others:
+            again = zip(runs, _runs(options, seed), strict=True)
+            bench.run([run for before, run in again if before.name not in bench.refused], progress)
+        return bench.write()

@@ -1,0 +1,105 @@
+"""`cptv bench search`: strategies at several budgets, gains over the base of the same seed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
+from cptv_jax.bench import runs as bench
+from cptv_jax.bench.row import measure
+from cptv_jax.bench.runs import Source
+from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
+from cptv_jax.bench.table import Cell
+from cptv_jax.config import CalibrationConfig, to_mapping
+from cptv_jax.demo import DIGITS_VIT
+
+TINY = replace(
+    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
+)
+
+
+def cell(label: str, seed: int, base: float, final: float, evaluations: int = 7, bits: str = "W3A8") -> Cell:
+    measured: dict[str, Any] = {
+        "done": True,
+        "accuracy": {"base": {"top1": base, "images": 500}, "final": {"top1": final, "images": 500}},
+        "objective": {"base": 20.0, "final": 19.0 + seed},
+        "phases": {"base": {"seconds": 5.0}, "search": {"seconds": 10.0 * (seed + 1)}},
+        "evaluations": evaluations,
+    }
+    return Cell(bits, label, seed, "guided", measured)
+
+
+def rows(cells: Sequence[Cell]) -> list[list[str]]:
+    _, _, *lines = markdown(lines_of(cells)).splitlines()
+    return [[field.strip() for field in line.strip("|").split("|")] for line in lines]
+
+
+def test_lines_have_means_and_deviations_and_gains_over_the_base_of_the_same_seed() -> None:
+    base, search = rows([cell("guided, 1 pass", 0, 50.0, 60.0), cell("guided, 1 pass", 1, 54.0, 62.0)])
+    assert base == ["W3A8", "base", "", "5 ± 0", "52.00 ± 2.83", "", "20.0000 ± 0.0000", "0 1", ""]
+    assert search == [
+        "W3A8", "guided, 1 pass", "7 ± 0", "15 ± 7", "61.00 ± 1.41", "9.00 ± 1.41", "19.5000 ± 0.7071", "0 1", "",
+    ]  # fmt: skip
+
+
+def test_a_width_has_its_base_once_and_a_run_that_failed_says_why() -> None:
+    failed = Cell("W3A8", "evol-q, 2 passes", 0, "evol-q", {}, "failed: no room")
+    found = rows([cell("guided, 1 pass", 0, 50.0, 60.0), failed, cell("guided, 1 pass", 0, 80.0, 81.0, bits="W4A8")])
+    assert [line[:2] for line in found] == [
+        ["W3A8", "base"], ["W3A8", "guided, 1 pass"], ["W3A8", "evol-q, 2 passes"],
+        ["W4A8", "base"], ["W4A8", "guided, 1 pass"],
+    ]  # fmt: skip
+    assert found[2][-1] == "seed 0: failed: no room"
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> SearchOptions:
+    save_model(tmp_path / "tiny", Model(TINY, TINY.initialize(0)))
+    source = Source(str(tmp_path / "tiny"), "digits:calibration", "digits:test", held_out=4)
+    config = QuantizeConfig(calibration=CalibrationConfig(16, 8))
+    return SearchOptions(source, tmp_path / "out", ("evol-q",), ("W3A8",), (1, 2), (0, 3), config)
+
+
+def test_every_strategy_budget_and_seed_is_a_run(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = []
+
+    def run(task: Any, log: Path) -> tuple[int, str]:
+        tasks.append(task)
+        return 1, "not run"
+
+    monkeypatch.setattr(bench, "run_child", run)
+    bench_search(replace(options, searches=("evol-q", "generational")), progress=False)
+    asked = [(t.config.search.strategy, t.config.search.passes, t.config.seed) for t in tasks]
+    assert asked == [(s, p, seed) for seed in (0, 3) for s in ("evol-q", "generational") for p in (1, 2)]
+    assert len({t.run for t in tasks}) == len(tasks)
+
+
+def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(task: Any, log: Path) -> tuple[int, str]:
+        task.measured.write_text(json.dumps(measure(task)))
+        return 0, ""
+
+    monkeypatch.setattr(bench, "run_child", here)
+    base, one, two = bench_search(replace(options, seeds=(0,)), progress=False)
+    assert base["search"] == "base" and base["evaluations"] == [0]
+    assert one["evaluations"] == [1 + 3] and two["evaluations"] == [1 + 2 * 3]  # the start, and three cycles a pass
+    assert one["seconds"][0] > 0
+    assert (options.out / "search.md").read_text().count("evol-q") == 2
+
+
+def test_a_yaml_file_gives_a_search_of_its_name(options: SearchOptions, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("search: {strategy: generational, children: 3}\n")
+    (run, _) = _runs(replace(options, searches=(str(tmp_path / "mine.yaml"),)), 0)
+    assert run.label == "mine, 1 pass"
+    assert to_mapping(run.config.search) == to_mapping(SearchConfig(strategy="generational", children=3, passes=1))
+
+
+def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> None:
+    with pytest.raises(InputError, match="did you mean 'evol-q'"):
+        bench_search(replace(options, searches=("evolq",)))
+    with pytest.raises(InputError, match="--passes has 0"):
+        bench_search(replace(options, passes=(0, 1)))
