@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from cptv_jax import pipeline
+from cptv_jax import pipeline, searching
 from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig
 from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
@@ -251,14 +251,14 @@ def test_a_search_that_only_fits_its_own_images_is_undone(
 ) -> None:
     """The start or the first pass is handed back where held-out losses, here made up, are least there."""
     remaining = iter(held_out)
-    search, states = pipeline.run_search, []
+    search, states = searching.run_search, []
 
     def with_made_up_losses(*arguments: Any) -> Any:
-        *first, _, on_round, on_stage = arguments
-        states.append(search(*first, lambda stages: next(remaining), on_round, on_stage))
+        *first, _, on_round, on_stage, propose, patience = arguments
+        states.append(search(*first, lambda stages: next(remaining), on_round, on_stage, propose, patience))
         return states[-1]
 
-    monkeypatch.setattr(pipeline, "run_search", with_made_up_losses)
+    monkeypatch.setattr(searching, "run_search", with_made_up_losses)
     found = quantize(model, calibration, CONFIG)
     (state,) = states
     best = int(np.argmin(held_out))

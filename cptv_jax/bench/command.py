@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 
 def add_benches(parser: argparse.ArgumentParser) -> None:
@@ -49,31 +48,53 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--seeds", nargs="+", default=["auto"], metavar="SEED", help="default: 0 1 2")
     search.add_argument("--config", metavar="YAML", help="base method, recipe and calibration of all runs")
 
+    summary = "Accuracy against size: uniform weight widths, and mixed ones of the same size; repeat to continue it."
+    precision = benches.add_parser("precision", help=summary, description=summary)
+    _add_source(precision, held_out=False)
+    precision.add_argument("--bits", nargs="+", type=int, metavar="N", help="widths a site may have (default: 2 to 8)")
+    precision.add_argument("--judges", type=int, default=200, metavar="N", help="images that judge (default: 200)")
+    precision.add_argument("--generations", type=int, default=6, metavar="N", help="of the evolution (default: 6)")
+    precision.add_argument("--children", type=int, default=4, metavar="N", help="a generation (default: 4)")
+    precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+
+def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     """What every bench reads and where it writes."""
     parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
     parser.add_argument("--arch", help="timm name, where the file's name does not contain it")
     parser.add_argument("--images", required=True, help="calibration images: a folder or tfds:NAME:SPLIT")
     parser.add_argument("--eval", dest="evaluation", required=True, help="labelled images, only evaluated on")
     parser.add_argument("--out", required=True, help="directory of the bench; an interrupted one is continued")
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        default=100,
-        metavar="N",
-        help="further images that only the objective in the table is measured on (default: 100)",
-    )
+    if held_out:
+        text = "further images that only the objective in the table is measured on (default: 100)"
+        parser.add_argument("--held-out", type=int, default=100, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the bench that was asked for and prints its table; 1 where no run could be measured."""
-    text, lines = (_methods if args.bench == "methods" else _search)(args)
+    text, measured = {"methods": _methods, "search": _search, "precision": _precision}[args.bench](args)
     print(text, end="")
-    return 0 if any(line["seeds"] for line in lines) else 1
+    return 0 if measured else 1
 
 
-def _search(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+def _precision(args: argparse.Namespace) -> tuple[str, bool]:
+    from cptv_jax.bench.precision import DEFAULT_BITS, PrecisionOptions, bench_precision, markdown
+    from cptv_jax.bench.runs import Source
+    from cptv_jax.config import load_config
+
+    options = PrecisionOptions(
+        Source(args.weights, args.images, args.evaluation, args.arch),
+        Path(args.out),
+        tuple(args.bits or DEFAULT_BITS),
+        args.judges,
+        args.generations,
+        args.children,
+        load_config(args.config),
+    )
+    return markdown(bench_precision(options)), True
+
+
+def _search(args: argparse.Namespace) -> tuple[str, bool]:
     from cptv_jax.bench.runs import AUTO_SEEDS, Source, seeds_from
     from cptv_jax.bench.search import DEFAULT_BITS, DEFAULT_PASSES, SearchOptions, bench_search, markdown
     from cptv_jax.config import load_config
@@ -89,10 +110,10 @@ def _search(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         load_config(args.config),
     )
     lines = bench_search(options)
-    return markdown(lines), lines
+    return markdown(lines), any(line["seeds"] for line in lines)
 
 
-def _methods(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+def _methods(args: argparse.Namespace) -> tuple[str, bool]:
     from cptv_jax.bench.methods import DEFAULT_BITS, Options, bench_methods, search_from
     from cptv_jax.bench.runs import seeds_from
     from cptv_jax.bench.table import markdown
@@ -114,4 +135,4 @@ def _methods(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         config=load_config(args.config),
     )
     lines = bench_methods(options)
-    return markdown(lines), lines
+    return markdown(lines), any(line["seeds"] for line in lines)

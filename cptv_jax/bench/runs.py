@@ -168,7 +168,7 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
     }
     del model, images, evaluation
     with claimed(out, KIND):
-        _check_identity(out, identity)
+        check_identity(out, identity)
         yield Bench(source, out, table, identity, refused)
 
 
@@ -185,7 +185,8 @@ def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, st
     return refused
 
 
-def _check_identity(out: Path, identity: dict[str, Any]) -> None:
+def check_identity(out: Path, identity: dict[str, Any]) -> None:
+    """Writes what a bench is, or raises InputError where `out` holds another one."""
     path = out / f"{KIND}.json"
     if path.exists():
         different = first_difference(read_measured(path), json.loads(json.dumps(identity)))

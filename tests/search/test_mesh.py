@@ -35,7 +35,7 @@ def losses_of(process: subprocess.Popen[str]) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_losses_are_the_same_bits_on_every_mesh_and_on_two_processes(golden: Path) -> None:
-    names = ("1x1", "1x2", "2x1", "2x2", "1x4", "4x2", "1x8")
+    names = ("1x1", "1x2", "2x2", "4x2", "1x8")
     single = losses_of(start(golden, 8, *names))
     assert set(single) == set(names) and len(single["1x1"]) == 16 == len(set(single["1x1"]))
     for name, values in single.items():
@@ -43,9 +43,9 @@ def test_losses_are_the_same_bits_on_every_mesh_and_on_two_processes(golden: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = [start(golden, 2, "1x4", "2x2", "--process", str(i), "of", "2", port) for i in range(2)]
+    processes = [start(golden, 2, "2x2", "--process", str(i), "of", "2", port) for i in range(2)]
     for found in [losses_of(process) for process in processes]:
-        assert found == {"1x4": single["1x1"], "2x2": single["1x1"]}
+        assert found == {"2x2": single["1x1"]}
 
 
 def test_a_mesh_needs_its_devices() -> None:

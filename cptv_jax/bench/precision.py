@@ -1,0 +1,237 @@
+"""`cptv bench precision`: accuracy against size, of uniform widths and of mixed ones of the same size."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptv_jax import data
+from cptv_jax.bench.runs import KIND, Line, Source, check_identity
+from cptv_jax.bench.table import rows_of
+from cptv_jax.checkpoint import load_float_model, save_model, write_atomically
+from cptv_jax.config import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import check_labels, evaluate
+from cptv_jax.forward import outputs
+from cptv_jax.methods import METHODS
+from cptv_jax.plan import Plan, planned
+from cptv_jax.precision import Widths, loss_of_genes
+from cptv_jax.progress import bar
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import MAX_BITS, MIN_BITS
+from cptv_jax.run_directory import claimed, digest, refuse_foreign
+from cptv_jax.search import Evaluator, Objective
+from cptv_jax.search.allocation import Genes, allocate, evolve_genes, sensitivities
+
+NAME = "precision"
+DEFAULT_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
+_HEADER = (
+    "size as uniform",
+    "MiB of weights",
+    "uniform top-1 %",
+    "mixed top-1 %",
+    "uniform objective",
+    "mixed objective",
+)
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """What `cptv bench precision` is asked.
+
+    bits: the widths a site may have. images: calibration images that judge genes, of those of `config`. generations,
+    children: of the evolution at every size. config: base method, recipe (its weight_bits are replaced), calibration,
+    objective and seed.
+    """
+
+    source: Source
+    out: Path
+    bits: tuple[int, ...] = DEFAULT_BITS
+    images: int = 200
+    generations: int = 6
+    children: int = 4
+    config: QuantizeConfig = QuantizeConfig()  # noqa: RUF009 - frozen
+
+
+def _at_width(config: QuantizeConfig, bits: int) -> QuantizeConfig:
+    return replace(config, recipe=replace(config.recipe, weight_bits=bits), search=SearchConfig(strategy="none"))
+
+
+def _models(model: Model, plans: dict[int, Plan], progress: bool) -> Widths:
+    """The base method's models of all widths."""
+    found: list[QuantizedModel] = []
+    with bar("calibrate", len(plans), progress) as shown:
+        for plan in plans.values():
+            config, method = plan.config, plan.method
+            options = {} if method.options is None else {"options": getattr(config, method.options)}
+            batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in plan.split.calibration]
+            key = jax.random.key(config.seed)
+            found.append(METHODS[config.method].quantize(model, batches, plan.recipe, key, **options))
+            shown.update(1)
+    return Widths(tuple(found))
+
+
+class _Kept:
+    """Measurements by name, in a JSON file that is rewritten after each: an interrupted bench goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self.found:
+            self.found[name] = measure()
+            write_atomically(self.path, json.dumps(self.found))
+        return self.found[name]
+
+
+def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Line]:
+    """Measures uniform widths and, at the size of each but the widest, mixed ones; writes precision.md, .json and .png
+    and the mixed models into `options.out`, and returns the lines of the table.
+
+    Genes are chosen by the objective on calibration images; evaluation images only fill the table.
+    Raises InputError for settings that cannot work, and for an `out` that is something else than this bench.
+    """
+    widths = tuple(sorted(set(options.bits)))
+    if len(widths) < 2:
+        raise InputError(f"--bits are {list(widths)}; mixed precision needs 2 widths or more")
+    source, config = options.source, options.config
+    refuse_foreign(options.out, KIND)
+    model = load_float_model(source.weights, source.arch)
+    wanted, batch = config.calibration.images, config.calibration.batch
+    given = data.load(
+        source.images, model.architecture.preprocessing, labels=False, limit=wanted, need=wanted, seed=config.seed
+    )
+    evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
+    check_labels(model.stages(), evaluation)
+    plans = {bits: planned(model, given, _at_width(config, bits)) for bits in widths}
+    batches = plans[widths[0]].split.calibration[: max(1, options.images // batch)]
+    identity = {
+        "weights": digest(model.weights),
+        "images": digest(given.pixels),
+        "evaluation": digest([evaluation.pixels, evaluation.require_labels()]),
+        "bits": widths,
+        "judges": len(batches) * batch,
+        "generations": options.generations,
+        "children": options.children,
+        "config": to_mapping(config),
+    }
+    with claimed(options.out, KIND):
+        check_identity(options.out, identity)
+        kept = _Kept(options.out / f"{NAME}-measured.json")
+        models = _models(model, plans, progress)
+        inputs = [one.normalized(0, len(one)) for one in batches]
+        teacher = [outputs(model.stages(), one.normalized, len(one)) for one in batches]
+        search = config.search
+        judge = Evaluator(models.stages(), inputs, teacher, Objective(search.objective, search.on, search.temperature))
+        return _measured(options, models, judge, kept, lambda q: evaluate(q.stages(), evaluation).top1, progress)
+
+
+def _measured(
+    options: PrecisionOptions,
+    models: Widths,
+    judge: Evaluator,
+    kept: _Kept,
+    accuracy: Callable[[QuantizedModel], float],
+    progress: bool,
+) -> list[Line]:
+    costs, widths = models.bytes_by_choice(), models.bits
+    per_budget = 1 + options.generations * options.children
+    total = len(models.sites) * len(widths) + 2 * len(widths) + (len(widths) - 1) * per_budget
+    lines: list[Line] = []
+    with bar(f"bench {NAME}", total, progress) as shown:
+
+        def sensitivity() -> dict[str, list[float]]:
+            found = sensitivities(judge, len(widths), shown.update)
+            return {site: [float(loss) for loss in losses] for site, losses in found.items()}
+
+        def on_child(best: float) -> None:
+            shown.set_postfix_str(f"loss {best:.5f}")
+            shown.update(1)
+
+        losses = {site: np.asarray(values) for site, values in kept.get("sensitivity", sensitivity).items()}
+        for index, bits in enumerate(widths):
+            genes = models.uniform(index)
+            line: Line = {"bits": bits, "bytes": models.bytes_of(genes)}
+            line["uniform"] = kept.get(f"uniform {bits}", partial(_both, judge, models, genes, accuracy))
+            shown.update(2)
+            if index + 1 < len(widths):
+                rng = np.random.default_rng([options.config.seed, bits])
+
+                def mixed(budget: float = line["bytes"], rng: np.random.Generator = rng) -> dict[str, Any]:
+                    start = allocate(losses, costs, budget)
+                    evolved = evolve_genes(
+                        partial(loss_of_genes, judge),
+                        start,
+                        costs,
+                        budget,
+                        rng,
+                        options.generations,
+                        options.children,
+                        on_child,
+                    )
+                    found = _both(judge, models, evolved.genes, accuracy)
+                    return {**found, "genes": evolved.genes, "start": evolved.losses[0]}
+
+                line["mixed"] = kept.get(f"mixed {bits}", mixed)
+                path = options.out / f"mixed-{bits}"
+                if not path.exists():
+                    save_model(path, models.model(line["mixed"]["genes"]))
+            lines.append(line)
+            _write(options.out, lines)
+    return lines
+
+
+def _both(
+    judge: Evaluator, models: Widths, genes: Genes, accuracy: Callable[[QuantizedModel], float]
+) -> dict[str, float]:
+    return {"objective": loss_of_genes(judge, genes), "top1": accuracy(models.model(genes))}
+
+
+def markdown(lines: list[Line]) -> str:
+    """The table as Markdown."""
+    rows = []
+    for line in lines:
+        uniform, mixed = line["uniform"], line.get("mixed")
+        rows.append(
+            (
+                f"{line['bits']} bits",
+                f"{line['bytes'] / 2**20:.2f}",
+                f"{uniform['top1']:.1f}",
+                f"{mixed['top1']:.1f}" if mixed else "",
+                f"{uniform['objective']:.4f}",
+                f"{mixed['objective']:.4f}" if mixed else "",
+            )
+        )
+    return rows_of(_HEADER, rows)
+
+
+def _write(out: Path, lines: list[Line]) -> None:
+    write_atomically(out / f"{NAME}.md", markdown(lines))
+    write_atomically(out / f"{NAME}.json", json.dumps(lines, indent=1))
+    _plot(out / f"{NAME}.png", lines)
+
+
+def _plot(path: Path, lines: list[Line]) -> None:
+    """Accuracy against the size of the weights, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for kind, mark in (("uniform", "o--"), ("mixed", "s-")):
+        points = [(line["bytes"] / 2**20, line[kind]["top1"]) for line in lines if kind in line]
+        axes.plot(*zip(*points, strict=True), mark, label=kind)
+    axes.set(xlabel="MiB of weights", ylabel="top-1 %")
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)
+    temporary.replace(path)

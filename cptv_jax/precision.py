@@ -1,0 +1,116 @@
+"""Mixed precision: quantized models that differ only in their weights' widths, as one model whose widths are genes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from cptv_jax.errors import InputError
+from cptv_jax.interpreters import quantize_weight
+from cptv_jax.quantized import QuantizedModel
+from cptv_jax.search import Evaluator
+from cptv_jax.search.allocation import Genes
+from cptv_jax.stages import Stage
+
+
+def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
+    """The state with each of the candidate's sites quantized at the width whose index it gives."""
+    quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
+    for site, index in candidate.items():
+        chosen = jnp.asarray(index).astype(jnp.int32)
+        quantizers[site] = jax.tree.map(lambda leaf, i=chosen: leaf[i], state["choices"][site])
+        weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
+    return {**state, "quantizers": quantizers, "quantized": weights}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Models that are alike but for the widths of their weights, by ascending width.
+
+    Raises InputError where they differ in more: a method that rewrites weights makes other ones at every width.
+    """
+
+    models: tuple[QuantizedModel, ...]
+
+    def __post_init__(self) -> None:
+        first = self.models[0]
+        for other in self.models[1:]:
+            same = jax.tree.map(np.array_equal, first.model.weights, other.model.weights)
+            if not all(jax.tree.leaves(same)) or self._fixed(first) != self._fixed(other):
+                raise InputError(
+                    f"the models of recipe {first.recipe.name} differ in more than their weights' widths; mixed "
+                    "precision needs a base method that leaves weights as they are, such as fq-vit or omse"
+                )
+
+    @staticmethod
+    def _fixed(model: QuantizedModel) -> dict[str, Any]:
+        return {name: replace(spec, bits=0) for name, spec in model.recipe.sites.items()}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The weight sites whose width is free."""
+        specs = [model.recipe.sites for model in self.models]
+        return tuple(name for name in specs[0] if len({sites[name].bits for sites in specs}) == len(specs))
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The widths, ascending."""
+        return tuple(model.recipe.sites[self.sites[0]].bits for model in self.models)
+
+    def uniform(self, index: int) -> Genes:
+        """The same width everywhere."""
+        return dict.fromkeys(self.sites, index)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the widest model, whose candidates are genes, by site relative to the stage."""
+        sites = set(self.sites)
+        stages = []
+        for stage in self.models[-1].stages(lambda site: site in sites):
+            own = {name: stage.candidate[name] for name in stage.candidate}
+            choices = {
+                name: jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves), *(m.quantizers[f"{stage.name}.{name}"] for m in self.models)
+                )
+                for name in own
+            }
+            candidate = {name: jnp.float32(len(self.models) - 1) for name in own}
+            stages.append(
+                Stage(stage.name, stage.function, {**stage.state, "choices": choices}, candidate, bind_choice)
+            )
+        return tuple(stages)
+
+    def model(self, genes: Genes) -> QuantizedModel:
+        """The ordinary quantized model with these widths."""
+        base = self.models[-1]
+        sites = {site: self.models[index].recipe.sites[site] for site, index in genes.items()}
+        quantizers = {site: self.models[index].quantizers[site] for site, index in genes.items()}
+        recipe = replace(base.recipe, sites={**base.recipe.sites, **sites})
+        return replace(base, recipe=recipe, quantizers={**base.quantizers, **quantizers})
+
+    def bytes_by_choice(self) -> dict[str, np.ndarray]:
+        """By site, the bytes of its weight's codes, packed, at every width."""
+        sizes = {}
+        for site in self.sites:
+            kernel = self.models[0].model.layer(site.removesuffix(".weight"))["kernel"]
+            sizes[site] = np.asarray([np.size(kernel) * bits / 8 for bits in self.bits])
+        return sizes
+
+    def bytes_of(self, genes: Genes) -> float:
+        """Bytes of all these weights' codes, packed."""
+        sizes = self.bytes_by_choice()
+        return float(sum(sizes[site][index] for site, index in genes.items()))
+
+
+def loss_of_genes(evaluator: Evaluator, genes: Genes) -> float:
+    """The true loss of a whole model. evaluator: of the stages of `Widths`, which then have these genes."""
+    last = 0
+    for index, stage in enumerate(evaluator.stages):
+        if stage.searchable:
+            candidate = {name: jnp.float32(genes[f"{stage.name}.{name}"]) for name in stage.candidate}
+            evaluator.accept(index, candidate)
+            last = index
+    return evaluator.loss_of(last, evaluator.stages[last].candidate)

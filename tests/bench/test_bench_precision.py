@@ -1,0 +1,76 @@
+"""`cptv bench precision`: a curve whose mixed points are no larger than the uniform ones, and that can be continued."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cptv_jax import InputError, Model, QuantizeConfig, evaluate, load_images, load_model, save_model
+from cptv_jax.bench import precision as bench
+from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
+from cptv_jax.bench.runs import Source
+from cptv_jax.config import CalibrationConfig
+from cptv_jax.demo import DIGITS_VIT
+
+TINY = replace(
+    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
+)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> PrecisionOptions:
+    save_model(tmp_path / "tiny", Model(TINY, TINY.initialize(0)))
+    source = Source(str(tmp_path / "tiny"), "digits:calibration", "digits:test")
+    config = QuantizeConfig(calibration=CalibrationConfig(16, 8))
+    return PrecisionOptions(source, tmp_path / "out", (2, 3, 8), 16, generations=2, children=2, config=config)
+
+
+def test_mixed_widths_are_no_larger_and_no_worse_by_the_objective(
+    options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = bench_precision(options, progress=False)
+    assert [line["bits"] for line in lines] == [2, 3, 8] and "mixed" not in lines[-1]
+    test = load_images("digits:test", TINY.preprocessing, labels=True)
+    for line in lines[:-1]:
+        assert line["mixed"]["objective"] <= line["mixed"]["start"]
+        saved = load_model(str(options.out / f"mixed-{line['bits']}"))
+        sizes = [
+            saved.model.layer(site.removesuffix(".weight"))["kernel"].size * spec.bits / 8
+            for site, spec in saved.recipe.sites.items()
+            if site.endswith(".weight")
+        ]
+        assert sum(sizes) <= line["bytes"]
+        assert line["mixed"]["top1"] == evaluate(saved.stages(), test).top1
+    assert (options.out / "precision.png").stat().st_size > 0
+    assert (options.out / "precision.md").read_text() == markdown(lines)
+    # What is measured is not measured again.
+    monkeypatch.setattr(bench, "evaluate", lambda *given: pytest.fail("measured again"))
+    assert bench_precision(options, progress=False) == lines
+
+
+def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bench_precision(replace(options, out=options.out.parent / "whole"), progress=False)
+    original, calls = bench.evaluate, []
+
+    def interrupted(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench_precision(options, progress=False)
+    assert len(json.loads((options.out / "precision-measured.json").read_text())) == 3  # sensitivity, 2 bits twice
+    assert bench_precision(options, progress=False) == whole
+
+
+def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> None:
+    with pytest.raises(InputError, match="needs 2 widths or more"):
+        bench_precision(replace(options, bits=(4,)))
+    bench_precision(replace(options, bits=(2, 8), generations=0), progress=False)
+    with pytest.raises(InputError, match="holds a bench with other settings"):
+        bench_precision(replace(options, bits=(3, 8)), progress=False)

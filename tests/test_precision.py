@@ -1,0 +1,90 @@
+"""Mixed precision: genes stand for an ordinary quantized model, and its loss is theirs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cptv_jax import InputError, Model, RecipeConfig, resolve
+from cptv_jax.demo import DIGITS_VIT
+from cptv_jax.forward import forward
+from cptv_jax.methods import METHODS
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.precision import Widths, loss_of_genes
+from cptv_jax.search import Evaluator, Objective
+from cptv_jax.search.allocation import sensitivities
+
+TINY = replace(
+    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=2, heads=2)
+)
+BITS = (2, 4, 8)
+LOSS = Objective("kl", temperature=1.0)
+IMAGES = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    rng = np.random.default_rng(0)
+    return Model(
+        TINY, jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), TINY.initialize(0))
+    )
+
+
+@pytest.fixture(scope="module")
+def widths(model: Model) -> Widths:
+    def at(bits: int) -> RecipeConfig:
+        return RecipeConfig(weight_bits=bits, overrides={"head.fc.weight": {"bits": 8}})
+
+    calibrate = METHODS["fq-vit"].quantize
+    recipes = [resolve(at(bits), sites_of(TINY)) for bits in BITS]
+    return Widths(tuple(calibrate(model, [jnp.asarray(IMAGES)], r, jax.random.key(0)) for r in recipes))
+
+
+@pytest.fixture(scope="module")
+def make_judge(model: Model, widths: Widths) -> Callable[[], Evaluator]:
+    teacher = forward(model.stages(), IMAGES)
+    return lambda: Evaluator(widths.stages(), [IMAGES], [teacher], LOSS, 4)
+
+
+def test_only_sites_whose_width_differs_are_free(widths: Widths) -> None:
+    assert len(widths.sites) == 1 + 2 * 4 and "head.fc.weight" not in widths.sites
+    assert widths.bits == BITS
+
+
+def test_genes_have_the_loss_of_the_model_that_they_stand_for(
+    model: Model, widths: Widths, make_judge: Callable[[], Evaluator]
+) -> None:
+    rng, judge, teacher = np.random.default_rng(1), make_judge(), forward(model.stages(), IMAGES)
+    for _ in range(3):
+        genes = {site: int(rng.integers(len(BITS))) for site in widths.sites}
+        mixed = widths.model(genes)
+        assert {site: mixed.recipe.sites[site].bits for site in genes} == {s: BITS[g] for s, g in genes.items()}
+        expected = float(LOSS(forward(mixed.stages(), IMAGES), teacher))
+        # Codes are the same; the loss sums floats in another order.
+        assert loss_of_genes(judge, genes) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sensitivities_are_the_losses_of_one_changed_site(widths: Widths, make_judge: Callable[[], Evaluator]) -> None:
+    found = sensitivities(make_judge(), len(BITS))
+    assert set(found) == set(widths.sites)
+    judge = make_judge()
+    for site in ("blocks.0.mlp.fc1.weight", "embed.proj.weight"):
+        genes = widths.uniform(len(BITS) - 1)
+        for choice in range(len(BITS)):
+            assert found[site][choice] == pytest.approx(loss_of_genes(judge, {**genes, site: choice}), rel=1e-5)
+
+
+def test_bytes_are_those_of_the_packed_codes(model: Model, widths: Widths) -> None:
+    count = sum(np.size(model.layer(site.removesuffix(".weight"))["kernel"]) for site in widths.sites)
+    for index, bits in enumerate(BITS):
+        assert widths.bytes_of(widths.uniform(index)) == count * bits / 8
+
+
+def test_models_that_differ_in_more_are_refused(model: Model, widths: Widths) -> None:
+    changed = model.with_layers({"head.fc": {"bias": model.layer("head.fc")["bias"] + 1}})
+    other = replace(widths.models[1], model=changed)
+    with pytest.raises(InputError, match="a base method that leaves weights as they are"):
+        Widths((widths.models[0], other))
