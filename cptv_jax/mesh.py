@@ -49,9 +49,9 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
     return jax.make_mesh((population, data), (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def place(mesh: Mesh, tree: PyTree, axis: str | None = None) -> PyTree:
-    """Arrays on the devices of a mesh: their leading axis divided among an axis of it, or copied to every device."""
-    sharding = NamedSharding(mesh, PartitionSpec(axis) if axis else PartitionSpec())
+def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) -> PyTree:
+    """Arrays on the devices of a mesh: their axis at `position` divided among one of it, or copied to every device."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * position, axis) if axis else PartitionSpec())
     if not sharding.is_fully_addressable:  # several processes, each of which holds the whole tree
         tree = jax.tree.map(np.asarray, tree)
     return jax.device_put(tree, sharding)

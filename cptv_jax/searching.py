@@ -134,6 +134,7 @@ def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: 
         jax.tree.map(lambda *leaves: np.concatenate(leaves), *judges.teacher),
         judges.objective,
         Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, search.passes),
+        search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
         judges.mesh,
     )
 

@@ -167,6 +167,7 @@ def call(model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantizat
     return lambda out: quantize(model, calibration, CONFIG, out=out, evaluation=test)
 
 
+@pytest.mark.slow
 def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
     call: Callable[[Path], Quantization], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The pipeline: which images may reach what, on a tiny ViT trained on a few digits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.pipeline import Quantization, quantize
 from cptv_jax.quantized import Model
+from cptv_jax.quantizers import BiasCorrected
 from cptv_jax.recipe import RecipeConfig
 from cptv_jax.run_directory import claimed
 from cptv_jax.search import Objective
@@ -161,6 +163,23 @@ def test_evaluation_images_are_not_read_before_the_search_is_over(
     assert Guarded.open
     assert_same_models(found, outcome)
     assert found.results == outcome.results
+
+
+@pytest.mark.slow
+def test_a_guided_search_is_never_worse_and_reads_no_evaluation_image(
+    closed: None, model: Model, calibration: Images, evaluation: Images, tmp_path: Path
+) -> None:
+    guarded = Guarded(evaluation.pixels, evaluation.labels, evaluation.names, evaluation.mean, evaluation.std)
+    search = replace(CONFIG.search, strategy="guided", offsets=True, gradient_steps=5, gradient_batch=10, passes=1)
+    config = replace(CONFIG, search=search)
+    found = quantize(model, calibration, config, evaluation=guarded, out=tmp_path / "run")
+    assert Guarded.open
+    assert found.log[-1]["loss"] < found.log[0]["loss"]
+    assert any(record["event"] == "proposal" and record["fraction"] > 0 for record in found.log)
+    moved = found.model.quantizers["blocks.0.attn.qkv.weight"]
+    assert isinstance(moved, BiasCorrected)
+    np.testing.assert_array_equal(moved.base.zero_point, np.round(moved.base.zero_point))
+    assert_same_models(quantize(model, calibration, config), found)
 
 
 def test_the_result_is_the_same_whatever_the_evaluation_images(

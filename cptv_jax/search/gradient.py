@@ -25,8 +25,8 @@ class Descent:
     """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
 
     steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
-    step. passes: how many passes share the schedule; each begins with fresh moments, so that nothing of the optimizer
-    outlives a pass.
+    step, rounded to what is computed at once. passes: how many passes share the schedule; each begins with fresh
+    moments, so that nothing of the optimizer outlives a pass.
     """
 
     steps: int
@@ -56,22 +56,19 @@ def _loss(
     x: PyTree,
     target: PyTree,
 ) -> Array:
-    """Loss of a batch by the candidates, moved by steps. One stage's activations are kept at a time (checkpointed)."""
+    """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...].
+
+    Only the inputs of stages are kept; the activations within are computed again, piece by piece, for the derivative.
+    """
     for run, *trees in zip(runs, states, candidates, steps, strict=True):
 
-        @jax.checkpoint
-        def stage(x: PyTree, state: PyTree, candidate: PyTree, step: PyTree, run: Run = run) -> PyTree:
-            return run.function(run.bind(state, run.move(candidate, step)), x)
+        def stage(x: PyTree, trees: Sequence[PyTree], run: Run = run) -> tuple[PyTree, None]:
+            state, candidate, step = trees
+            bound = run.bind(state, run.move(candidate, step))
+            return jax.lax.map(jax.checkpoint(lambda piece: run.function(bound, piece)), x), None
 
-        if run.length == 1:
-            x = stage(x, *trees)
-        else:
-
-            def one(x: PyTree, trees: Sequence[PyTree], stage: Callable[..., PyTree] = stage) -> tuple[PyTree, None]:
-                return stage(x, *trees), None
-
-            x, _ = jax.lax.scan(one, x, trees)
-    return loss(x, target)
+        x, _ = stage(x, trees) if run.length == 1 else jax.lax.scan(stage, x, trees)
+    return loss(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x), target)
 
 
 def _descend(
@@ -99,11 +96,10 @@ def _descend_program() -> Any:
 def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarray]:
     """Indices of the images of every step: all images in a new order, again and again."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    size = min(size, count)
-    order = rng.permutation(count)
+    order = np.zeros(0, int)
     for _ in range(steps):
         if len(order) < size:
-            order = rng.permutation(count)
+            order = np.resize(rng.permutation(count), max(size, count))  # few images are repeated
         yield order[:size]
         order = order[size:]
 
@@ -113,7 +109,8 @@ class GradientProposer:
 
     stages: differentiable ones of the quantized model, alike in candidates to those that the evaluator has.
     read(indices): calibration images for the first stage. teacher: the teacher's outputs of all of them, in order, on
-    the host. loss(output, teacher): of a batch. mesh: a batch is divided among its data axis.
+    the host. loss(output, teacher): of a batch. at_once: how many images are computed at once, on all devices together.
+    mesh: these are divided among its data axis.
     """
 
     def __init__(
@@ -123,6 +120,7 @@ class GradientProposer:
         teacher: PyTree,
         loss: Loss,
         descent: Descent,
+        at_once: int,
         mesh: Mesh,
     ) -> None:
         runs, self._home = runs_of(stages)
@@ -131,6 +129,12 @@ class GradientProposer:
         self._candidates = [stage.candidate for stage in stages]
         self._states = place(mesh, self._stacked([stage.state for stage in stages]))
         self.read, self.teacher, self.loss, self.descent, self.mesh = read, teacher, loss, descent, mesh
+        devices = mesh.shape[DATA]
+        self.at_once = max(1, min(at_once, descent.batch, self._count) // devices) * devices
+
+    @property
+    def _count(self) -> int:
+        return int(jax.tree.leaves(self.teacher)[0].shape[0])
 
     def _stacked(self, trees: Sequence[PyTree]) -> list[PyTree]:
         """Trees of all stages, by run."""
@@ -155,11 +159,11 @@ class GradientProposer:
         candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
         steps = jax.tree.map(jnp.zeros_like, candidates)
         moments = place(self.mesh, _ADAM.init(steps))
-        count = jax.tree.leaves(self.teacher)[0].shape[0]
-        size = max(1, self.descent.batch // self.mesh.shape[DATA]) * self.mesh.shape[DATA]
-        for number, rows in enumerate(_batches(count, size, self.descent.steps, key)):
+        pieces = max(1, min(self.descent.batch, self._count) // self.at_once)
+        for number, rows in enumerate(_batches(self._count, pieces * self.at_once, self.descent.steps, key)):
             rate = self.descent.rate_at(pass_index * self.descent.steps + number)
-            x = place(self.mesh, self.read(rows), DATA if len(rows) % self.mesh.shape[DATA] == 0 else None)
+            images = self.read(rows)
+            x = place(self.mesh, images.reshape(pieces, -1, *images.shape[1:]), DATA, 1)
             target = place(self.mesh, jax.tree.map(lambda leaf, rows=rows: leaf[rows], self.teacher))
             steps, moments, value = _descend_program()(
                 self._runs, self.loss, self._states, candidates, steps, moments, rate, x, target

@@ -27,6 +27,7 @@ def options(tmp_path: Path) -> PrecisionOptions:
     return PrecisionOptions(source, tmp_path / "out", (2, 3, 8), 16, generations=2, children=2, config=config)
 
 
+@pytest.mark.slow
 def test_mixed_widths_are_no_larger_and_no_worse_by_the_objective(
     options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

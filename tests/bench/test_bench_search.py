@@ -78,6 +78,7 @@ def test_every_strategy_budget_and_seed_is_a_run(options: SearchOptions, monkeyp
     assert len({t.run for t in tasks}) == len(tasks)
 
 
+@pytest.mark.slow
 def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(task: Any, log: Path) -> tuple[int, str]:
         task.measured.write_text(json.dumps(measure(task)))

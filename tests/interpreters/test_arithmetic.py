@@ -91,6 +91,7 @@ SMALL = Architecture(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "bits"), [("evol-q", 4), ("evol-q", 8), ("fq-vit", 8)])
 def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: str, bits: int) -> None:
     with np.load(golden / "model.npz") as file:

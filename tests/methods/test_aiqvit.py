@@ -37,6 +37,7 @@ def logits(model: QuantizedModel, folder: Path) -> np.ndarray:
     return np.asarray(forward(model.stages(), images(folder)[64:]).logits)
 
 
+@pytest.mark.slow
 def test_weights_get_terms_and_attention_focuses_on_an_interval(golden: Path) -> None:
     model = made(golden)
     for site, quantizer in model.quantizers.items():

@@ -65,6 +65,7 @@ def test_operands_give_the_output(walked: tuple[dict[str, Layer], np.ndarray]) -
             np.testing.assert_allclose(samples.output, expected, rtol=1e-4, atol=1e-5, err_msg=layer.name)
 
 
+@pytest.mark.slow
 def test_gradients_of_outputs_are_those_of_the_whole_model(
     golden: Path, walked: tuple[dict[str, Layer], np.ndarray]
 ) -> None:

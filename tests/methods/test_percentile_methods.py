@@ -55,6 +55,7 @@ def leaves(model: QuantizedModel) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves((model.model.weights, dict(model.quantizers)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BOTH)
 def test_calibration_images_determine_the_model(golden: Path, method: str) -> None:
     first, again = made(golden, method), made.__wrapped__(golden, method)
@@ -85,6 +86,7 @@ def test_eight_bits_stay_close_to_the_float_model(golden: Path, method: str) -> 
     assert np.abs(found - expected).mean() < 0.1 * np.abs(expected).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BOTH)
 @pytest.mark.parametrize("value", [0.0, 1.0, None], ids=["zeros", "ones", "one image repeated"])
 def test_images_without_variation_give_a_finite_model(golden: Path, method: str, value: float | None) -> None:
@@ -143,6 +145,7 @@ def test_what_a_method_cannot_carry_out_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BOTH)
 def test_the_search_moves_the_scales_of_weights(golden: Path, method: str) -> None:
     model = made(golden, method, bits=3)
@@ -193,6 +196,7 @@ def test_erq_brings_every_layer_closer_to_its_float_output_than_rounding_does(go
         assert error(new) < 0.9 * error(rounded), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [RepqVitOptions, ErqOptions])
 def test_shared_options_act(golden: Path, options: type[RepqVitOptions] | type[ErqOptions]) -> None:
     method = "repq-vit" if options is RepqVitOptions else "erq"

@@ -64,6 +64,7 @@ def test_every_site_gets_the_kind_and_granularity_of_quantizer_that_the_recipe_s
     assert all((scale > 0).all() for scale in scales(result).values())
 
 
+@pytest.mark.slow
 def test_the_baseline_is_uniform_everywhere(golden: Path) -> None:
     recipe = recipe_of("base-ptq", overrides={"blocks.[02].*": None, "blocks.*.mlp.fc1.weight": None, "head.*": None})
     result = run(small_model(golden), images(golden)[:8], recipe)
@@ -138,6 +139,7 @@ def test_a_gradient_of_zero_keeps_the_initial_intervals(golden: Path) -> None:
     assert abs(ratio - 1) < 0.7 / 12
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_search_and_equal_keys_give_equal_results(golden: Path) -> None:
     model, some = small_model(golden), images(golden)[:8]
     recipe = recipe_of(overrides={"blocks.[02].*": None, "*.mlp.*": None, "head.*": None, "embed.*": None})

@@ -235,6 +235,7 @@ def test_a_mixed_input_holds_elements_of_both_in_the_unit_of_its_steps() -> None
     np.testing.assert_array_equal(mixed(x, other, 1.0, KEY).values, other)
 
 
+@pytest.mark.slow
 def test_importance_is_the_mean_squared_gradient_of_the_loss(golden: Path) -> None:
     model, some = small_model(golden), images(golden)[:8]
     found = output_importance(model, some, 8)

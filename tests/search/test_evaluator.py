@@ -88,6 +88,7 @@ WEIGHTS = ("attn.qkv.weight", "attn.proj.weight")
 ACTIVATIONS = ("attn.qkv", "attn.scores", "attn.softmax", "residual1", "norm2", "mlp.gelu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sites", [WEIGHTS, (*WEIGHTS, *ACTIVATIONS)], ids=["weights", "weights and activations"])
 def test_candidates_of_a_vit_do_not_see_one_another(make_vit: Any, sites: tuple[str, ...]) -> None:
     """Outputs equal to the last bit: matmuls are sums of integers, and no other operation mixes candidates."""

@@ -40,7 +40,7 @@ def proposer(vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output) -> G
     model, images = vit_model
     descent = Descent(STEPS, 0.01, BATCH, passes=2)
     return GradientProposer(
-        stages_of(model, differentiable=True), lambda rows: images[rows], teacher, LOSS, descent, make_mesh()
+        stages_of(model, differentiable=True), lambda rows: images[rows], teacher, LOSS, descent, 5, make_mesh()
     )
 
 
@@ -64,6 +64,7 @@ def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_tw
     assert candidate["residual1"].shape == ()
 
 
+@pytest.mark.slow
 def test_it_differentiates_the_numbers_that_the_evaluator_computes(
     vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
@@ -100,7 +101,7 @@ def test_loops_and_checkpoints_leave_the_gradient_as_it_is(
             [stacked([trees[i] for i in run]) for run in members]
             for trees in ([s.state for s in stages], [s.candidate for s in stages], steps)
         )
-        return _loss(tuple(runs), LOSS, states, candidates, by_run, x, target)
+        return _loss(tuple(runs), LOSS, states, candidates, by_run, x.reshape(5, 5, *x.shape[1:]), target)
 
     zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
     expected, found = jax.grad(plain)(zeros), jax.grad(looped)(zeros)
