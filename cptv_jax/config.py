@@ -22,6 +22,7 @@ from cptv_jax.recipe import RecipeConfig
 from cptv_jax.suggest import did_you_mean
 
 T = TypeVar("T")
+_PUBLISHED_SITES = ("blocks.*.attn.qkv.weight", "blocks.*.attn.proj.weight")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class SearchConfig:
     objective, on, temperature: see cptv_jax.search.objective.
     teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
         the published code does.
-    sites: name patterns of the weight or activation sites whose scales are searched. offsets: and their zero points,
-        and the starts of focusing intervals (guided only).
+    sites: name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
+        attention's weights, as published, and for guided all weights.
+    offsets: also their zero points, and the starts of focusing intervals (guided only, and there unless set to false).
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
     images: how many of the remaining ones the search uses, in whole batches; null means all.
@@ -64,8 +66,8 @@ class SearchConfig:
     on: Literal["logits", "features"] = "logits"
     temperature: float = 3.0
     teacher: Literal["float", "published"] = "float"
-    sites: tuple[str, ...] = ("blocks.*.attn.qkv.weight", "blocks.*.attn.proj.weight")
-    offsets: bool = False
+    sites: tuple[str, ...] | None = None
+    offsets: bool | None = None
     passes: int = 10
     rounds: int = 3
     holdout: float = 0.1
@@ -87,6 +89,13 @@ class SearchConfig:
     candidates_at_once: int | None = None
     population_devices: int = 1
     cache_gib: float = 4.0
+
+
+def completed_search(search: SearchConfig) -> SearchConfig:
+    """The search with what its strategy decides filled in."""
+    guided = search.strategy == "guided"
+    sites = search.sites or (("*.weight",) if guided else _PUBLISHED_SITES)
+    return dataclasses.replace(search, sites=sites, offsets=guided if search.offsets is None else search.offsets)
 
 
 @dataclass(frozen=True)

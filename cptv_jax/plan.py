@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from cptv_jax.config import QuantizeConfig, SearchConfig, check
+from cptv_jax.config import QuantizeConfig, SearchConfig, check, completed_search
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.methods import METHODS, Method, require_float
@@ -66,7 +66,8 @@ def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:
             f"set --recipe.preset to one of {', '.join(method.presets)}"
         )
     reconstruction = completed(config.reconstruction, method.reconstruction)
-    return replace(config, recipe=replace(config.recipe, preset=preset), reconstruction=reconstruction), method
+    recipe, search = replace(config.recipe, preset=preset), completed_search(config.search)
+    return replace(config, recipe=recipe, reconstruction=reconstruction, search=search), method
 
 
 def check_size(model: Model, images: Images) -> None:
@@ -82,10 +83,11 @@ def check_size(model: Model, images: Images) -> None:
 
 def searched_sites(recipe: Recipe, search: SearchConfig) -> frozenset[str]:
     """The quantized sites that match search.sites. Raises InputError where there are none, or some have no scale."""
-    sites = [site for site in recipe.sites if any(fnmatchcase(site, pattern) for pattern in search.sites)]
+    patterns = completed_search(search).sites or ()
+    sites = [site for site in recipe.sites if any(fnmatchcase(site, pattern) for pattern in patterns)]
     if not sites:
-        near = did_you_mean(search.sites[0], recipe.sites)
-        raise InputError(f"search.sites {list(search.sites)} match no quantized site{near}")
+        near = did_you_mean(patterns[0], recipe.sites)
+        raise InputError(f"search.sites {list(patterns)} match no quantized site{near}")
     fixed = [site for site in sites if recipe.sites[site].quantizer == "log2"]
     if fixed:
         raise InputError(f"search.sites match {fixed[0]}, whose log2 quantizer has no scale to search; leave it out")

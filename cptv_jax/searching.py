@@ -86,7 +86,7 @@ def _budget(search: SearchConfig) -> float | None:
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
     search = config.search
     sites = searched_sites(base.recipe, search)
-    stages = base.stages(lambda site: site in sites, shifted=search.offsets, arithmetic=search.arithmetic)
+    stages = base.stages(lambda site: site in sites, shifted=bool(search.offsets), arithmetic=search.arithmetic)
     reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
     objective = Objective(search.objective, search.on, search.temperature)
     searched = split.calibration[: split.searched]
@@ -129,7 +129,7 @@ def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: 
         return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
 
     return GradientProposer(
-        base.stages(lambda site: site in sites, shifted=search.offsets, differentiable=True),
+        base.stages(lambda site: site in sites, shifted=bool(search.offsets), differentiable=True),
         read,
         jax.tree.map(lambda *leaves: np.concatenate(leaves), *judges.teacher),
         judges.objective,
