@@ -1,7 +1,7 @@
 """The search phase of a run: what a configuration comes to in evaluators, strategies and proposals."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ from cptv_jax.config import QuantizeConfig, SearchConfig
 from cptv_jax.data import Images
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
+from cptv_jax.observers import fit, update
 from cptv_jax.plan import Split, searched_sites
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model, QuantizedModel, move_candidate
+from cptv_jax.quantizers import offsets
 from cptv_jax.run_directory import RunDirectory
 from cptv_jax.search import (
     Descent,
@@ -139,6 +141,28 @@ def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: 
     )
 
 
+def steps_to_least_error(base: QuantizedModel, scales: Scales) -> Scales:
+    """Steps, by stage, from the candidates `scales` to grids of least squared error (OMSE), a channel at a time.
+
+    They need no data, and are zero for what has no uniform grid a channel.
+    """
+    steps = {}
+    for stage, candidate in scales.items():
+        steps[stage] = {key: jnp.zeros_like(value) for key, value in candidate.items()}
+        for site in (key for key in candidate if key.endswith(".weight")):
+            name = f"{stage}.{site}"
+            spec = replace(base.recipe.sites[name], observer="omse", per_channel=False)
+            kernel = base.model.layer(name.removesuffix(".weight"))["kernel"]
+            if spec.quantizer != "uniform" or np.shape(candidate[site]) != kernel.shape[1:]:
+                continue
+            fitted = jax.vmap(lambda x, spec=spec: fit(spec, update(spec, None, x), x), 1)(kernel)
+            steps[stage][site] = jnp.log(fitted.scale / candidate[site])
+            for offset, value in offsets(fitted).items():
+                if f"{site}.{offset}" in candidate:
+                    steps[stage][f"{site}.{offset}"] = value - candidate[f"{site}.{offset}"]
+    return steps
+
+
 def _stage_bits(base: QuantizedModel, stage: str, sites: Sequence[str]) -> int:
     """Width of a stage's searched sites; the last one's where they differ (the published code asks proj)."""
     return [spec.bits for site, spec in base.recipe.of_stage(stage).items() if f"{stage}.{site}" in sites][-1]
@@ -164,6 +188,7 @@ def improve(
     bits = {name: _stage_bits(base, name, searched) for name in state.scales}
     guided = search.strategy == "guided"
     proposer = _proposer(base, split, search, judges) if guided else None
+    openings = [steps_to_least_error(base, state.scales)] if guided else []
     per_pass = len(bits) * search.rounds * _children(search) + guided * (search.gradient_steps + len(FRACTIONS))
     done = state.pass_index * per_pass + state.position * search.rounds * _children(search)
     done += state.proposed * (search.gradient_steps + len(FRACTIONS))
@@ -192,6 +217,7 @@ def improve(
             on_round,
             run.save_state if run else lambda state: None,
             propose if guided else None,
+            openings,
             search.patience,
         )
     found = {f"{name}.{key}": value for name, values in state.best_scales.items() for key, value in values.items()}

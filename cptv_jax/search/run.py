@@ -122,6 +122,7 @@ def run_search(
     on_round: Callable[[str, int, float], None] = lambda stage, evaluated, best: None,
     on_stage: Callable[[SearchState], None] = lambda state: None,
     propose: Callable[[Scales, int, Array], Scales] | None = None,
+    openings: Sequence[Scales] = (),
     patience: int | None = None,
 ) -> SearchState:
     """Continues a search from `state` to its end (CPT-V, section 3.3: blocks from last to first, `passes` times).
@@ -132,7 +133,8 @@ def run_search(
     held_out_loss: loss of a list of stages on images that the search does not see; it picks the best among the start
     and the passes. Without it the last pass is the best.
     on_stage: called with the state after every stage, for saving; the scales in it may be saved as float32.
-    propose(scales, pass, key): steps for all stages at the start of a pass, which the true loss then judges.
+    propose(scales, pass, key): steps for all stages at the start of a pass, which the true loss then judges. openings:
+    such steps that are tried before the first.
     patience: end after so many passes in a row that did not lower the held-out loss.
     """
     order = [i for i, stage in reversed(list(enumerate(evaluator.stages))) if stage.searchable]
@@ -147,6 +149,8 @@ def run_search(
     while state.pass_index < passes and (patience is None or state.pass_index - state.best_pass < patience):
         pass_key = jax.random.fold_in(key, state.pass_index)
         if propose and not state.proposed:
+            for direction in openings if state.pass_index == 0 else ():
+                state = consider(evaluator, order, state, direction)
             proposal_key = jax.random.fold_in(pass_key, len(evaluator.stages))
             state = consider(evaluator, order, state, propose(state.scales, state.pass_index, proposal_key))
             on_stage(state)
