@@ -73,17 +73,9 @@ def gather(mesh: Mesh, tree: PyTree) -> PyTree:
 def compiler_options() -> dict[str, Any]:
     """Options of jax.jit for the programs that take the time, on the present backend.
 
-    XLA's CPU compiler vectorizes to 256 bits unless told otherwise, and newer ones hand chains of elementwise work
-    to a library (YNNPACK) that is slower at them; its matrix products are wanted.
+    XLA's CPU compiler vectorizes to 256 bits unless told otherwise.
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    options: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
-    products_only = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    with suppress(jax.errors.JaxRuntimeError):  # of an XLA that has no such option
-        jax.jit(lambda x: x + 1, compiler_options=products_only)(0)
-        options |= products_only
-    return options
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
 
 def activation_budget() -> float | None:

@@ -339,6 +339,28 @@ def test_a_proposal_that_raises_the_loss_changes_nothing(
     assert found.loss == plain.loss and found.evaluations == plain.evaluations + 4
 
 
+def test_openings_are_tried_once_before_the_first_proposal(
+    toy: Subject, make_evaluator: Callable[..., Evaluator]
+) -> None:
+    good, bad = finer_and_coarser(toy)
+    seen: list[Any] = []
+
+    def propose(scales: Any, number: int, key: Any) -> Any:
+        seen.append(scales)
+        return bad(scales, number, key)
+
+    opening = good(None, 0, None)
+    found = search(make_evaluator(), propose=propose, openings=[opening])
+    assert [record["fraction"] > 0 for record in records(found, "proposal")] == [True, False, False]
+    alone = search(make_evaluator(), passes=1, propose=good)
+    # What the first proposal starts from is what the opening led to.
+    assert records(found, "proposal")[0] == records(alone, "proposal")[0]
+    fraction = records(found, "proposal")[0]["fraction"]
+    for stage in toy.stages:
+        steps = jax.tree.map(lambda step: fraction * step, opening[stage.name])
+        jax.tree.map(np.testing.assert_array_equal, stage.move(stage.candidate, steps), seen[0][stage.name])
+
+
 def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
     toy: Subject, make_evaluator: Callable[..., Evaluator], tmp_path: Path
 ) -> None:
