@@ -30,7 +30,7 @@ from cptv_jax.search import (
     RacingEvaluator,
     Strategy,
 )
-from cptv_jax.search.run import FRACTIONS, Scales, SearchState, initial_state, run_search
+from cptv_jax.search.run import Scales, SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
@@ -189,9 +189,9 @@ def improve(
     guided = search.strategy == "guided"
     proposer = _proposer(base, split, search, judges) if guided else None
     openings = [steps_to_least_error(base, state.scales)] if guided else []
-    per_pass = len(bits) * search.rounds * _children(search) + guided * (search.gradient_steps + len(FRACTIONS))
+    per_pass = len(bits) * search.rounds * _children(search) + guided * search.gradient_steps
     done = state.pass_index * per_pass + state.position * search.rounds * _children(search)
-    done += state.proposed * (search.gradient_steps + len(FRACTIONS))
+    done += state.proposed * search.gradient_steps
     with bar("search", search.passes * per_pass, progress, done) as shown:
         evaluator.on_refresh = lambda done, total: shown.set_postfix_str(f"stage inputs, batch {done} of {total}")
 
