@@ -243,6 +243,7 @@ def test_there_are_configurations_to_ship() -> None:
 
 
 def test_the_recipe_in_a_mapping_is_plain_data() -> None:
-    config = QuantizeConfig(recipe=RecipeConfig(overrides={"head.fc": {"bits": 4}}))
+    recipe, search = RecipeConfig(overrides={"head.fc": {"bits": 4}}), SearchConfig(sites=("*.weight",))
+    config = QuantizeConfig(recipe=recipe, search=search)
     assert to_mapping(config)["recipe"] == asdict(config.recipe)
-    assert to_mapping(config)["search"]["sites"] == list(config.search.sites)
+    assert to_mapping(config)["search"]["sites"] == ["*.weight"]

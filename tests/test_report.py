@@ -19,7 +19,7 @@ from cptv_jax import (
     load_images,
     quantize,
 )
-from cptv_jax.config import from_mapping
+from cptv_jax.config import completed_search, from_mapping
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.recipe import SiteSpec
@@ -104,7 +104,8 @@ def test_where_everything_came_from_is_said(text: str) -> None:
     assert found is not None
     # What the method decides is filled in.
     told = from_mapping(QuantizeConfig, yaml.safe_load(found[1]), "report")
-    assert told.reconstruction.steps == 0 and replace(told, reconstruction=CONFIG.reconstruction) == CONFIG
+    assert told.reconstruction.steps == 0 and told.search == completed_search(CONFIG.search)
+    assert replace(told, reconstruction=CONFIG.reconstruction, search=CONFIG.search) == CONFIG
     assert re.search(r"python 3\.\d+\.\d+, cptv-jax .*, jax \d", text)
 
 
