@@ -51,18 +51,26 @@ class Quantization:
         return write_report(Path(path), self)
 
 
+def base_model(model: Model, plan: Plan, on_progress: Callable[[int, int], None]) -> QuantizedModel:
+    """What the planned base method makes of a float model, before any reconstruction of its blocks."""
+    config, method = plan.config, plan.method
+    batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in plan.split.calibration]
+    options = {} if method.options is None else {"options": getattr(config, method.options)}
+    return method.quantize(model, batches, plan.recipe, _base_key(config), on_progress, **options)
+
+
+def _base_key(config: QuantizeConfig) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), 0)
+
+
 def _make_base(model: Model, plan: Plan, run: RunDirectory | None, progress: bool) -> QuantizedModel:
     """The base method's model, its blocks reconstructed where that is asked for."""
-    config, method, recipe, split = plan.config, plan.method, plan.recipe, plan.split
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    config, split = plan.config, plan.split
     resumed = run.reconstruction() if run else None
     done, base = resumed or (0, None)
     if base is None:
-        batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in split.calibration]
-        options = {} if method.options is None else {"options": getattr(config, method.options)}
-        with bar(f"calibrate ({config.method})", len(batches), progress) as shown:
-            base = method.quantize(model, batches, recipe, key, counter(shown), **options)
-        del batches
+        with bar(f"calibrate ({config.method})", len(split.calibration), progress) as shown:
+            base = base_model(model, plan, counter(shown))
     if config.reconstruction.steps == 0:
         return base
     if run and resumed is None:
@@ -76,7 +84,14 @@ def _make_base(model: Model, plan: Plan, run: RunDirectory | None, progress: boo
                 run.save_reconstruction(index + 1, so_far)
 
         return reconstruct(
-            model, base, images, config.reconstruction, jax.random.fold_in(key, 1), counter(shown), on_stage, done
+            model,
+            base,
+            images,
+            config.reconstruction,
+            jax.random.fold_in(_base_key(config), 1),
+            counter(shown),
+            on_stage,
+            done,
         )
 
 

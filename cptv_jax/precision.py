@@ -70,14 +70,13 @@ class Widths:
         sites = set(self.sites)
         stages = []
         for stage in self.models[-1].stages(lambda site: site in sites):
-            own = {name: stage.candidate[name] for name in stage.candidate}
             choices = {
                 name: jax.tree.map(
                     lambda *leaves: jnp.stack(leaves), *(m.quantizers[f"{stage.name}.{name}"] for m in self.models)
                 )
-                for name in own
+                for name in stage.candidate
             }
-            candidate = {name: jnp.float32(len(self.models) - 1) for name in own}
+            candidate = {name: jnp.float32(len(self.models) - 1) for name in stage.candidate}
             stages.append(
                 Stage(stage.name, stage.function, {**stage.state, "choices": choices}, candidate, bind_choice)
             )

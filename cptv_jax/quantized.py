@@ -18,7 +18,7 @@ from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
 
 _WEIGHT = ".weight"
-_OFFSETS = ("zero_point", "start")  # what a candidate holds of a site beside its scale
+_OFFSETS = (".zero_point", ".start")  # what a candidate holds of a site beside its scale
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def _by_site(candidate: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Arra
     """Parameters by site and name, of a candidate: "SITE" is a site's scale, "SITE.zero_point" and the like others."""
     found: dict[str, dict[str, jax.Array]] = {}
     for key, value in candidate.items():
-        site, _, name = key.rpartition(".")
-        site, name = (site, name) if name in _OFFSETS else (key, "scale")
+        site, _, name = key.rpartition(".") if key.endswith(_OFFSETS) else (key, "", "scale")
         found.setdefault(site, {})[name] = value
     return found
 

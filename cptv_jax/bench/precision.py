@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cptv_jax import data
@@ -19,7 +17,7 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, to_mapping
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels, evaluate
 from cptv_jax.forward import outputs
-from cptv_jax.methods import METHODS
+from cptv_jax.pipeline import base_model
 from cptv_jax.plan import Plan, planned
 from cptv_jax.precision import Widths, loss_of_genes
 from cptv_jax.progress import bar
@@ -68,11 +66,7 @@ def _models(model: Model, plans: dict[int, Plan], progress: bool) -> Widths:
     found: list[QuantizedModel] = []
     with bar("calibrate", len(plans), progress) as shown:
         for plan in plans.values():
-            config, method = plan.config, plan.method
-            options = {} if method.options is None else {"options": getattr(config, method.options)}
-            batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in plan.split.calibration]
-            key = jax.random.key(config.seed)
-            found.append(METHODS[config.method].quantize(model, batches, plan.recipe, key, **options))
+            found.append(base_model(model, plan, lambda done, total: None))
             shown.update(1)
     return Widths(tuple(found))
 

@@ -54,7 +54,7 @@ def allocate(losses: Costs, costs: Costs, budget: float) -> Genes:
                 gain = (falling[site][gene] - falling[site][wider]) / extra
                 if spent + extra <= budget and (best is None or gain > best[0]):
                     best = (gain, site, wider)
-        if best is None or best[0] < 0:
+        if best is None:
             return genes
         _, site, wider = best
         spent += costs[site][wider] - costs[site][genes[site]]
