@@ -8,6 +8,7 @@ import yaml
 from cptv_jax.checkpoint import write_atomically
 from cptv_jax.config import to_mapping
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.plot import plotted
 from cptv_jax.recipe import SiteSpec
 from cptv_jax.run_directory import versions
 
@@ -117,24 +118,14 @@ LayerNorm runs in {"integer" if recipe.integer_layer_norm else "float"} arithmet
 
 def plot_losses(path: Path, log: tuple[dict[str, Any], ...]) -> None:
     """The objective after every accepted step, with the passes and their held-out losses, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = [record for record in log if record["event"] in ("start", "accepted")]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.step(range(len(steps)), [record["loss"] for record in steps], where="post", label="search images")
     position, marks = 0, []
     for record in log:
         position += record["event"] == "accepted"
         if record.get("held_out") is not None:
             marks.append((position, record["held_out"]))
-    if marks:
-        axes.plot(*zip(*marks, strict=True), "o--", color="tab:orange", label="held-out images, after each pass")
-    axes.set(xlabel="accepted steps", ylabel="objective")
-    axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
+    with plotted(path, (7, 4)) as axes:
+        axes.step(range(len(steps)), [record["loss"] for record in steps], where="post", label="search images")
+        if marks:
+            axes.plot(*zip(*marks, strict=True), "o--", color="tab:orange", label="held-out images, after each pass")
+        axes.set(xlabel="accepted steps", ylabel="objective")

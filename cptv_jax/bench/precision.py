@@ -19,6 +19,7 @@ from cptv_jax.evaluation import check_labels, evaluate
 from cptv_jax.forward import outputs
 from cptv_jax.pipeline import base_model
 from cptv_jax.plan import Plan, planned
+from cptv_jax.plot import plotted
 from cptv_jax.precision import Widths, loss_of_genes
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model, QuantizedModel
@@ -214,18 +215,8 @@ def _write(out: Path, lines: list[Line]) -> None:
 
 def _plot(path: Path, lines: list[Line]) -> None:
     """Accuracy against the size of the weights, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for kind, mark in (("uniform", "o--"), ("mixed", "s-")):
-        points = [(line["bytes"] / 2**20, line[kind]["top1"]) for line in lines if kind in line]
-        axes.plot(*zip(*points, strict=True), mark, label=kind)
-    axes.set(xlabel="MiB of weights", ylabel="top-1 %")
-    axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
+    with plotted(path, (6, 4)) as axes:
+        for kind, mark in (("uniform", "o--"), ("mixed", "s-")):
+            points = [(line["bytes"] / 2**20, line[kind]["top1"]) for line in lines if kind in line]
+            axes.plot(*zip(*points, strict=True), mark, label=kind)
+        axes.set(xlabel="MiB of weights", ylabel="top-1 %")
