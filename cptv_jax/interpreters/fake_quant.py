@@ -153,6 +153,10 @@ class FakeQuant:
         return self.emit(site, "operand", x.values) if site in self.quantizers else x
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
+        return self.emit(site, "hidden" if hidden else "linear", self.linear_values(site, kernel, bias, x))
+
+    def linear_values(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Array:
+        """What a linear layer gives before it is quantized."""
         if x.scale is not None and x.scale.ndim:  # a scale per input channel cannot wait until after the sum
             x = Tensor(x.values)
         weight, gain, shift, low_rank = self.weight(f"{site}.weight", kernel)
@@ -162,15 +166,25 @@ class FakeQuant:
         if low_rank is not None:
             down, up = low_rank
             y = y + jnp.matmul(jnp.matmul(x.values, down, precision=PRECISION), up, precision=PRECISION)
-        return self.emit(site, "hidden" if hidden else "linear", y if bias is None else y + bias)
+        return y if bias is None else y + bias
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-        y = self.arithmetic.matmul(a, b)
-        return self.emit(site, "matmul", y * _product(a.scale, b.scale, factor))
+        return self.emit(site, "matmul", self.matmul_values(a, b, factor))
+
+    def matmul_values(self, a: Tensor, b: Tensor, factor: float) -> Array:
+        """What a product of activations gives before it is quantized."""
+        return self.arithmetic.matmul(a, b) * _product(a.scale, b.scale, factor)
+
+    def runs_integer_layer_norm(self, site: str, x: Tensor) -> bool:
+        return self.integer_layer_norm and x.scale is not None and isinstance(self.quantizers.get(site), Uniform)
+
+    def runs_integer_softmax(self, site: str, x: Tensor) -> bool:
+        return self.log_int_softmax and x.scale is not None and isinstance(self.quantizers.get(site), Log2)
 
     def layer_norm(self, site: str, weight: Array, bias: Array, epsilon: float, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
-        if self.integer_layer_norm and x.scale is not None and isinstance(quantizer, Uniform):
+        if self.runs_integer_layer_norm(site, x):
+            assert isinstance(quantizer, Uniform) and x.scale is not None
             steps = integer_layer_norm(x.steps, x.scale, weight, bias, quantizer.scale)
             return coded(quantizer, quantizer.clip(steps)) if self.rounding else Tensor(steps, quantizer.scale)
         values = x.values
@@ -182,7 +196,8 @@ class FakeQuant:
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
-        if self.log_int_softmax and x.scale is not None and isinstance(quantizer, Log2):
+        if self.runs_integer_softmax(site, x):
+            assert isinstance(quantizer, Log2) and x.scale is not None
             codes = quantizer.clip_exponents(log_int_softmax_exponents(true_divide(x.values, x.scale), x.scale))
             return Tensor(quantizer.values(codes))
         return self.emit(site, "softmax", jax.nn.softmax(x.values, -1))

@@ -1,49 +1,138 @@
 """Execution that can be differentiated: the numbers of FakeQuant, with straight-through derivatives."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, quantize_weight
+from cptv_jax.interpreters.arithmetic import PRECISION, rounded_bf16
+from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, quantize_weight, quantized
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Quantizer, spread, straight_through
 
 _SMALLEST_VARIANCE = 1e-12  # of a constant token, whose LayerNorm has no derivative
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Traced(Tensor):
+    """A quantized tensor whose values have a derivative.
+
+    slope: the same values as float32, with the derivative that the codes lack.
+    """
+
+    slope: Float[Array, "..."] | None = None
+
+    @property
+    def values(self) -> Float[Array, "..."]:
+        assert self.slope is not None
+        return self.slope
+
+    def move(self, movement: Callable[[Array], Array]) -> Self:
+        assert self.slope is not None
+        return replace(self, stored=movement(self.stored), slope=movement(self.slope))
+
+
 def _in_steps(quantizer: Quantizer, values: Array) -> Tensor:
     return Tensor(quantizer.steps(values), spread(quantizer.scale, values))
 
 
-class StraightThrough(FakeQuant):
-    """FakeQuant on steps in float32, where FakeQuant's uint8 codes have no derivative.
+def _traced(exact: Tensor, quantizer: Quantizer, values: Array) -> Traced:
+    """An exact tensor with the derivative that its quantizer has at the values."""
+    smooth = quantizer.steps(values) * spread(quantizer.scale, values)
+    return Traced(exact.stored, exact.scale, exact.zero, straight_through(exact.values, smooth))
 
-    Quantizers have straight-through derivatives of their own; integer LayerNorm and softmax get those of their float
-    forms. Weights are quantized here, from their float kernels.
+
+def _exact(x: Tensor) -> Tensor:
+    """A tensor as FakeQuant has it."""
+    return jax.lax.stop_gradient(Tensor(x.stored, x.scale, x.zero))
+
+
+def _effective(weight: Weight) -> Float[Array, "inputs outputs"]:
+    """What a linear layer multiplies its input with, all in all."""
+    kernel = weight.kernel.steps if weight.kernel.scale is None else weight.kernel.steps * weight.kernel.scale
+    if weight.gain is not None:
+        kernel = kernel * weight.gain
+    if weight.shift is not None:
+        kernel = kernel + weight.shift
+    if weight.low_rank is not None:
+        kernel = kernel + jnp.matmul(*weight.low_rank, precision=PRECISION)
+    return kernel
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(a: Array, b: Array, dtype: Any) -> Array:
+    """a @ b, of which only the derivative is ever computed: products of `dtype` with float32 sums.
+
+    A gradient proposes and a true loss decides, so bfloat16 is enough for it, and several times as fast.
     """
+    return jnp.matmul(a, b, precision=PRECISION)
+
+
+def _product_forward(a: Array, b: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _product(a, b, dtype), (a, b)
+
+
+def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    narrow = rounded_bf16 if dtype == jnp.bfloat16 else lambda x: x
+    a, b, g = (narrow(x) for x in (*operands, gradient))
+    batch = tuple(range(b.ndim - 2))
+    product = partial(jax.lax.dot_general, precision=PRECISION, preferred_element_type=jnp.float32)
+    left = product(g, b, (((g.ndim - 1,), (b.ndim - 1,)), (batch, batch)))
+    shared = tuple(range(len(batch), a.ndim - 1))  # a weight is shared by all axes of a but its last
+    return left, product(a, g, ((shared, shared), (batch, batch)))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class StraightThrough(FakeQuant):
+    """FakeQuant, whose numbers it gives bit for bit, with derivatives beside them.
+
+    Every result is computed twice: from codes without a derivative, and from values with one, of which the compiler
+    drops all but the derivative. Quantizers have straight-through derivatives of their own; integer LayerNorm and
+    softmax get those of their float forms. Weights are quantized here, from their float kernels.
+    """
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.bfloat16 if self.arithmetic.name == "bf16-codes" else jnp.float32
 
     def emit(self, site: str, kind: str, values: Array) -> Tensor:
         quantizer = self.quantizers.get(site)
-        return Tensor(values) if quantizer is None else _in_steps(quantizer, values)
+        if quantizer is None:
+            return Tensor(values)
+        return _traced(quantized(*jax.lax.stop_gradient((quantizer, values))), quantizer, values)
+
+    def linear_values(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Array:
+        exact = super().linear_values(site, *jax.lax.stop_gradient((kernel, bias)), _exact(x))
+        quantizer = self.quantizers.get(f"{site}.weight")
+        weight = Weight(Tensor(kernel)) if quantizer is None else quantize_weight(quantizer, kernel, None, _in_steps)
+        smooth = _product(x.values, _effective(weight), self._dtype)
+        return straight_through(exact, smooth if bias is None else smooth + bias)
 
     def weight(self, site: str, kernel: Array) -> Weight:
-        quantizer = self.quantizers.get(site)
-        if quantizer is None:
-            return Weight(Tensor(kernel))
-        return quantize_weight(quantizer, kernel, quantized=_in_steps)
+        return jax.lax.stop_gradient(super().weight(site, kernel))
+
+    def matmul_values(self, a: Tensor, b: Tensor, factor: float) -> Array:
+        exact = super().matmul_values(_exact(a), _exact(b), factor)
+        return straight_through(exact, _product(a.values, b.values, self._dtype) * factor)
 
     def layer_norm(self, site: str, weight: Array, bias: Array, epsilon: float, x: Tensor) -> Tensor:
-        exact = super().layer_norm(site, weight, bias, epsilon, x)
-        if exact.zero is None:  # it ran in float
-            return exact
-        assert exact.scale is not None
+        quantizer = self.quantizers.get(site)
+        if quantizer is None or not self.runs_integer_layer_norm(site, x):
+            return super().layer_norm(site, weight, bias, epsilon, x)
+        exact = super().layer_norm(site, *jax.lax.stop_gradient((weight, bias)), epsilon, _exact(x))
         centred = x.values - jnp.mean(x.values, -1, keepdims=True)
         variance = jnp.mean(centred**2, -1, keepdims=True) + _SMALLEST_VARIANCE
-        smooth = self.emit(site, "layer_norm", centred * jax.lax.rsqrt(variance) * weight + bias)
-        return Tensor(straight_through(exact.steps, smooth.steps), exact.scale)
+        return _traced(exact, quantizer, centred * jax.lax.rsqrt(variance) * weight + bias)
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
-        exact = super().softmax(site, x)
-        if not self.log_int_softmax or exact.scale is not None:
-            return exact
+        if not self.runs_integer_softmax(site, x):
+            return super().softmax(site, x)
+        exact = super().softmax(site, _exact(x))
         return Tensor(straight_through(exact.values, jax.nn.softmax(x.values, -1)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cptv_jax.quantizers.rounding import true_divide
-from cptv_jax.quantizers.straight_through import straight_through
+from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class DualUniform:
         positions = true_divide(values, self._choose(self.outlier_scale, self.scale))
         zero_point = self._choose(self.outlier_zero_point, self.zero_point)
         exact = jnp.clip(rounding(positions) + zero_point, self.low, self.high)
-        return straight_through(exact, jnp.clip(positions + zero_point, self.low, self.high))
+        return straight_through(exact, clip_through(positions + zero_point, self.low, self.high))
 
     def values(self, codes: Float[Array, "inputs outputs"]) -> Float[Array, "inputs outputs"]:
         return self._integer_steps(codes) * self._choose(self.outlier_scale, self.scale)

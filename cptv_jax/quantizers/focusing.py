@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.rounding import true_divide
-from cptv_jax.quantizers.straight_through import straight_through
+from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ class Focusing:
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         positions = true_divide(values - self.start, self.scale)
         exact = jnp.clip(jnp.round(positions), 0.0, self.high)
-        return straight_through(exact, jnp.clip(positions, 0.0, self.high))
+        return straight_through(exact, clip_through(positions, 0.0, self.high))
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         return codes * self.scale + self.start

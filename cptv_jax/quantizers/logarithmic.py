@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.rounding import true_divide
-from cptv_jax.quantizers.straight_through import straight_through
+from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 _SQRT2_LESS_1 = 2.0**0.5 - 1.0
 
@@ -80,7 +80,7 @@ class LogSqrt2:
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         """Quantized values in units of `scale`: powers of sqrt(2), not integers."""
         exact = self._in_steps(self.codes(values))
-        return straight_through(exact, jnp.clip(true_divide(values, self.scale), 0.0, 1.0))
+        return straight_through(exact, clip_through(values / self.scale, 0.0, 1.0))
 
     def _in_steps(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         exponents, factors = self.log2_form(codes)

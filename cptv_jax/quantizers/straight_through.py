@@ -28,3 +28,16 @@ def straight_through(exact: Float[Array, "..."], smooth: Float[Array, "..."]) ->
 def round_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """round(x), half to even, with derivative 1."""
     return straight_through(jnp.round(x), x)
+
+
+@jax.custom_jvp
+def clip_through(x: Float[Array, "..."], low: Array | float, high: Array | float) -> Float[Array, "..."]:
+    """x clipped to bounds that are not differentiated by; its derivative is 1 within them and at them, and 0 outside."""
+    return jnp.clip(x, low, high)
+
+
+@clip_through.defjvp
+def _clip_slope(primals: tuple[Array, Any, Any], tangents: tuple[Array, Any, Any]) -> tuple[Array, Array]:
+    x, low, high = primals
+    slope = jnp.where((low <= x) & (x <= high), tangents[0], 0.0)
+    return clip_through(x, low, high), slope

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.rounding import true_divide
-from cptv_jax.quantizers.straight_through import straight_through
+from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
 def _rounded(positions: Array, low: Array | float, high: Array | float) -> Array:
     """Rounded and clipped, with straight-through derivatives as Uniform has them."""
-    return straight_through(jnp.clip(jnp.round(positions), low, high), jnp.clip(positions, low, high))
+    return straight_through(jnp.clip(jnp.round(positions), low, high), clip_through(positions, low, high))
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.rounding import true_divide
-from cptv_jax.quantizers.straight_through import straight_through
+from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
 @jax.tree_util.register_dataclass
@@ -36,10 +36,10 @@ class Uniform:
         return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        positions = true_divide(values, spread(self.scale, values)) + spread(self.zero_point, values)
-        exact = jnp.clip(jnp.round(positions), self.low, self.high)
+        scale, zero_point = spread(self.scale, values), spread(self.zero_point, values)
+        exact = jnp.clip(jnp.round(true_divide(values, scale) + zero_point), self.low, self.high)
         # Clipped before rounding in the derivative: after it, whatever rounds to a bound would lie on the clip's kink.
-        return straight_through(exact, jnp.clip(positions, self.low, self.high))
+        return straight_through(exact, clip_through(values / scale + zero_point, self.low, self.high))
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         return (codes - spread(self.zero_point, codes)) * spread(self.scale, codes)
@@ -62,9 +62,8 @@ class OffsetUniform(Uniform):
 
     def codes(self, values: Float[Array, "..."], rounding: Callable[[Array], Array] = jnp.round) -> Float[Array, "..."]:
         """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
-        positions = true_divide(values, self.scale)
-        exact = jnp.clip(rounding(positions) + self.zero_point, self.low, self.high)
-        return straight_through(exact, jnp.clip(positions + self.zero_point, self.low, self.high))
+        exact = jnp.clip(rounding(true_divide(values, self.scale)) + self.zero_point, self.low, self.high)
+        return straight_through(exact, clip_through(values / self.scale + self.zero_point, self.low, self.high))
 
 
 @jax.tree_util.register_dataclass
