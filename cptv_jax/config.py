@@ -19,6 +19,7 @@ from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.recipe import RecipeConfig
+from cptv_jax.search.objective import Compared, Objective
 from cptv_jax.suggest import did_you_mean
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class SearchConfig:
     """The search on top of the base method.
 
     strategy: "evol-q" (the published one), "generational", "guided" (gradients propose, evolution decides), or "none".
-    objective, on, temperature: see cptv_jax.search.objective.
+    objective, on, temperature: see cptv_jax.search.objective.Objective.
     teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
         the published code does.
     sites: name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
@@ -62,8 +63,8 @@ class SearchConfig:
     """
 
     strategy: Literal["evol-q", "generational", "guided", "none"] = "evol-q"
-    objective: Literal["infonce", "mse", "kl", "cosine"] = "infonce"
-    on: Literal["logits", "features"] = "logits"
+    objective: str = "infonce"
+    on: Compared = "logits"
     temperature: float = 3.0
     teacher: Literal["float", "published"] = "float"
     sites: tuple[str, ...] | None = None
@@ -191,9 +192,10 @@ def check(config: QuantizeConfig) -> None:
             raise InputError(f"{name} is {flat[name]}; it must lie between 0 and 1")
     if not 0 <= config.seed < _SEEDS:
         raise InputError(f"seed is {config.seed}; it must be at least 0 and below 2^32")
-    if config.search.strategy != "none" and config.search.objective == "infonce" and config.calibration.batch < 2:
+    objective = Objective(config.search.objective, config.search.on, config.search.temperature)
+    if config.search.strategy != "none" and "infonce" in objective.names and config.calibration.batch < 2:
         raise InputError(
-            "calibration.batch is 1, but search.objective infonce contrasts the images of a batch; "
+            f"calibration.batch is 1, but search.objective {objective.name} contrasts the images of a batch; "
             "set --calibration.batch to at least 2, or choose another --search.objective"
         )
     if not 0 <= config.search.holdout < 1:

@@ -118,4 +118,4 @@ def fit(spec: SiteSpec, found: Range, x: Float[Array, "..."]) -> Quantizer:
     if spec.quantizer == "log2":
         return Log2(jnp.float32(grid(spec.bits, signed=False)[1]))
     uniform = _FITS.get(spec.observer, _from_range)(found, x, spec)
-    return BiasCorrected(uniform) if spec.bias_correction else uniform
+    return BiasCorrected(uniform, jnp.ones_like(uniform.scale)) if spec.bias_correction else uniform

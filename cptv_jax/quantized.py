@@ -18,7 +18,8 @@ from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
 
 _WEIGHT = ".weight"
-_OFFSETS = (".zero_point", ".start")  # what a candidate holds of a site beside its scale
+_SHIFTED = (".zero_point", ".start")  # of what a candidate holds of a site beside its scale, what a step is added to
+_OFFSETS = (*_SHIFTED, ".factor")
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,16 @@ def _candidate(quantizers: Mapping[str, Quantizer], recipe: Recipe, prefix: str,
         spec = recipe.sites[prefix + site]
         scale = jnp.asarray(quantizer.scale)
         found[site] = jnp.min(scale) if spec.observer == "ptf" else scale  # power-of-two factors must stay such
-        if shifted and not spec.symmetric:
-            found |= {f"{site}.{name}": value for name, value in offsets(quantizer).items()}
+        if shifted:
+            fixed = {"zero_point"} if spec.symmetric else set()
+            found |= {f"{site}.{name}": value for name, value in offsets(quantizer).items() if name not in fixed}
     return found
 
 
 def move_candidate(candidate: Mapping[str, jax.Array], steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A candidate whose scales are multiplied by the exponential of a step, and whose offsets are shifted by it."""
+    """A candidate whose scales and factors are multiplied by a step's exponential, and whose offsets are shifted."""
     return {
-        key: value + steps[key] if key.endswith(_OFFSETS) else value * jnp.exp(steps[key])
+        key: value + steps[key] if key.endswith(_SHIFTED) else value * jnp.exp(steps[key])
         for key, value in candidate.items()
     }
 

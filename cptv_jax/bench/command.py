@@ -34,7 +34,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     )
     methods.add_argument("--config", metavar="YAML", help="what all runs share, such as options of methods")
 
-    summary = "Search strategies at several budgets and widths on one base method; repeat the command to continue it."
+    summary = "Search strategies, objectives and budgets on one base method; repeat the command to continue it."
     search = benches.add_parser("search", help=summary, description=summary)
     _add_source(search)
     search.add_argument(
@@ -42,6 +42,13 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SEARCH",
         help="strategies, or YAML files with a search (default: all)",
+    )
+    search.add_argument(
+        "--objectives",
+        nargs="+",
+        default=[],
+        metavar="OBJECTIVE",
+        help="infonce, kl, mse, cosine or a sum (kl+cosine), perhaps @features or @both (default: the search's)",
     )
     search.add_argument("--bits", nargs="+", metavar="WxAy", help="default: W4A8 W3A8")
     search.add_argument("--passes", nargs="+", type=int, metavar="N", help="the budgets (default: 1 2 4)")
@@ -108,6 +115,7 @@ def _search(args: argparse.Namespace) -> tuple[str, bool]:
         tuple(args.passes or DEFAULT_PASSES),
         seeds_from(args.seeds) or AUTO_SEEDS,
         load_config(args.config),
+        tuple(args.objectives),
     )
     lines = bench_search(options)
     return markdown(lines), any(line["seeds"] for line in lines)

@@ -23,7 +23,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.evaluation import logits_of
 from cptv_jax.pipeline import quantize
 from cptv_jax.plan import planned
-from cptv_jax.search.objective import info_nce
+from cptv_jax.search.objective import info_nce, kl_divergence
 
 TEMPERATURE = 3.0  # of the objective that all rows are judged by, the published one
 _KIB, _MIB = 2**10, 2**20
@@ -124,16 +124,19 @@ def measure(task: Task) -> dict[str, Any]:
     outcome = quantize(model, images, config, out=task.run, evaluation=evaluation, progress=True, on_phase=phases.begin)
     phases.end()
     objective: dict[str, float] = {}
+    kl: dict[str, float] = {}
     if task.held_out:
         teacher = jnp.asarray(logits_of(model.stages(), held_out))
         for name, quantized in (("base", outcome.base), ("final", outcome.model)):
             student = jnp.asarray(logits_of(quantized.stages(), held_out))
             objective[name] = float(info_nce(student, teacher, TEMPERATURE))
+            kl[name] = float(kl_divergence(student, teacher, 1.0))
     batch = config.calibration.batch
     return {
         "phases": phases.found,
         "accuracy": outcome.results,
         "objective": objective,
+        "kl": kl,
         "recipe": outcome.model.recipe.name,
         "scope": outcome.model.recipe.scope,
         "evaluations": max((record.get("evaluations", 0) for record in outcome.log), default=0),

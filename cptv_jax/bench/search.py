@@ -1,4 +1,4 @@
-"""`cptv bench search`: strategies at several budgets and widths, on top of one base method, in one table."""
+"""`cptv bench search`: strategies, objectives and budgets at several widths, on one base method, in one table."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, wi
 from cptv_jax.bench.table import Cell, rows_of
 from cptv_jax.config import QuantizeConfig, SearchConfig, load_config, to_mapping
 from cptv_jax.errors import InputError
-from cptv_jax.search import STRATEGIES
+from cptv_jax.search import STRATEGIES, Objective
 from cptv_jax.suggest import did_you_mean
 
 DEFAULT_BITS = ("W4A8", "W3A8")
 DEFAULT_PASSES = (1, 2, 4)
-_HEADER = ("bits", "search", "evaluations", "seconds", "top-1 %", "gain", "objective", "seeds", "remark")
+_HEADER = ("bits", "search", "evaluations", "seconds", "top-1 %", "gain", "infoNCE", "KL", "seeds", "remark")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class SearchOptions:
     """What `cptv bench search` is asked.
 
     source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
-    section counts. bits: such as W3A8. passes: the budgets. config: base method, recipe and calibration of all runs.
+    section counts. bits: such as W3A8. passes: the budgets. objectives: such as "kl" or "kl+cosine@features" (see
+    Objective; without @ on what the search has); none means the search's own. config: base method, recipe and
+    calibration of all runs.
     """
 
     source: Source
@@ -32,6 +34,7 @@ class SearchOptions:
     passes: tuple[int, ...] = DEFAULT_PASSES
     seeds: tuple[int, ...] = AUTO_SEEDS
     config: QuantizeConfig = QuantizeConfig()  # noqa: RUF009 - frozen
+    objectives: tuple[str, ...] = ()
 
 
 def _search(word: str) -> tuple[str, SearchConfig]:
@@ -42,18 +45,32 @@ def _search(word: str) -> tuple[str, SearchConfig]:
     return word, SearchConfig(strategy=word)  # type: ignore[arg-type]
 
 
+def _with_objective(label: str, search: SearchConfig, word: str) -> tuple[str, SearchConfig]:
+    """The label and the search with the objective that a word of --objectives names. Raises InputError."""
+    name, _, on = word.partition("@")
+    objective = Objective(name, on or search.on, search.temperature)  # type: ignore[arg-type]
+    return f"{label}, {word}", replace(search, objective=objective.name, on=objective.on)
+
+
+def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
+    """Labels and settings of the searches, at every budget."""
+    found = []
+    for label, search in map(_search, dict.fromkeys(options.searches)):
+        variants = [_with_objective(label, search, word) for word in dict.fromkeys(options.objectives)]
+        for name, variant in variants or [(label, search)]:
+            for passes in dict.fromkeys(options.passes):
+                found.append((f"{name}, {passes} pass{'es' * (passes > 1)}", replace(variant, passes=passes)))
+    return found
+
+
 def _runs(options: SearchOptions, seed: int) -> list[Run]:
-    """The runs of one seed, by width, strategy and budget."""
+    """The runs of one seed, by width, strategy, objective and budget."""
     if min(options.passes) < 1:
         raise InputError(f"--passes has {min(options.passes)}; a search has at least 1")
     runs = []
     for bits in dict.fromkeys(options.bits):
         config = with_bits(replace(options.config, seed=seed), bits)
-        for word in dict.fromkeys(options.searches):
-            name, search = _search(word)
-            for passes in dict.fromkeys(options.passes):
-                label = f"{name}, {passes} pass{'es' * (passes > 1)}"
-                runs.append(Run(bits, label, replace(config, search=replace(search, passes=passes))))
+        runs += [Run(bits, label, replace(config, search=search)) for label, search in _searches(options)]
     return runs
 
 
@@ -84,6 +101,7 @@ def _line(bits: str, label: str, seeds: list[int], found: list[Line], stage: str
         "top1": top1,
         "gain": [after - one["accuracy"]["base"]["top1"] for after, one in zip(top1, found, strict=True)],
         "objective": [one["objective"].get(stage) for one in found],
+        "kl": [one.get("kl", {}).get(stage) for one in found],
         "remark": remark,
     }
 
@@ -110,6 +128,7 @@ def markdown(lines: Sequence[Line]) -> str:
                 _mean(line["top1"], 2),
                 _mean(line["gain"], 2) if line["search"] != "base" else "",
                 _mean(line["objective"], 4),
+                _mean(line["kl"], 4),
                 " ".join(map(str, line["seeds"])),
                 line["remark"],
             )

@@ -6,6 +6,7 @@ from cptv_jax.data.digits import IMAGE_SIZE, load_digits
 from cptv_jax.data.folder import load_folder
 from cptv_jax.data.images import Images
 from cptv_jax.data.selection import choose
+from cptv_jax.data.synthetic import load_synthetic
 from cptv_jax.data.tfds import load_tfds
 from cptv_jax.errors import InputError
 from cptv_jax.models.preprocessing import Preprocessing
@@ -26,7 +27,8 @@ def load(
 ) -> Images:
     """Images of a source, ready for a model that expects `preprocessing`.
 
-    source: a directory; "tfds:name:split" or "tfds:name:split:data_dir"; "digits:train", ":calibration" or ":test".
+    source: a directory; "tfds:name:split" or "tfds:name:split:data_dir"; "digits:train", ":calibration" or ":test";
+        "synthetic:noise" or "synthetic:textures", which have no labels.
     labels: True demands labels, False leaves them out (calibration images must not carry any).
     limit: use at most so many, chosen by `seed`; need: fewer are an error. progress: show a bar on stderr.
     Raises InputError for a source that is missing, malformed, too small or unreadable.
@@ -36,6 +38,10 @@ def load(
     kind, _, rest = source.partition(":")
     if kind == "digits":
         return _digits(rest, preprocessing, labels=labels, limit=limit, need=need, seed=seed)
+    if kind == "synthetic":
+        if labels:
+            raise InputError(f"{source} has no labels; give a labelled directory, tfds:name:split or digits:test.")
+        return load_synthetic(rest, preprocessing, limit=limit, need=need, seed=seed)
     if kind != "tfds":
         return load_folder(source, preprocessing, labels=labels, limit=limit, need=need, seed=seed, progress=progress)
     parts = _TFDS.fullmatch(source)

@@ -26,24 +26,22 @@ def _rank(quantile: float, count: int) -> float:
     return float(np.float32(quantile) * np.float32(count - 1))
 
 
-def _quantiles(
-    x: Float[Array, "rows count"], quantiles: Sequence[float], *, near_one: bool
-) -> Float[Array, "quantiles rows"]:
-    """Quantiles of each row, linearly interpolated as torch.quantile does.
+def _order_statistics(x: Float[Array, "rows count"], places: list[int]) -> Float[Array, "places rows"]:
+    """The values that stand at these places of each row once it is sorted."""
 
-    Only one end of each row is ordered, so all quantiles should be near 1 or all near 0.
-    """
-    count = x.shape[-1]
-    ranks = [_rank(quantile, count) for quantile in quantiles]
-    if near_one:
-        first = math.floor(min(ranks))
-        ordered = jnp.flip(jax.lax.top_k(x, count - first)[0], -1)
-    else:
-        first = 0
-        ordered = -jax.lax.top_k(-x, math.ceil(max(ranks)) + 1)[0]
+    def on_host(x: Array) -> Array:  # XLA's CPU sort takes ten times as long as all else in a calibration
+        result = jax.ShapeDtypeStruct((len(places), x.shape[0]), x.dtype)
+        return jax.pure_callback(lambda x: np.partition(np.asarray(x), places, -1)[:, places].T, result, x)
+
+    return jax.lax.platform_dependent(x, cpu=on_host, default=lambda x: jnp.sort(x, -1)[:, jnp.asarray(places)].T)
+
+
+def _quantiles(x: Float[Array, "rows count"], quantiles: Sequence[float]) -> Float[Array, "quantiles rows"]:
+    """Quantiles of each row, linearly interpolated as torch.quantile does."""
+    ranks = [_rank(quantile, x.shape[-1]) for quantile in quantiles]
+    ends = _order_statistics(x, [end for rank in ranks for end in (math.floor(rank), math.ceil(rank))])
     found = []
-    for rank in ranks:
-        low, high = ordered[:, math.floor(rank) - first], ordered[:, math.ceil(rank) - first]
+    for rank, low, high in zip(ranks, ends[::2], ends[1::2], strict=True):
         weight = rank - math.floor(rank)
         # torch's lerp starts from the nearer end.
         found.append(low + weight * (high - low) if weight < 0.5 else high - (high - low) * (1.0 - weight))
@@ -72,8 +70,8 @@ def _search_uniform(
     represented exactly. A row of zeros gets the smallest scale that is used, 2^-23.
     """
     levels = 2.0**bits - 1
-    upper = _quantiles(x, percentiles, near_one=True)
-    lower = _quantiles(x, [1.0 - percentile for percentile in percentiles], near_one=False)
+    quantiles = _quantiles(x, [*percentiles, *(1.0 - percentile for percentile in percentiles)])
+    upper, lower = quantiles[: len(percentiles)], quantiles[len(percentiles) :]
     scales = true_divide(upper - lower, levels)
     zero_points = jnp.round(true_divide(-lower, scales))
 
@@ -104,7 +102,7 @@ def _search_log_sqrt2(x: Float[Array, "..."], bits: int, percentiles: Sequence[f
         quantizer = LogSqrt2(scale, high)
         return jnp.where(scale > 0, _mean_squares(quantizer.values(quantizer.codes(flat)) - flat)[0], jnp.inf)
 
-    scales = _quantiles(flat, percentiles, near_one=True)[:, 0]
+    scales = _quantiles(flat, percentiles)[:, 0]
     scores = jnp.stack([score(scale) for scale in scales])
     found = scales[jnp.argmin(scores)]
     return LogSqrt2(jnp.where(found > 0, found, jnp.maximum(jnp.max(flat), _SMALLEST_SCALE)), high)

@@ -1,6 +1,6 @@
 """Weight bias correction: give each output channel of a quantized weight its original mean and deviation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -52,16 +52,20 @@ class BiasCorrected:
 
     The effective weight is gain * value + shift, so a channel's scale acts only through rounding and clipping:
     its magnitude cancels in the gain.
+
+    factor: multiplies the corrected weight, () or [outputs]; 1 as published. It is what a search can change of a
+        channel's magnitude.
     """
 
     base: Uniform
+    factor: Float[Array, "..."] = field(default_factory=lambda: jnp.ones(()))
 
     @property
     def scale(self) -> Float[Array, "..."]:
         return self.base.scale
 
     def with_scale(self, scale: Float[Array, "..."]) -> "BiasCorrected":
-        return BiasCorrected(self.base.with_scale(scale))
+        return replace(self, base=self.base.with_scale(scale))
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.base.codes(values)
@@ -75,11 +79,12 @@ class BiasCorrected:
     def correction(
         self, wanted: Moments, steps: Float[Array, "inputs outputs"]
     ) -> tuple[Float[Array, " outputs"], Float[Array, " outputs"]]:
-        """Gain and shift that give each output channel the wanted mean and (unbiased) deviation.
+        """Gain and shift that give each output channel `factor` times the wanted mean and (unbiased) deviation.
 
         steps: the quantized weight's. The result does not depend on what it is compiled with, so a candidate has the
         same weights wherever it is evaluated.
         """
         found = _moments_of_steps(steps)
         gain = true_divide(wanted.deviation, rounded_product(found.deviation, self.scale) + EPSILON)
-        return gain, wanted.mean - rounded_product(gain, rounded_product(found.mean, self.scale))
+        shift = wanted.mean - rounded_product(gain, rounded_product(found.mean, self.scale))
+        return rounded_product(gain, self.factor), rounded_product(shift, self.factor)

@@ -2,6 +2,7 @@
 
 "scale": input units per step; a scalar for a quantizer with a scale per channel moves all channels by one factor.
 "zero_point": as a fraction of the range of codes, so that it means the same at every width; it is rounded to a code.
+"factor": of a bias-corrected weight's channels.
 "start": the lower end of a focusing interval, as a fraction of the interval's length.
 """
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers.base import Quantizer
+from cptv_jax.quantizers.bias_correction import BiasCorrected
 from cptv_jax.quantizers.focusing import Focusing
 from cptv_jax.quantizers.rounding import true_divide
 from cptv_jax.quantizers.straight_through import straight_through
@@ -33,7 +35,8 @@ def with_zero_point(quantizer: Any, zero_point: Float[Array, "..."]) -> Any:
 
 
 def offsets(quantizer: Quantizer) -> dict[str, Array]:
-    """What of a quantizer can be shifted, beside its scale: an asymmetric grid's zero point, an interval's start.
+    """What of a quantizer can be changed, beside its scale: an asymmetric grid's zero point, an interval's start, the
+    factor of a bias-corrected channel.
 
     A fractional zero point (RepQ-ViT's) is no code and stays as it is.
     """
@@ -42,7 +45,10 @@ def offsets(quantizer: Quantizer) -> dict[str, Array]:
     grid = innermost(quantizer)
     if isinstance(quantizer, FractionalUniform) or not hasattr(grid, "zero_point"):
         return {}
-    return {"zero_point": grid.zero_point / (grid.high - grid.low)}
+    found = {"zero_point": grid.zero_point / (grid.high - grid.low)}
+    if isinstance(quantizer, BiasCorrected) and quantizer.factor.shape == quantizer.scale.shape:
+        found["factor"] = quantizer.factor
+    return found
 
 
 def with_parameters(quantizer: Quantizer, values: Mapping[str, Array]) -> Quantizer:
@@ -55,6 +61,9 @@ def with_parameters(quantizer: Quantizer, values: Mapping[str, Array]) -> Quanti
     if "zero_point" in values:
         grid = innermost(quantizer)
         quantizer = with_zero_point(quantizer, values["zero_point"] * (grid.high - grid.low))
+    if "factor" in values:
+        assert isinstance(quantizer, BiasCorrected)
+        quantizer = replace(quantizer, factor=values["factor"])
     if "start" in values:
         assert isinstance(quantizer, Focusing)
         quantizer = replace(quantizer, start=values["start"] * (quantizer.high * quantizer.scale))

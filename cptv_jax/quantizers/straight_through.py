@@ -32,7 +32,7 @@ def round_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def clip_through(x: Float[Array, "..."], low: Array | float, high: Array | float) -> Float[Array, "..."]:
-    """x clipped to bounds that are not differentiated by; its derivative is 1 within them and at them, and 0 outside."""
+    """x clipped to fixed bounds; its derivative is 1 from bound to bound, the bounds included, and 0 outside."""
     return jnp.clip(x, low, high)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from cptv_jax.stages import Output
 from cptv_jax.suggest import did_you_mean
 
 Matrix = Float[Array, "batch dim"]
+Compared = Literal["logits", "features", "both"]
 _NORM_EPSILON = 1e-12  # smallest norm that a vector is divided by, as torch.nn.functional.normalize
 
 
@@ -62,23 +63,35 @@ OBJECTIVES: dict[str, Callable[[Matrix, Matrix, float], Float[Array, ""]]] = {
 class Objective:
     """Loss of one batch of outputs against the teacher's.
 
-    name: key of OBJECTIVES. on: which output it compares. temperature: of infoNCE and KL.
+    name: key of OBJECTIVES, or several joined by +, whose losses are added. on: which output is compared; "both" adds
+    the losses of the two. temperature: of infoNCE and KL.
     Raises InputError for an unknown name or output, or a temperature that is not positive.
     """
 
     name: str = "infonce"
-    on: Literal["logits", "features"] = "logits"
+    on: Compared = "logits"
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            raise InputError(f"unknown objective '{self.name}'{did_you_mean(self.name, OBJECTIVES)}")
-        if self.on not in ("logits", "features"):
-            raise InputError(f"search.on is '{self.on}'{did_you_mean(self.on, ('logits', 'features'))}")
+        for name in self.names:
+            if name not in OBJECTIVES:
+                raise InputError(f"search.objective is '{self.name}'{did_you_mean(name, OBJECTIVES)}")
+        if self.on not in get_args(Compared):
+            raise InputError(f"search.on is '{self.on}'{did_you_mean(self.on, get_args(Compared))}")
         if not self.temperature > 0:
             raise InputError(f"search.temperature is {self.temperature}; it must be positive")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.name.split("+"))
+
     def __call__(self, student: Output, teacher: Output) -> Float[Array, ""]:
         """The loss; a NaN (an overflown candidate) counts as infinitely bad."""
-        loss = OBJECTIVES[self.name](getattr(student, self.on), getattr(teacher, self.on), self.temperature)
+        outputs = ("logits", "features") if self.on == "both" else (self.on,)
+        losses = [
+            OBJECTIVES[name](getattr(student, output), getattr(teacher, output), self.temperature)
+            for name in self.names
+            for output in outputs
+        ]
+        loss = sum(losses[1:], losses[0])
         return jnp.where(jnp.isnan(loss), jnp.inf, loss)

@@ -27,6 +27,7 @@ def cell(label: str, seed: int, base: float, final: float, evaluations: int = 7,
         "done": True,
         "accuracy": {"base": {"top1": base, "images": 500}, "final": {"top1": final, "images": 500}},
         "objective": {"base": 20.0, "final": 19.0 + seed},
+        "kl": {"base": 1.0, "final": 0.5},
         "phases": {"base": {"seconds": 5.0}, "search": {"seconds": 10.0 * (seed + 1)}},
         "evaluations": evaluations,
     }
@@ -40,9 +41,13 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
 
 def test_lines_have_means_and_deviations_and_gains_over_the_base_of_the_same_seed() -> None:
     base, search = rows([cell("guided, 1 pass", 0, 50.0, 60.0), cell("guided, 1 pass", 1, 54.0, 62.0)])
-    assert base == ["W3A8", "base", "", "5 ± 0", "52.00 ± 2.83", "", "20.0000 ± 0.0000", "0 1", ""]
+    assert base == [
+        "W3A8", "base", "", "5 ± 0", "52.00 ± 2.83", "", "20.0000 ± 0.0000", "1.0000 ± 0.0000",
+        "0 1", "",
+    ]  # fmt: skip
     assert search == [
-        "W3A8", "guided, 1 pass", "7 ± 0", "15 ± 7", "61.00 ± 1.41", "9.00 ± 1.41", "19.5000 ± 0.7071", "0 1", "",
+        "W3A8", "guided, 1 pass", "7 ± 0", "15 ± 7", "61.00 ± 1.41", "9.00 ± 1.41", "19.5000 ± 0.7071",
+        "0.5000 ± 0.0000", "0 1", "",
     ]  # fmt: skip
 
 
@@ -97,6 +102,18 @@ def test_a_yaml_file_gives_a_search_of_its_name(options: SearchOptions, tmp_path
     (run, _) = _runs(replace(options, searches=(str(tmp_path / "mine.yaml"),)), 0)
     assert run.label == "mine, 1 pass"
     assert to_mapping(run.config.search) == to_mapping(SearchConfig(strategy="generational", children=3, passes=1))
+
+
+def test_every_objective_is_a_run_with_the_output_that_it_names(options: SearchOptions) -> None:
+    found = _runs(replace(options, passes=(1,), objectives=("kl", "kl+cosine@features")), 0)
+    assert [run.label for run in found] == ["evol-q, kl, 1 pass", "evol-q, kl+cosine@features, 1 pass"]
+    searches = [run.config.search for run in found]
+    assert [(s.objective, s.on, s.passes) for s in searches] == [("kl", "logits", 1), ("kl+cosine", "features", 1)]
+    assert len({run.name for run in found}) == 2
+    with pytest.raises(InputError, match="did you mean 'cosine'"):
+        bench_search(replace(options, objectives=("cosin",)))
+    with pytest.raises(InputError, match="did you mean 'features'"):
+        bench_search(replace(options, objectives=("kl@feature",)))
 
 
 def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> None:

@@ -23,7 +23,7 @@ from cptv_jax.quantizers import (
 UNIFORM = Uniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.0), jnp.float32(0.0), jnp.float32(15.0))
 EVERY = {
     "uniform": (UNIFORM, 4),
-    "bias corrected": (BiasCorrected(UNIFORM), 4),
+    "bias corrected": (BiasCorrected(UNIFORM, jnp.ones(2)), 5),
     "twin softmax": (TwinSoftmax(jnp.float32(0.03), jnp.float32(8.0), jnp.float32(7.0), jnp.float32(0.0)), 4),
     "twin gelu": (TwinGelu(jnp.float32(0.2), jnp.float32(0.01), jnp.float32(-8.0), jnp.float32(7.0)), 4),
     "log2": (Log2(jnp.float32(15.0)), 1),

@@ -182,6 +182,14 @@ def test_the_named_output_is_compared(name: str) -> None:
     np.testing.assert_allclose(found["features"], oracle(name, fs, ft, 3.0), rtol=RELATIVE, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["kl", "kl+cosine", "infonce+mse+cosine"])
+def test_sums_add_the_losses_of_their_terms_and_of_both_outputs(name: str) -> None:
+    (s, t), (fs, ft) = pair(13), pair(14, dim=17)
+    found = float(Objective(name, "both")(output(s, fs), output(t, ft)))
+    wanted = sum(oracle(term, *given, 3.0) for term in name.split("+") for given in ((s, t), (fs, ft)))
+    np.testing.assert_allclose(found, wanted, rtol=RELATIVE, atol=2e-6)
+
+
 def test_equal_objectives_are_one_static_argument() -> None:
     assert Objective("kl") == Objective("kl", "logits", 3.0) and hash(Objective("kl")) == hash(Objective("kl"))
     assert Objective("kl") != Objective("kl", temperature=1.0)
@@ -194,7 +202,9 @@ def test_the_published_choice_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "infonse"}, "unknown objective 'infonse'; did you mean 'infonce'?"),
+        ({"name": "infonse"}, "search.objective is 'infonse'; did you mean 'infonce'?"),
+        ({"name": "kl+infonse"}, "search.objective is 'kl+infonse'; did you mean 'infonce'?"),
+        ({"name": ""}, "search.objective is ''"),
         ({"name": "hinge"}, "known: cosine, infonce, kl, mse"),
         ({"on": "feature"}, "did you mean 'features'?"),
         ({"temperature": 0.0}, "must be positive"),
