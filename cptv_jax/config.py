@@ -45,7 +45,8 @@ class SearchConfig:
         the published code does.
     sites: name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
         attention's weights, as published, and for guided all weights.
-    offsets: also their zero points, and the starts of focusing intervals (guided only, and there unless set to false).
+    offsets: also their zero points, the starts of focusing intervals and the factors of bias-corrected channels (guided
+        only, and there unless set to false).
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
     images: how many of the remaining ones the search uses, in whole batches; null means all.

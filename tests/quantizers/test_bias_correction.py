@@ -1,5 +1,7 @@
 """Bias correction gives back each output channel's mean and deviation."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -69,6 +71,21 @@ def test_the_magnitude_of_a_scale_cancels(seed: int, factor: float) -> None:
     np.testing.assert_allclose(
         effective(rescaled, weight, steps), effective(quantizer, weight, steps), rtol=0, atol=5 * TOLERANCE
     )
+
+
+def test_a_factor_multiplies_the_corrected_weight_of_its_channel() -> None:
+    weight = random_weight(2)
+    quantizer = four_bits(weight)
+    factor = np.linspace(0.5, 1.5, OUTPUTS).astype(np.float32)
+    found = effective(replace(quantizer, factor=jnp.asarray(factor)), weight)
+    np.testing.assert_allclose(found, effective(quantizer, weight) * factor, rtol=0, atol=TOLERANCE)
+    # And a factor of one is no rounding at all.
+    for a, b in zip(
+        replace(quantizer, factor=jnp.ones(OUTPUTS)).correction(moments(jnp.asarray(weight)), quantizer.steps(weight)),
+        quantizer.correction(moments(jnp.asarray(weight)), quantizer.steps(weight)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_weight_on_the_grid_comes_back_whichever_scale_represents_it() -> None:

@@ -57,6 +57,15 @@ def test_a_focusing_interval_keeps_its_place_when_its_scale_grows() -> None:
     assert float(moved.end) == pytest.approx(0.48)
 
 
+def test_a_factor_is_offered_where_every_channel_has_its_own() -> None:
+    quantizer = BiasCorrected(uniform(3, 4), jnp.asarray([1.0, 0.9, 1.1]))
+    assert set(offsets(quantizer)) == {"zero_point", "factor"}
+    again = with_parameters(quantizer, {"factor": jnp.asarray([2.0, 3.0, 4.0])})
+    np.testing.assert_array_equal(again.factor, [2, 3, 4])
+    np.testing.assert_array_equal(again.base.zero_point, quantizer.base.zero_point)
+    assert set(offsets(BiasCorrected(uniform(3, 4)))) == {"zero_point"}  # as older checkpoints have it: one for all
+
+
 def test_a_fractional_zero_point_is_not_offered() -> None:
     base = OffsetUniform(SCALES, jnp.full(3, 2.5), jnp.float32(0), jnp.float32(15))
     assert offsets(FractionalUniform(base)) == {}

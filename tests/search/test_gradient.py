@@ -61,6 +61,7 @@ def moved(stages: Sequence[Stage], direction: dict[str, Any], fraction: float = 
 def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_two(scales: dict[str, Any]) -> None:
     candidate = scales["blocks.0"]
     assert candidate["attn.qkv.weight"].shape == candidate["attn.qkv.weight.zero_point"].shape == (192,)
+    np.testing.assert_array_equal(candidate["attn.qkv.weight.factor"], np.ones(192))
     assert candidate["residual1"].shape == ()
 
 
