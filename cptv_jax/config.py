@@ -39,7 +39,8 @@ class CalibrationConfig:
 class SearchConfig:
     """The search on top of the base method.
 
-    strategy: "evol-q" (the published one), "generational", "guided" (gradients propose, evolution decides), or "none".
+    strategy: "evol-q" (the published one), "generational", "guided" (gradients propose, evolution decides), "evosax"
+        (an algorithm of that library), or "none".
     objective, on, temperature: see cptv_jax.search.objective.Objective.
     teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
         the published code does.
@@ -51,7 +52,8 @@ class SearchConfig:
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
     images: how many of the remaining ones the search uses, in whole batches; null means all.
     population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
-    sigma, children, survivors: of generational; sigma is in log-scale. guided has the first two.
+    sigma, children, survivors: of generational; sigma is in log-scale. guided and evosax have the first two.
+    algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
         log-scale, images a step; all calibration images but those held out take turns.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
@@ -63,7 +65,7 @@ class SearchConfig:
     cache_gib: bound on the cached stage inputs.
     """
 
-    strategy: Literal["evol-q", "generational", "guided", "none"] = "evol-q"
+    strategy: Literal["evol-q", "generational", "guided", "evosax", "none"] = "evol-q"
     objective: str = "infonce"
     on: Compared = "logits"
     temperature: float = 3.0
@@ -80,6 +82,7 @@ class SearchConfig:
     sigma: float = 0.01
     children: int = 8
     survivors: int = 2
+    algorithm: Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"] = "Sep_CMA_ES"
     gradient_steps: int = 60
     gradient_rate: float = 0.01
     gradient_batch: int = 50

@@ -23,6 +23,7 @@ from cptv_jax.search import (
     Descent,
     Evaluator,
     EvolQ,
+    Evosax,
     Generational,
     GradientProposer,
     Guided,
@@ -44,6 +45,8 @@ def strategy_for(config: SearchConfig, weight_bits: int, direction: PyTree = Non
     """
     if config.strategy == "guided":
         return Guided(direction, move_candidate, config.sigma, config.children, config.rounds)
+    if config.strategy == "evosax":
+        return Evosax(config.algorithm, config.sigma, config.children, config.rounds)
     if config.strategy == "evol-q":
         step = published_step(weight_bits) if config.step is None else config.step
         return EvolQ(step, config.population, config.samples, config.rounds)

@@ -71,6 +71,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "reconstruction.float_input": ("0", 0.0),
     "reconstruction.importance": ("none", "none"),
     "search.strategy": ("generational", "generational"),
+    "search.algorithm": ("SNES", "SNES"),
     "search.objective": ("kl", "kl"),
     "search.on": ("features", "features"),
     "search.temperature": ("2", 2.0),

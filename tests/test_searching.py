@@ -11,7 +11,7 @@ from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import move_candidate
-from cptv_jax.search import EvolQ, Generational, Guided
+from cptv_jax.search import EvolQ, Evosax, Generational, Guided
 from cptv_jax.searching import steps_to_least_error, strategy_for
 
 
@@ -24,6 +24,11 @@ def test_the_published_strategy_steps_by_the_weights_width(bits: int, step: floa
 def test_the_generational_strategy_takes_its_own_settings() -> None:
     config = SearchConfig(strategy="generational", sigma=0.5, children=7, survivors=3, rounds=4)
     assert strategy_for(config, 4) == Generational(0.5, 7, 3, 4)
+
+
+def test_evosax_takes_its_algorithm() -> None:
+    config = SearchConfig(strategy="evosax", algorithm="SNES", sigma=0.5, children=6, rounds=4)
+    assert strategy_for(config, 4) == Evosax("SNES", 0.5, 6, 4)
 
 
 def test_the_guided_strategy_takes_the_direction_of_the_proposal() -> None:

@@ -41,7 +41,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         "--searches",
         nargs="+",
         metavar="SEARCH",
-        help="strategies, or YAML files with a search (default: all)",
+        help="strategies, or YAML files with a search (default: evol-q generational guided)",
     )
     search.add_argument(
         "--objectives",
@@ -103,14 +103,20 @@ def _precision(args: argparse.Namespace) -> tuple[str, bool]:
 
 def _search(args: argparse.Namespace) -> tuple[str, bool]:
     from cptv_jax.bench.runs import AUTO_SEEDS, Source, seeds_from
-    from cptv_jax.bench.search import DEFAULT_BITS, DEFAULT_PASSES, SearchOptions, bench_search, markdown
+    from cptv_jax.bench.search import (
+        DEFAULT_BITS,
+        DEFAULT_PASSES,
+        DEFAULT_SEARCHES,
+        SearchOptions,
+        bench_search,
+        markdown,
+    )
     from cptv_jax.config import load_config
-    from cptv_jax.search import STRATEGIES
 
     options = SearchOptions(
         Source(args.weights, args.images, args.evaluation, args.arch, args.held_out),
         Path(args.out),
-        tuple(args.searches or STRATEGIES),
+        tuple(args.searches or DEFAULT_SEARCHES),
         tuple(args.bits or DEFAULT_BITS),
         tuple(args.passes or DEFAULT_PASSES),
         seeds_from(args.seeds) or AUTO_SEEDS,

@@ -12,6 +12,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.search import STRATEGIES, Objective
 from cptv_jax.suggest import did_you_mean
 
+DEFAULT_SEARCHES = ("evol-q", "generational", "guided")  # what needs no optional package
 DEFAULT_BITS = ("W4A8", "W3A8")
 DEFAULT_PASSES = (1, 2, 4)
 _HEADER = ("bits", "search", "evaluations", "seconds", "top-1 %", "gain", "infoNCE", "KL", "seeds", "remark")
@@ -29,7 +30,7 @@ class SearchOptions:
 
     source: Source
     out: Path
-    searches: tuple[str, ...] = STRATEGIES
+    searches: tuple[str, ...] = DEFAULT_SEARCHES
     bits: tuple[str, ...] = DEFAULT_BITS
     passes: tuple[int, ...] = DEFAULT_PASSES
     seeds: tuple[int, ...] = AUTO_SEEDS

@@ -4,7 +4,7 @@ from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.gradient import Descent, GradientProposer
 from cptv_jax.search.objective import OBJECTIVES, Objective
 from cptv_jax.search.race import RacingEvaluator
-from cptv_jax.search.strategies import STRATEGIES, EvolQ, Generational, Guided, Strategy
+from cptv_jax.search.strategies import STRATEGIES, EvolQ, Evosax, Generational, Guided, Strategy
 
 __all__ = [
     "OBJECTIVES",
@@ -12,6 +12,7 @@ __all__ = [
     "Descent",
     "Evaluator",
     "EvolQ",
+    "Evosax",
     "Generational",
     "GradientProposer",
     "Guided",

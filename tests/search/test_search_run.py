@@ -12,7 +12,7 @@ import pytest
 
 from cptv_jax.forward import forward
 from cptv_jax.run_directory import RunDirectory
-from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, Strategy
+from cptv_jax.search import Evaluator, EvolQ, Evosax, Generational, Objective, Strategy
 from cptv_jax.search.run import SearchState, evolve_stage, initial_state, run_search
 from cptv_jax.stages import Stage
 
@@ -20,6 +20,7 @@ Subject = Any  # tests/search/conftest.py
 STRATEGIES: dict[str, Strategy] = {
     "evol-q": EvolQ(step=0.05, population=6, samples=4, rounds=3),
     "generational": Generational(sigma=0.1, children=3, survivors=2, rounds=2),
+    "evosax": Evosax(sigma=0.1, children=4, rounds=2),
 }
 LOSS = Objective("mse")
 

@@ -2,9 +2,10 @@
 
 from cptv_jax.search.strategies.base import Strategy
 from cptv_jax.search.strategies.evol_q import EvolQ
+from cptv_jax.search.strategies.evosax import Evosax
 from cptv_jax.search.strategies.generational import Generational
 from cptv_jax.search.strategies.guided import Guided
 
-STRATEGIES = ("evol-q", "generational", "guided")
+STRATEGIES = ("evol-q", "generational", "guided", "evosax")
 
-__all__ = ["STRATEGIES", "EvolQ", "Generational", "Guided", "Strategy"]
+__all__ = ["STRATEGIES", "EvolQ", "Evosax", "Generational", "Guided", "Strategy"]

@@ -1,0 +1,107 @@
+"""Evolution strategies of the library evosax (an optional dependency), behind ask and tell."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from cptv_jax.errors import InputError
+from cptv_jax.stages import scaled
+
+# Distributions that need a mean to start from and nothing else, and whose state does not remember what was drawn.
+ALGORITHMS = ("Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE")
+_IN_PAIRS = ("Open_ES", "PGPE")  # draw antithetic pairs, and follow the gradient that these estimate
+
+
+@lru_cache(maxsize=16)
+def _algorithm(name: str, children: int, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    """evosax's object for candidates of these shapes; kept, as evosax compiles once for each object."""
+    try:
+        from evosax import algorithms
+    except ImportError:
+        raise InputError(
+            "search.strategy evosax needs the package evosax; install cptv_jax[evosax], or choose another strategy"
+        ) from None
+    options = {"optimizer": optax.adam(1.0)} if name in _IN_PAIRS else {}  # a step of one deviation
+    solution = jax.tree.unflatten(structure, [jnp.zeros(shape) for shape in shapes])
+    return getattr(algorithms, name)(population_size=children, solution=solution, **options)
+
+
+@dataclass(frozen=True)
+class State:
+    """start: the candidate that steps lead away from. inner: evosax's state, of steps in units of sigma.
+
+    parent, loss: the best candidate so far. told: rounds so far.
+    """
+
+    start: PyTree
+    inner: Any
+    parent: PyTree
+    loss: float
+    told: int = 0
+
+
+@jax.jit
+def _moved(start: PyTree, steps: PyTree, sigma: Array) -> PyTree:
+    return jax.vmap(lambda one: scaled(start, jax.tree.map(lambda step: sigma * step, one)))(steps)
+
+
+@jax.jit
+def _steps(start: PyTree, population: PyTree, sigma: Array) -> PyTree:
+    return jax.tree.map(lambda old, new: jnp.log(new / old) / sigma, start, population)
+
+
+@dataclass(frozen=True)
+class Evosax:
+    """A search distribution of evosax over log-scales, around the stage's candidate at first.
+
+    algorithm: one of ALGORITHMS. sigma: its deviation at first. children: a generation.
+    Raises InputError where evosax is not installed, or for an odd number of children where they come in pairs.
+    """
+
+    algorithm: str = ALGORITHMS[0]
+    sigma: float = 0.01
+    children: int = 8
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.algorithm in _IN_PAIRS and self.children % 2:
+            raise InputError(f"search.children is {self.children}; {self.algorithm} draws pairs: set an even number")
+
+    def _of(self, candidate: PyTree) -> Any:
+        leaves, structure = jax.tree.flatten(candidate)
+        return _algorithm(self.algorithm, self.children, structure, tuple(jnp.shape(leaf) for leaf in leaves))
+
+    def init(self, candidate: PyTree, loss: float) -> State:
+        candidate = jax.tree.map(jnp.asarray, candidate)
+        algorithm = self._of(candidate)
+        # The key is not used by these algorithms: the mean is given.
+        inner = algorithm.init(jax.random.key(0), jax.tree.map(jnp.zeros_like, candidate), algorithm.default_params)
+        return State(candidate, inner, candidate, loss)
+
+    def ask(self, state: State, key: Array) -> PyTree:
+        algorithm = self._of(state.start)
+        steps, _ = algorithm.ask(key, state.inner, algorithm.default_params)
+        return _moved(state.start, steps, jnp.float32(self.sigma))
+
+    def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        algorithm = self._of(state.start)
+        parameters, key = algorithm.default_params, jax.random.key(state.told)
+        # Of what asking leaves in the state only a decomposition is needed, which does not depend on what was drawn.
+        _, inner = algorithm.ask(key, state.inner, parameters)
+        finite = np.where(np.isfinite(losses), losses, np.finfo(np.float32).max)
+        steps = _steps(state.start, population, jnp.float32(self.sigma))
+        inner, _ = algorithm.tell(key, steps, jnp.asarray(finite, jnp.float32), inner, parameters)
+        state = replace(state, inner=inner, told=state.told + 1)
+        winner = int(np.argmin(losses))
+        if not losses[winner] < state.loss:
+            return state
+        return replace(state, parent=jax.tree.map(lambda leaf: leaf[winner], population), loss=float(losses[winner]))
+
+    def best(self, state: State) -> tuple[PyTree, float]:
+        return state.parent, state.loss
