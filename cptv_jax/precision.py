@@ -31,7 +31,8 @@ def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
 class Widths:
     """Models that are alike but for the widths of their weights, by ascending width.
 
-    Raises InputError where they differ in more: a method that rewrites weights makes other ones at every width.
+    Raises InputError where they differ in more (a method that rewrites weights makes other ones at every width), or in
+    nothing.
     """
 
     models: tuple[QuantizedModel, ...]
@@ -45,6 +46,9 @@ class Widths:
                     f"the models of recipe {first.recipe.name} differ in more than their weights' widths; mixed "
                     "precision needs a base method that leaves weights as they are, such as fq-vit or omse"
                 )
+
+        if not self.sites:
+            raise InputError("recipe.overrides fix the width of every weight; leave those free that widths may be chosen for")
 
     @staticmethod
     def _fixed(model: QuantizedModel) -> dict[str, Any]:

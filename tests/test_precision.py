@@ -88,3 +88,8 @@ def test_models_that_differ_in_more_are_refused(model: Model, widths: Widths) ->
     other = replace(widths.models[1], model=changed)
     with pytest.raises(InputError, match="a base method that leaves weights as they are"):
         Widths((widths.models[0], other))
+
+
+def test_models_that_differ_in_nothing_are_refused(widths: Widths) -> None:
+    with pytest.raises(InputError, match=r"recipe\.overrides fix the width of every weight"):
+        Widths((widths.models[0], widths.models[0]))
