@@ -48,7 +48,7 @@ class Widths:
                 )
 
         if not self.sites:
-            raise InputError("recipe.overrides fix the width of every weight; leave those free that widths may be chosen for")
+            raise InputError("recipe.overrides fix the width of every weight; take out those that shall be chosen")
 
     @staticmethod
     def _fixed(model: QuantizedModel) -> dict[str, Any]:
