@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -48,11 +48,12 @@ class SearchConfig:
         attention's weights, as published, and for guided all weights.
     offsets: also their zero points, the starts of focusing intervals and the factors of bias-corrected channels (guided
         only, and there unless set to false).
-    passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass.
+    passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass. children: a
+        generation. Null means the strategy's: 10, 3 and 8, and for guided 2, 1 and 3.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
-    images: how many of the remaining ones the search uses, in whole batches; null means all.
+    images: how many of the remaining ones judge candidates, in whole batches; null means all, for guided about 200.
     population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
-    sigma, children, survivors: of generational; sigma is in log-scale. guided and evosax have the first two.
+    sigma, survivors: of generational; sigma is in log-scale. guided and evosax have the first.
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
         log-scale, images a step; all calibration images but those held out take turns.
@@ -72,20 +73,20 @@ class SearchConfig:
     teacher: Literal["float", "published"] = "float"
     sites: tuple[str, ...] | None = None
     offsets: bool | None = None
-    passes: int = 10
-    rounds: int = 3
+    passes: int | None = None
+    rounds: int | None = None
     holdout: float = 0.1
     images: int | None = None
     population: int = 15
     samples: int = 10
     step: float | None = None
     sigma: float = 0.01
-    children: int = 8
+    children: int | None = None
     survivors: int = 2
     algorithm: Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"] = "Sep_CMA_ES"
-    gradient_steps: int = 60
+    gradient_steps: int = 400
     gradient_rate: float = 0.01
-    gradient_batch: int = 50
+    gradient_batch: int = 10
     patience: int | None = None
     race: bool = False
     arithmetic: ArithmeticName | None = None
@@ -96,11 +97,30 @@ class SearchConfig:
     cache_gib: float = 4.0
 
 
+class Effort(NamedTuple):
+    """How much a search does: passes over the blocks, rounds at a block, children in a round."""
+
+    passes: int
+    rounds: int
+    children: int
+
+
+_PUBLISHED_EFFORT, _GUIDED_EFFORT = Effort(10, 3, 8), Effort(2, 1, 3)
+
+
+def effort(search: SearchConfig) -> Effort:
+    """The search's effort, with what its strategy decides filled in."""
+    usual = _GUIDED_EFFORT if search.strategy == "guided" else _PUBLISHED_EFFORT
+    given = (search.passes, search.rounds, search.children)
+    return Effort(*(own if value is None else value for value, own in zip(given, usual, strict=True)))
+
+
 def completed_search(search: SearchConfig) -> SearchConfig:
-    """The search with what its strategy decides filled in."""
+    """The search with what its strategy decides filled in, but for the number of images, which depends on the batch."""
     guided = search.strategy == "guided"
     sites = search.sites or (("*.weight",) if guided else _PUBLISHED_SITES)
-    return dataclasses.replace(search, sites=sites, offsets=guided if search.offsets is None else search.offsets)
+    offsets = guided if search.offsets is None else search.offsets
+    return dataclasses.replace(search, sites=sites, offsets=offsets, **effort(search)._asdict())
 
 
 @dataclass(frozen=True)

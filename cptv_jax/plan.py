@@ -28,6 +28,9 @@ class Split:
     searched: int
 
 
+_GUIDED_IMAGES = 200  # enough to judge proposals, which gradients on all images make
+
+
 def _split(images: Images, config: QuantizeConfig) -> Split:
     wanted, batch = config.calibration.images, config.calibration.batch
     if len(images) < wanted:
@@ -45,13 +48,20 @@ def _split(images: Images, config: QuantizeConfig) -> Split:
     batches = [images.take(order[i * batch : (i + 1) * batch]) for i in range(count)]
     searching = config.search.strategy != "none" and config.search.holdout > 0
     held_out = min(max(1, round(config.search.holdout * count)), count - 1) if searching else 0
-    searched = count - held_out if config.search.images is None else config.search.images // batch
+    searched = _searched(config.search, batch, count - held_out)
     if not 1 <= searched <= count - held_out:
         raise InputError(
             f"search.images is {config.search.images}; "
             f"it must lie between {batch} (a batch) and {(count - held_out) * batch}"
         )
     return Split(batches[: count - held_out], batches[count - held_out :], searched)
+
+
+def _searched(search: SearchConfig, batch: int, available: int) -> int:
+    """How many batches judge candidates."""
+    if search.images is not None:
+        return search.images // batch
+    return min(available, max(1, _GUIDED_IMAGES // batch)) if search.strategy == "guided" else available
 
 
 def _with_method(config: QuantizeConfig) -> tuple[QuantizeConfig, Method]:

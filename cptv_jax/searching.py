@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from cptv_jax.config import QuantizeConfig, SearchConfig
+from cptv_jax.config import QuantizeConfig, SearchConfig, effort
 from cptv_jax.data import Images
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
@@ -43,19 +43,20 @@ def strategy_for(config: SearchConfig, weight_bits: int, direction: PyTree = Non
 
     direction: of the pass's proposal there, for guided.
     """
+    _, rounds, children = effort(config)
     if config.strategy == "guided":
-        return Guided(direction, move_candidate, config.sigma, config.children, config.rounds)
+        return Guided(direction, move_candidate, config.sigma, children, rounds)
     if config.strategy == "evosax":
-        return Evosax(config.algorithm, config.sigma, config.children, config.rounds)
+        return Evosax(config.algorithm, config.sigma, children, rounds)
     if config.strategy == "evol-q":
         step = published_step(weight_bits) if config.step is None else config.step
-        return EvolQ(step, config.population, config.samples, config.rounds)
-    return Generational(config.sigma, config.children, config.survivors, config.rounds)
+        return EvolQ(step, config.population, config.samples, rounds)
+    return Generational(config.sigma, children, config.survivors, rounds)
 
 
 def _children(config: SearchConfig) -> int:
     """Candidates a round."""
-    return 1 if config.strategy == "evol-q" else config.children
+    return 1 if config.strategy == "evol-q" else effort(config).children
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: 
         read,
         jax.tree.map(lambda *leaves: np.concatenate(leaves), *judges.teacher),
         judges.objective,
-        Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, search.passes),
+        Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
         judges.mesh,
     )
@@ -192,10 +193,11 @@ def improve(
     guided = search.strategy == "guided"
     proposer = _proposer(base, split, search, judges) if guided else None
     openings = [steps_to_least_error(base, state.scales)] if guided else []
-    per_pass = len(bits) * search.rounds * _children(search) + guided * search.gradient_steps
-    done = state.pass_index * per_pass + state.position * search.rounds * _children(search)
+    passes, rounds, _ = effort(search)
+    per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps
+    done = state.pass_index * per_pass + state.position * rounds * _children(search)
     done += state.proposed * search.gradient_steps
-    with bar("search", search.passes * per_pass, progress, done) as shown:
+    with bar("search", passes * per_pass, progress, done) as shown:
         evaluator.on_refresh = lambda done, total: shown.set_postfix_str(f"stage inputs, batch {done} of {total}")
 
         def on_round(stage: str, evaluated: int, best: float) -> None:
@@ -213,7 +215,7 @@ def improve(
         state = run_search(
             evaluator,
             lambda name, direction: strategy_for(search, bits[name], direction),
-            search.passes,
+            passes,
             jax.random.key(config.seed),
             state,
             judges.held_out_loss,

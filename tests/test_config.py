@@ -10,9 +10,10 @@ import yaml
 
 from cptv_jax import CalibrationConfig, InputError, QuantizeConfig, RecipeConfig, SearchConfig, load_config, resolve
 from cptv_jax.cli import _parser
-from cptv_jax.config import check, flatten, from_mapping, override, to_mapping
+from cptv_jax.config import check, completed_search, effort, flatten, from_mapping, override, to_mapping
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.zoo import ZOO
+from cptv_jax.plan import _searched
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 
@@ -164,7 +165,7 @@ def test_a_pattern_needs_no_quotes_and_one_needs_no_list(text: str) -> None:
     ("name", "text", "says"),
     [
         ("search.passes", "1.5", "search.passes is 1.5; it must be a whole number"),
-        ("search.passes", "null", "search.passes is None; it must be a whole number"),
+        ("search.population", "null", "search.population is None; it must be a whole number"),
         ("search.passes", "yes", "search.passes is True; it must be a whole number"),
         ("search.holdout", "some", "search.holdout is 'some'; it must be a number"),
         ("search.holdout", "true", "search.holdout is True; it must be a number"),
@@ -248,3 +249,31 @@ def test_the_recipe_in_a_mapping_is_plain_data() -> None:
     config = QuantizeConfig(recipe=recipe, search=search)
     assert to_mapping(config)["recipe"] == asdict(config.recipe)
     assert to_mapping(config)["search"]["sites"] == ["*.weight"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wanted"),
+    [("evol-q", (10, 3, 8)), ("generational", (10, 3, 8)), ("evosax", (10, 3, 8)), ("guided", (2, 1, 3))],
+)
+def test_a_search_does_what_its_strategy_needs_unless_told(strategy: Any, wanted: tuple[int, int, int]) -> None:
+    assert effort(SearchConfig(strategy=strategy)) == wanted
+    assert effort(SearchConfig(strategy=strategy, passes=7, rounds=5, children=6)) == (7, 5, 6)
+    done = completed_search(SearchConfig(strategy=strategy))
+    assert (done.passes, done.rounds, done.children) == wanted
+
+
+@pytest.mark.parametrize(
+    ("search", "batch", "available", "wanted"),
+    [
+        (SearchConfig(), 100, 9, 9),
+        (SearchConfig(images=300), 100, 9, 3),
+        (SearchConfig(strategy="guided"), 100, 9, 2),
+        (SearchConfig(strategy="guided"), 32, 3, 3),
+        (SearchConfig(strategy="guided"), 500, 2, 1),
+        (SearchConfig(strategy="guided", images=800), 100, 9, 8),
+    ],
+)
+def test_guided_judges_on_some_of_the_images_unless_told(
+    search: SearchConfig, batch: int, available: int, wanted: int
+) -> None:
+    assert _searched(search, batch, available) == wanted
