@@ -28,6 +28,7 @@ from cptv_jax.interpreters import Capturing, Tensor
 from cptv_jax.methods import repq_vit
 from cptv_jax.methods.initialization import first_images
 from cptv_jax.methods.learning import ReconstructionConfig
+from cptv_jax.methods.percentile import quantiles
 from cptv_jax.methods.reconstruction import reconstruct
 from cptv_jax.models.architecture import call_stage, sites_of, stage_graphs
 from cptv_jax.quantized import Model, QuantizedModel
@@ -55,7 +56,8 @@ class AiqvitOptions:
 def fit_focusing(values: Float[Array, "..."], bits: int) -> Focusing:
     """The interval between two quantiles of the values whose levels have the least squared error on them."""
     flat = values.reshape(-1)
-    starts, ends = jnp.quantile(flat, jnp.asarray(_STARTS)), jnp.quantile(flat, jnp.asarray(_ENDS))
+    limits = quantiles(flat[None], (*_STARTS, *_ENDS))[:, 0]
+    starts, ends = limits[: len(_STARTS)], limits[len(_STARTS) :]
     high = jnp.float32(2**bits - 1)
 
     def interval(index: Array) -> Focusing:

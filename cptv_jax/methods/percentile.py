@@ -36,9 +36,9 @@ def _order_statistics(x: Float[Array, "rows count"], places: list[int]) -> Float
     return jax.lax.platform_dependent(x, cpu=on_host, default=lambda x: jnp.sort(x, -1)[:, jnp.asarray(places)].T)
 
 
-def _quantiles(x: Float[Array, "rows count"], quantiles: Sequence[float]) -> Float[Array, "quantiles rows"]:
+def quantiles(x: Float[Array, "rows count"], shares: Sequence[float]) -> Float[Array, "quantiles rows"]:
     """Quantiles of each row, linearly interpolated as torch.quantile does."""
-    ranks = [_rank(quantile, x.shape[-1]) for quantile in quantiles]
+    ranks = [_rank(share, x.shape[-1]) for share in shares]
     ends = _order_statistics(x, [end for rank in ranks for end in (math.floor(rank), math.ceil(rank))])
     found = []
     for rank, low, high in zip(ranks, ends[::2], ends[1::2], strict=True):
@@ -70,8 +70,8 @@ def _search_uniform(
     represented exactly. A row of zeros gets the smallest scale that is used, 2^-23.
     """
     levels = 2.0**bits - 1
-    quantiles = _quantiles(x, [*percentiles, *(1.0 - percentile for percentile in percentiles)])
-    upper, lower = quantiles[: len(percentiles)], quantiles[len(percentiles) :]
+    ends = quantiles(x, [*percentiles, *(1.0 - percentile for percentile in percentiles)])
+    upper, lower = ends[: len(percentiles)], ends[len(percentiles) :]
     scales = true_divide(upper - lower, levels)
     zero_points = jnp.round(true_divide(-lower, scales))
 
@@ -102,7 +102,7 @@ def _search_log_sqrt2(x: Float[Array, "..."], bits: int, percentiles: Sequence[f
         quantizer = LogSqrt2(scale, high)
         return jnp.where(scale > 0, _mean_squares(quantizer.values(quantizer.codes(flat)) - flat)[0], jnp.inf)
 
-    scales = _quantiles(flat, percentiles)[:, 0]
+    scales = quantiles(flat, percentiles)[:, 0]
     scores = jnp.stack([score(scale) for scale in scales])
     found = scales[jnp.argmin(scores)]
     return LogSqrt2(jnp.where(found > 0, found, jnp.maximum(jnp.max(flat), _SMALLEST_SCALE)), high)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.methods.percentile import PERCENTILES, _quantiles, fit, fit_weight, outlier_inputs
+from cptv_jax.methods.percentile import PERCENTILES, quantiles, fit, fit_weight, outlier_inputs
 from cptv_jax.quantizers import DualUniform, LogSqrt2, OffsetUniform
 from cptv_jax.recipe import SiteSpec
 
@@ -32,13 +32,13 @@ def best_range(x: np.ndarray, bits: int, percentiles: Sequence[float]) -> tuple[
 
 
 @pytest.mark.parametrize("count", [2, 17, 5000, 104448])
-def test_quantiles_are_interpolated_between_the_outermost_values(count: int) -> None:
+def testquantiles_are_interpolated_between_the_outermost_values(count: int) -> None:
     x = GENERATOR.normal(size=(2, count)).astype(np.float32)
-    found = jax.jit(lambda x: _quantiles(x, PERCENTILES))(x)
+    found = jax.jit(lambda x: quantiles(x, PERCENTILES))(x)
     # The rank is a float32, as torch has it: of 104,448 values it is exact to 1/128, of the gaps between the largest.
     np.testing.assert_allclose(found, np.quantile(x, PERCENTILES, axis=1), atol=0.01 if count > 9999 else 1e-3)
     low = [1 - percentile for percentile in PERCENTILES]
-    found = jax.jit(lambda x: _quantiles(x, low))(x)
+    found = jax.jit(lambda x: quantiles(x, low))(x)
     np.testing.assert_allclose(found, np.quantile(x, low, axis=1), atol=1e-3)
 
 
