@@ -1,6 +1,7 @@
 """The configuration: strict YAML, and a flag for every field."""
 
 import argparse
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -234,10 +235,10 @@ def test_the_configurations_that_we_ship_are_valid(path: Path) -> None:
     config = load_config(str(path))
     check(config)
     recipe = resolve(config.recipe, sites_of(ZOO["deit_tiny_patch16_224"]))
-    bits = path.stem.rpartition("_w")[2].partition("a")
-    if bits[1]:
-        assert (config.recipe.weight_bits, config.recipe.activation_bits) == (int(bits[0]), int(bits[2]))
-        assert recipe.sites["blocks.0.attn.qkv.weight"].bits == int(bits[0])
+    bits = re.search(r"_w(\d+)a(\d+)$", path.stem)
+    if bits:
+        assert (config.recipe.weight_bits, config.recipe.activation_bits) == (int(bits[1]), int(bits[2]))
+        assert recipe.sites["blocks.0.attn.qkv.weight"].bits == int(bits[1])
 
 
 def test_there_are_configurations_to_ship() -> None:

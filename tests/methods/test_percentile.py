@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.methods.percentile import PERCENTILES, quantiles, fit, fit_weight, outlier_inputs
+from cptv_jax.methods.percentile import PERCENTILES, fit, fit_weight, outlier_inputs, quantiles
 from cptv_jax.quantizers import DualUniform, LogSqrt2, OffsetUniform
 from cptv_jax.recipe import SiteSpec
 
