@@ -193,7 +193,7 @@ class RunDirectory:
         self.write_log(state)
         earlier = self._numbered("state")
         number = int(earlier[-1].name) + 1 if earlier else 0
-        trees = ("scales", "best_scales", "direction")
+        trees = ("scales", "best_scales", "direction", "progress")
         described = {name: value for name, value in vars(state).items() if name not in trees}
         tree = {name: getattr(state, name) for name in trees if getattr(state, name)}  # Orbax saves no empty tree
         save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})

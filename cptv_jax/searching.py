@@ -31,7 +31,7 @@ from cptv_jax.search import (
     RacingEvaluator,
     Strategy,
 )
-from cptv_jax.search.run import Scales, SearchState, initial_state, run_search
+from cptv_jax.search.run import Progress, Scales, SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
@@ -196,7 +196,7 @@ def improve(
     passes, rounds, _ = effort(search)
     per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps
     done = state.pass_index * per_pass + state.position * rounds * _children(search)
-    done += state.proposed * search.gradient_steps
+    done += search.gradient_steps if state.proposed else int(state.progress.get("done", 0))
     with bar("search", passes * per_pass, progress, done) as shown:
         evaluator.on_refresh = lambda done, total: shown.set_postfix_str(f"stage inputs, batch {done} of {total}")
 
@@ -208,9 +208,11 @@ def improve(
             shown.set_postfix_str(f"gradient, batch loss {loss:.5f}")
             shown.update(1)
 
-        def propose(scales: Scales, pass_index: int, key: jax.Array) -> Scales:
+        def propose(
+            scales: Scales, pass_index: int, key: jax.Array, progress: Progress, on_progress: Callable[[Progress], None]
+        ) -> Scales:
             assert proposer is not None
-            return proposer.propose(scales, pass_index, key, on_step)
+            return proposer.propose(scales, pass_index, key, on_step, progress, on_progress)
 
         state = run_search(
             evaluator,

@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from cptv_jax.mesh import DATA, compiler_options, place
+from cptv_jax.search.run import Progress
 from cptv_jax.search.runs import Run, runs_of, stacked
 from cptv_jax.stages import Stage
 
 Loss = Callable[[PyTree, PyTree], Array]
+_SAVED_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -150,17 +152,32 @@ class GradientProposer:
         pass_index: int,
         key: Array,
         on_step: Callable[[float], None] = lambda loss: None,
+        progress: Progress | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> dict[str, PyTree]:
         """Steps by stage name, away from the candidates `scales`, that a pass of descent arrives at.
 
-        on_step(loss): called after every step with the loss of its batch before it.
+        on_step(loss): called after every step with the loss of its batch before it. progress: what on_progress was last
+        called with, to go on from there as if nothing had been between.
         """
         present = [scales.get(name, own) for name, own in zip(self._names, self._candidates, strict=True)]
         candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
         steps = jax.tree.map(jnp.zeros_like, candidates)
         moments = place(self.mesh, _ADAM.init(steps))
+        begin = 0
+        if progress:
+            begin = int(progress["done"])
+            leaves, structure = jax.tree.flatten((steps, moments))
+            saved = [jnp.asarray(progress[f"{i:05d}"]) for i in range(len(leaves))]
+            steps, moments = place(self.mesh, jax.tree.unflatten(structure, saved))
         pieces = max(1, min(self.descent.batch, self._count) // self.at_once)
-        for number, rows in enumerate(_batches(self._count, pieces * self.at_once, self.descent.steps, key)):
+        batches = _batches(self._count, pieces * self.at_once, self.descent.steps, key)
+        for number, rows in enumerate(batches):
+            if number < begin:
+                continue
+            if number > begin and number % _SAVED_EVERY == 0:
+                leaves = jax.tree.leaves((steps, moments))
+                on_progress({"done": np.int32(number), **{f"{i:05d}": np.asarray(x) for i, x in enumerate(leaves)}})
             rate = self.descent.rate_at(pass_index * self.descent.steps + number)
             images = self.read(rows)
             x = place(self.mesh, images.reshape(pieces, -1, *images.shape[1:]), DATA, 1)

@@ -11,6 +11,10 @@ from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.strategies import Strategy
 
 Scales = dict[str, PyTree]  # candidates, or steps that move them, by stage name
+Progress = dict[str, PyTree]  # of a proposal that is not finished, as its proposer has it
+# Steps for all stages at the start of a pass: of the scales, the pass, a key, the progress of an interrupted proposal
+# (empty at its beginning), and whom to tell of progress.
+Propose = Callable[[Scales, int, Array, Progress, Callable[[Progress], None]], Scales]
 FRACTIONS = (0.5, 1.0)  # of a proposal that are tried; the likeliest last, as it then stands in the evaluator
 
 
@@ -20,7 +24,7 @@ class SearchState:
 
     pass_index, position: the next stage to visit, as an index into the visiting order.
     proposed, direction: whether this pass has had its proposal, and the steps (see Stage.move) of it that were taken,
-    or would have been.
+    or would have been. progress: of the proposal that is being made.
     loss: of the present scales on the search batches (None before the first evaluation). evaluations: candidates
     evaluated so far.
     best_pass: 0 is the start; best_held_out: its loss on the held-out batches; best_scales: its scales.
@@ -32,6 +36,7 @@ class SearchState:
     position: int = 0
     proposed: bool = False
     direction: Scales = field(default_factory=dict)
+    progress: Progress = field(default_factory=dict)
     loss: float | None = None
     evaluations: int = 0
     best_pass: int = 0
@@ -105,6 +110,7 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, dir
         state,
         scales=scales,
         proposed=True,
+        progress={},
         direction={name: jax.tree.map(lambda step: length * step, steps) for name, steps in direction.items()},
         loss=best,
         evaluations=state.evaluations + len(FRACTIONS),
@@ -121,7 +127,7 @@ def run_search(
     held_out_loss: Callable[[Sequence[Any]], float] | None = None,
     on_round: Callable[[str, int, float], None] = lambda stage, evaluated, best: None,
     on_stage: Callable[[SearchState], None] = lambda state: None,
-    propose: Callable[[Scales, int, Array], Scales] | None = None,
+    propose: Propose | None = None,
     openings: Sequence[Scales] = (),
     patience: int | None = None,
 ) -> SearchState:
@@ -133,8 +139,8 @@ def run_search(
     held_out_loss: loss of a list of stages on images that the search does not see; it picks the best among the start
     and the passes. Without it the last pass is the best.
     on_stage: called with the state after every stage, for saving; the scales in it may be saved as float32.
-    propose(scales, pass, key): steps for all stages at the start of a pass, which the true loss then judges. openings:
-    such steps that are tried before the first.
+    propose: gives steps for all stages at the start of a pass, which the true loss then judges. openings: such steps
+    that are tried before the first.
     patience: end after so many passes in a row that did not lower the held-out loss.
     """
     order = [i for i, stage in reversed(list(enumerate(evaluator.stages))) if stage.searchable]
@@ -149,10 +155,15 @@ def run_search(
     while state.pass_index < passes and (patience is None or state.pass_index - state.best_pass < patience):
         pass_key = jax.random.fold_in(key, state.pass_index)
         if propose and not state.proposed:
-            for direction in openings if state.pass_index == 0 else ():
+            for direction in openings if state.pass_index == 0 and not state.progress else ():
                 state = consider(evaluator, order, state, direction)
             proposal_key = jax.random.fold_in(pass_key, len(evaluator.stages))
-            state = consider(evaluator, order, state, propose(state.scales, state.pass_index, proposal_key))
+
+            def save(progress: Progress, state: SearchState = state) -> None:
+                on_stage(replace(state, proposed=False, progress=progress))
+
+            direction = propose(state.scales, state.pass_index, proposal_key, state.progress, save)
+            state = consider(evaluator, order, state, direction)
             on_stage(state)
         index = order[state.position]
         name = evaluator.stages[index].name

@@ -127,6 +127,20 @@ def test_a_proposal_lowers_the_true_loss(
     assert evaluator.loss_of(last, evaluator.stages[last].candidate) < before
 
 
+def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
+    proposer: GradientProposer, scales: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cptv_jax.search.gradient._SAVED_EVERY", 2)
+    saved: list[dict[str, np.ndarray]] = []
+    whole = proposer.propose(scales, 1, jax.random.key(3), on_progress=saved.append)
+    assert [int(progress["done"]) for progress in saved] == [2, 4]
+    for progress in saved:
+        steps: list[float] = []
+        again = proposer.propose(scales, 1, jax.random.key(3), steps.append, progress)
+        assert len(steps) == STEPS - int(progress["done"])
+        np.testing.assert_array_equal(flat(again), flat(whole))
+
+
 def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[str, Any]) -> None:
     one, same, other = (flat(proposer.propose(scales, 0, jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)

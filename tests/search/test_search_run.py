@@ -303,9 +303,17 @@ def test_one_stage_reports_its_improving_rounds(make_evaluator: Callable[..., Ev
 
 
 def towards(stages: Sequence[Stage], step: float) -> Callable[..., dict[str, Any]]:
-    """A proposal that moves every parameter by the same step, whatever it is asked."""
+    """A proposal that moves every parameter by the same step, whatever it is asked, in two halves of work."""
     steps = {s.name: jax.tree.map(lambda leaf: np.full(np.shape(leaf), step, np.float32), s.candidate) for s in stages}
-    return lambda scales, number, key: steps
+
+    def propose(scales: Any, number: int, key: Any, progress: Any, on_progress: Callable[[Any], None]) -> Any:
+        if not progress:
+            on_progress({"done": np.int32(1), "half": np.float32(step / 2)})
+        else:
+            assert (progress["done"], progress["half"]) == (1, np.float32(step / 2))
+        return steps
+
+    return propose
 
 
 def finer_and_coarser(toy: Subject) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -346,11 +354,11 @@ def test_openings_are_tried_once_before_the_first_proposal(
     good, bad = finer_and_coarser(toy)
     seen: list[Any] = []
 
-    def propose(scales: Any, number: int, key: Any) -> Any:
+    def propose(scales: Any, *rest: Any) -> Any:
         seen.append(scales)
-        return bad(scales, number, key)
+        return bad(scales, *rest)
 
-    opening = good(None, 0, None)
+    opening = good(None, 0, None, {}, lambda progress: None)
     found = search(make_evaluator(), propose=propose, openings=[opening])
     assert [record["fraction"] > 0 for record in records(found, "proposal")] == [True, False, False]
     alone = search(make_evaluator(), passes=1, propose=good)
@@ -365,18 +373,20 @@ def test_openings_are_tried_once_before_the_first_proposal(
 def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
     toy: Subject, make_evaluator: Callable[..., Evaluator], tmp_path: Path
 ) -> None:
-    good, _ = finer_and_coarser(toy)
-    held_out = true_held_out(toy)
+    good, bad = finer_and_coarser(toy)
+    held_out, opening = true_held_out(toy), bad(None, 0, None, {"done": 1, "half": np.float32(0.75)}, None)
     states: list[SearchState] = []
-    whole = search(make_evaluator(), held_out=held_out, propose=good, on_stage=states.append)
-    assert len(states) == 1 + 2 * (1 + 3)  # the start, then every pass's proposal and stages
+    options = {"held_out": held_out, "propose": good, "openings": [opening]}
+    whole = search(make_evaluator(), on_stage=states.append, **options)
+    assert len(states) == 1 + 2 * (2 + 3)  # the start, then every pass's half proposal, proposal and stages
+    assert [bool(state.progress) for state in states] == [False, *[True, *[False] * 4] * 2]
     for number, state in enumerate(states):
         run = RunDirectory(tmp_path / str(number), {"config": {"seed": 0}})
         run.save_state(state)
         saved = run.state()
         assert saved is not None
         assert_same(saved, state)
-        assert_same(search(make_evaluator(), state=saved, held_out=held_out, propose=good), whole)
+        assert_same(search(make_evaluator(), state=saved, **options), whole)
 
 
 def test_patience_ends_a_search_that_no_longer_improves(make_evaluator: Callable[..., Evaluator]) -> None:
