@@ -251,7 +251,7 @@ class QuantizedModel:
         return tuple(stages)
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "QuantizedModel":
-        """The same model with other scales ("SITE"), zero points ("SITE.zero_point") or starts at the named sites."""
+        """The same model with other parameters at the named sites: "SITE" is a scale, "SITE.zero_point" an offset."""
         values = _by_site(jax.tree.map(jnp.asarray, dict(parameters)))
         changed = {site: with_parameters(self.quantizers[site], found) for site, found in values.items()}
         return replace(self, quantizers={**self.quantizers, **changed})
