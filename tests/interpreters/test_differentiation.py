@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_vit import normal, quantized, small_images, uniform
 
 from cptv_jax.interpreters import FakeQuant, StraightThrough, Tensor
 from cptv_jax.interpreters.arithmetic import Arithmetic, rounded_bf16
 from cptv_jax.mesh import supported_arithmetics
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, LowRank, Quantizer, Uniform
-from tests.interpreters.test_fake_quant import normal, quantized, small_images, uniform
 
 needs_bf16 = pytest.mark.skipif("bf16-codes" not in supported_arithmetics(), reason="no bfloat16 products here")
 
