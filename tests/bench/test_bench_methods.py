@@ -316,7 +316,7 @@ def test_phases_that_were_cut_short_are_marked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task: Task, tmp_path: Path) -> None:
-    hog = bytearray(700 * 2**20)  # this process's peak is not the child's
+    hog = bytearray(1500 * 2**20)  # this process's peak is not the child's
     hog[::4096] = b"x" * len(hog[::4096])
     assert run_child(task, tmp_path / "log") == (0, ""), (tmp_path / "log").read_text()
     measured = json.loads(task.measured.read_text())
