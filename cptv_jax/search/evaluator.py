@@ -170,29 +170,26 @@ class Evaluator:
         count = jax.tree.leaves(population)[0].shape[0]
         begin, end = int(self._bounds[first]), int(self._bounds[last])
         used = range(begin // self.images, -(-end // self.images))
-        outputs = []
+        offset, losses = begin - used.start * self.images, []
         for start in range(0, count, self.width):
             part = place(self.mesh, _padded_slice(population, start, self.width), POPULATION)
-            outputs.append(
-                [
-                    _generation_program()(
-                        self._runs[home],
-                        tail,
-                        self._states[home],
-                        jnp.int32(position),
-                        part,
-                        self._states[home + 1 :],
-                        self._inputs[piece][index],
-                    )
-                    for piece in used
-                ]
-            )
-        # Devices exchange outputs for the losses. XLA's CPU devices share one pool of threads, and one that waits for
-        # the other's part can hold the thread that the other needs, so nothing else may be under way.
-        jax.block_until_ready(outputs)
-        offset, targets = begin - used.start * self.images, self.teacher[first:last]
-        whole = replicated(self.mesh)
-        losses = [np.asarray(_losses_program()(self.loss, whole, offset, parts, targets)) for parts in outputs]
+            parts = [
+                _generation_program()(
+                    self._runs[home],
+                    tail,
+                    self._states[home],
+                    jnp.int32(position),
+                    part,
+                    self._states[home + 1 :],
+                    self._inputs[piece][index],
+                )
+                for piece in used
+            ]
+            # Devices exchange outputs for the losses. XLA's CPU devices share one pool of threads, and one that waits
+            # for the other's part can hold the thread that the other needs, so nothing else may be under way.
+            jax.block_until_ready(parts)
+            whole = replicated(self.mesh)
+            losses.append(np.asarray(_losses_program()(self.loss, whole, offset, parts, self.teacher[first:last])))
         return np.concatenate(losses).astype(np.float64)[:count]
 
     def losses(self, index: int, population: PyTree) -> np.ndarray:
