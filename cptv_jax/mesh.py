@@ -37,6 +37,16 @@ def use_all_cores() -> None:
         return
 
 
+def stay_on_cpu() -> None:
+    """Keeps this process off accelerators, where JAX has not started yet: the memory there is for its children."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def shared_by(processes: int) -> dict[str, str]:
+    """Environment of each of so many processes that use an accelerator at once: JAX takes 3/4 of it for one alone."""
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / processes:.4f}"} if processes > 1 else {}
+
+
 def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
     """A mesh of population x data devices; data None takes all that are left over.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,21 @@ from jaxtyping import PyTree
 from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, StraightThrough, Tensor, quantize_weight
 from cptv_jax.mesh import check_arithmetic, fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
-from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, moments, offsets, with_parameters
+from cptv_jax.quantizers import (
+    BiasCorrected,
+    Quantizer,
+    Uniform,
+    moments,
+    offsets,
+    rounded_product,
+    with_parameters,
+)
 from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
 
 _WEIGHT = ".weight"
-_SHIFTED = (".zero_point", ".start")  # of what a candidate holds of a site beside its scale, what a step is added to
+_BIAS = "bias"
+_SHIFTED = (".zero_point", ".start", f".{_BIAS}")  # of a site, beside its scale, what a step of a candidate is added to
 _OFFSETS = (*_SHIFTED, ".factor")
 
 
@@ -27,8 +36,8 @@ class ModelStageFunction:
     """Computes a stage of a model from its state.
 
     The state has "weights", the module's arrays; "quantizers" by site; "quantized", the weights as matmuls read them,
-    by site (their kernels among the module's arrays are empty); and "searched", the kernels, and their moments, of the
-    weights whose scales are searched.
+    by site (their kernels among the module's arrays are empty); "searched", the kernels, and their moments, of the
+    weights whose scales are searched; and "biases" of layers, by weight site, that move.
 
     differentiable: the same numbers with straight-through derivatives; it reads "weights", whole, and "quantizers".
     """
@@ -55,7 +64,9 @@ class ModelStageFunction:
 
 
 def _by_site(candidate: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
-    """Parameters by site and name, of a candidate: "SITE" is a site's scale, "SITE.zero_point" and the like others."""
+    """Parameters by site and name, of a candidate: "SITE" is a site's scale, "SITE.zero_point" and the like others, and
+    "SITE.bias" how far the bias of a weight's layer moves (see MovableBias).
+    """
     found: dict[str, dict[str, jax.Array]] = {}
     for key, value in candidate.items():
         site, _, name = key.rpartition(".") if key.endswith(_OFFSETS) else (key, "", "scale")
@@ -63,21 +74,60 @@ def _by_site(candidate: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Arra
     return found
 
 
-def _candidate(quantizers: Mapping[str, Quantizer], recipe: Recipe, prefix: str, shifted: bool) -> dict[str, jax.Array]:
-    """The parameters of quantizers, as a candidate. prefix: of the sites' names in the recipe."""
+class MovableBias(NamedTuple):
+    """A layer's bias, [outputs], from where a candidate's "SITE.bias" moves it in units.
+
+    unit: the length of the weights of every output, that is how far it deviates for inputs of deviation 1, so that a
+        step means the same in every layer.
+    """
+
+    start: jax.Array
+    unit: jax.Array
+
+    def moved(self, steps: jax.Array) -> jax.Array:
+        return self.start + rounded_product(steps, self.unit)
+
+
+def _biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
+    """By weight site, of layers that have a bias. On the host: the same numbers for every program."""
+    layers = {site: _at(weights, _path_of(site)) for site in sites if site.endswith(_WEIGHT)}
+    return {
+        site: MovableBias(layer[_BIAS], jnp.asarray(np.linalg.norm(np.asarray(layer["kernel"]), axis=0)))
+        for site, layer in layers.items()
+        if layer.get(_BIAS) is not None
+    }
+
+
+def _path_of(site: str) -> list[str]:
+    """Where a stage has the layer of a weight site."""
+    return site.removesuffix(_WEIGHT).split(".")
+
+
+def _candidate(
+    quantizers: Mapping[str, Quantizer], recipe: Recipe, prefix: str, biases: Mapping[str, MovableBias] | None
+) -> dict[str, jax.Array]:
+    """The parameters of quantizers, as a candidate.
+
+    prefix: of the sites' names in the recipe. biases: of the weights' layers, which move with all other
+    offsets; None is without any.
+    """
     found = {}
     for site, quantizer in quantizers.items():
         spec = recipe.sites[prefix + site]
         scale = jnp.asarray(quantizer.scale)
         found[site] = jnp.min(scale) if spec.observer == "ptf" else scale  # power-of-two factors must stay such
-        if shifted:
+        if biases is not None:
             fixed = {"zero_point"} if spec.symmetric else set()
             found |= {f"{site}.{name}": value for name, value in offsets(quantizer).items() if name not in fixed}
+            if site in biases:
+                found[f"{site}.{_BIAS}"] = jnp.zeros_like(biases[site].start)
     return found
 
 
 def move_candidate(candidate: Mapping[str, jax.Array], steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A candidate whose scales and factors are multiplied by a step's exponential, and whose offsets are shifted."""
+    """A candidate whose scales and factors are multiplied by a step's exponential, and whose other offsets and biases
+    are shifted.
+    """
     return {
         key: value + steps[key] if key.endswith(_SHIFTED) else value * jnp.exp(steps[key])
         for key, value in candidate.items()
@@ -89,12 +139,15 @@ def bind_candidate(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
 
     Only the candidate's weights are quantized anew.
     """
-    quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
+    quantizers, quantized, weights = dict(state["quantizers"]), dict(state["quantized"]), state["weights"]
     for site, values in _by_site(candidate).items():
+        if _BIAS in values:
+            moved = state["biases"][site].moved(values.pop(_BIAS))
+            weights = _replaced(weights, _path_of(site), {_BIAS: moved})
         quantizers[site] = with_parameters(quantizers[site], values)
         if site in state["searched"]:
-            weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
-    return {**state, "quantizers": quantizers, "quantized": weights}
+            quantized[site] = quantize_weight(quantizers[site], *state["searched"][site])
+    return {**state, "weights": weights, "quantizers": quantizers, "quantized": quantized}
 
 
 _quantize_weight = jax.jit(quantize_weight)
@@ -107,7 +160,7 @@ def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Colle
     for site, quantizer in quantizers.items():
         if not site.endswith(_WEIGHT):
             continue
-        path = site.removesuffix(_WEIGHT).split(".")
+        path = _path_of(site)
         kernel = jnp.asarray(_at(weights, path)["kernel"])
         wanted = _moments(kernel)
         quantized[site] = _quantize_weight(quantizer, kernel, wanted)
@@ -213,7 +266,8 @@ class QuantizedModel:
     ) -> tuple[Stage, ...]:
         """The stages of the quantized forward pass.
 
-        searched: which sites' scales form the candidates. shifted: and their zero points and intervals' starts.
+        searched: which sites' scales form the candidates. shifted: and their zero points, intervals' starts, factors of
+            channels, and biases of their layers.
         rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
         all_tokens: compute also the tokens of the last block that the head does not read.
         arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
@@ -232,7 +286,9 @@ class QuantizedModel:
                 if site.startswith(prefix)
             }
             chosen = {site: quantizer for site, quantizer in quantizers.items() if searched(prefix + site)}
-            candidate = _candidate(chosen, self.recipe, prefix, shifted)
+            weights = self.model.weights[name]
+            biases = _biases(weights, chosen) if shifted else None
+            candidate = _candidate(chosen, self.recipe, prefix, biases)
             function = ModelStageFunction(
                 graph,
                 self.recipe.integer_layer_norm,
@@ -243,15 +299,22 @@ class QuantizedModel:
                 differentiable,
             )
             if rounding and not differentiable:
-                state = _state(self.model.weights[name], quantizers, chosen)
+                state = _state(weights, quantizers, chosen)
             else:
-                weights = self.model.weights[name]
                 state = {"weights": weights, "quantizers": quantizers, "quantized": {}, "searched": {}}
+            state["biases"] = biases or {}
             stages.append(Stage(name, function, state, candidate, bind_candidate, move_candidate))
         return tuple(stages)
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "QuantizedModel":
-        """The same model with other parameters at the named sites: "SITE" is a scale, "SITE.zero_point" an offset."""
-        values = _by_site(jax.tree.map(jnp.asarray, dict(parameters)))
-        changed = {site: with_parameters(self.quantizers[site], found) for site, found in values.items()}
-        return replace(self, quantizers={**self.quantizers, **changed})
+        """The same model with other parameters at the named sites: "SITE" is a scale, "SITE.zero_point" an offset, and
+        "SITE.bias" how far the bias of a weight's layer moves.
+        """
+        model, changed = self.model, {}
+        for site, found in _by_site(jax.tree.map(jnp.asarray, dict(parameters))).items():
+            if _BIAS in found:
+                stage, path = model._path(site)
+                (bias,) = _biases(model.weights[stage], [".".join(path)]).values()
+                model = model.with_layers({site.removesuffix(_WEIGHT): {_BIAS: bias.moved(found.pop(_BIAS))}})
+            changed[site] = with_parameters(self.quantizers[site], found)
+        return replace(self, model=model, quantizers={**self.quantizers, **changed})

@@ -3,6 +3,10 @@
 import argparse
 from pathlib import Path
 
+from cptv_jax.mesh import stay_on_cpu
+
+_OF_CHILDREN = ("methods", "search")  # benches whose work is done by processes of their own
+
 
 def add_benches(parser: argparse.ArgumentParser) -> None:
     """Adds a subcommand for each bench."""
@@ -75,10 +79,14 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     if held_out:
         text = "further images that only the objective in the table is measured on (default: 100)"
         parser.add_argument("--held-out", type=int, default=100, metavar="N", help=text)
+        text = "runs at once, which then share the machine in their seconds (default: 1)"
+        parser.add_argument("--jobs", type=int, default=1, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the bench that was asked for and prints its table; 1 where no run could be measured."""
+    if args.bench in _OF_CHILDREN:
+        stay_on_cpu()
     text, measured = {"methods": _methods, "search": _search, "precision": _precision}[args.bench](args)
     print(text, end="")
     return 0 if measured else 1
@@ -114,7 +122,7 @@ def _search(args: argparse.Namespace) -> tuple[str, bool]:
     from cptv_jax.config import load_config
 
     options = SearchOptions(
-        Source(args.weights, args.images, args.evaluation, args.arch, args.held_out),
+        Source(args.weights, args.images, args.evaluation, args.arch, args.held_out, args.jobs),
         Path(args.out),
         tuple(args.searches or DEFAULT_SEARCHES),
         tuple(args.bits or DEFAULT_BITS),
@@ -147,6 +155,7 @@ def _methods(args: argparse.Namespace) -> tuple[str, bool]:
         seeds=seeds_from(args.seeds),
         search=search_from(args.search),
         config=load_config(args.config),
+        jobs=args.jobs,
     )
     lines = bench_methods(options)
     return markdown(lines), any(line["seeds"] for line in lines)

@@ -42,6 +42,7 @@ class Options:
     seeds: tuple[int, ...] | None = (0,)
     search: SearchConfig = DEFAULT_SEARCH
     config: QuantizeConfig = QuantizeConfig()  # noqa: RUF009 - frozen
+    jobs: int = 1
 
 
 def search_from(text: str | None) -> SearchConfig:
@@ -99,7 +100,7 @@ def bench_methods(options: Options, progress: bool = True) -> list[Line]:
         "search": to_mapping(options.search),
         "config": to_mapping(options.config),
     }
-    source = Source(options.weights, options.images, options.evaluation, options.arch, options.held_out)
+    source = Source(options.weights, options.images, options.evaluation, options.arch, options.held_out, options.jobs)
     with opened(source, options.out, TABLE, settings, runs) as bench:
         bench.run(runs, progress)
         if others:

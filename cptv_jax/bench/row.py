@@ -21,6 +21,7 @@ from cptv_jax.checkpoint import load_float_model, write_atomically
 from cptv_jax.config import QuantizeConfig, from_mapping, to_mapping
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import logits_of
+from cptv_jax.mesh import use_all_cores
 from cptv_jax.pipeline import quantize
 from cptv_jax.plan import planned
 from cptv_jax.search.objective import info_nce, kl_divergence
@@ -158,6 +159,7 @@ def main() -> None:
     """Measures the task on stdin; exits with 2, and the reason in the file of measurements, for what cannot be."""
     task = Task.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_all_cores()
     try:
         found = measure(task)
     except InputError as error:

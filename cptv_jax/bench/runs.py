@@ -1,13 +1,17 @@
 """What all benches share: a table whose rows are runs of `cptv quantize`, each in a process of its own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cptv_jax import data
@@ -18,6 +22,7 @@ from cptv_jax.config import QuantizeConfig
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels
+from cptv_jax.mesh import shared_by
 from cptv_jax.plan import planned
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model
@@ -32,13 +37,17 @@ _WIDTHS = re.compile(r"W(\d+)A(\d+)")
 
 @dataclass(frozen=True)
 class Source:
-    """What all runs of a bench read. held_out: further calibration images that only the objective sees."""
+    """What all runs of a bench read, and how they are run.
+
+    held_out: further calibration images that only the objective sees. jobs: how many runs at once.
+    """
 
     weights: str
     images: str
     evaluation: str
     arch: str | None = None
     held_out: int = 100
+    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,21 +110,31 @@ class Bench:
         self.identity = identity
         self.refused = refused
         self.cells: dict[str, Cell] = {}
+        self._order: dict[str, int] = {}  # of runs in the table, by name
+        self._children = Children(shared_by(source.jobs))
         self.folder = out / "runs"
         self.folder.mkdir(exist_ok=True)
 
     def run(self, runs: Sequence[Run], progress: bool) -> None:
         """Measures those that are not measured yet."""
-        with bar("bench", len(runs), progress) as shown:
-            for run in runs:
-                shown.set_description(f"bench {run.name}")
-                self.cells[run.name] = self._cell(run)
-                self.write()
-                shown.update(1)
+        self._order |= {run.name: len(self._order) + i for i, run in enumerate(runs)}
+        with bar("bench", len(runs), progress) as shown, ThreadPoolExecutor(self.source.jobs) as pool:
+            waiting = {pool.submit(self._cell, run): run.name for run in runs}
+            try:
+                for done in as_completed(waiting):
+                    name = waiting[done]
+                    self.cells[name] = done.result()
+                    self.write()
+                    shown.set_postfix_str(name)
+                    shown.update(1)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._children.end()
+                raise
 
     def write(self) -> list[Line]:
         """The table so far, as it is written to a Markdown and a JSON file."""
-        lines = self.table.lines_of(list(self.cells.values()))
+        lines = self.table.lines_of([self.cells[name] for name in sorted(self.cells, key=self._order.__getitem__)])
         measured = (cell.measured for cell in self.cells.values() if cell.done)
         teacher = next((found["accuracy"]["float"] for found in measured), None)
         heading = f"Full precision: {teacher['top1']:.2f} % of {teacher['images']} images.\n\n" if teacher else ""
@@ -134,7 +153,7 @@ class Bench:
                 read.weights, read.arch, read.images, read.evaluation, read.held_out, run.config,
                 self.folder / run.name, path,
             )  # fmt: skip
-            code, reason = run_child(task, path.with_suffix(".log"))
+            code, reason = self._children.run(task, path.with_suffix(".log"))
             if code:
                 refusal = read_measured(path).get("refused") if code == 2 else None
                 return run.cell({}, f"not possible: {refusal}" if refusal else f"failed: {reason}")
@@ -148,6 +167,8 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
     settings: what makes it another bench, beside the source; what all runs have in common. runs: the first seed's.
     Raises InputError for what no run can use, and for an `out` that is something else than this bench.
     """
+    if source.jobs < 1:
+        raise InputError(f"--jobs is {source.jobs}; give 1 or more")
     if source.held_out == 1 or source.held_out < 0:
         raise InputError(f"--held-out is {source.held_out}; the objective contrasts images: give 2 or more, or 0")
     refuse_foreign(out, KIND)
@@ -198,25 +219,50 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(identity, indent=1))
 
 
-def run_child(task: Task, log: Path) -> tuple[int, str]:
-    """Measures a task in a process of its own; its exit code, and the last it said where that is not 0."""
-    command = [sys.executable, "-m", "cptv_jax.bench.row"]
-    with (
-        log.open("w", encoding="utf-8") as said,
-        # Unbuffered, so that nothing is left to be written to a child that ended before it read.
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, bufsize=0) as child,
-    ):
-        assert child.stdin is not None
-        with suppress(BrokenPipeError):  # its exit code says why
-            child.stdin.write(f"{task.to_json()}\n".encode())  # and left open: its end would be the child's
-        try:
-            code = child.wait()
-        except BaseException:
-            child.kill()
-            raise
-    if code == 0:
-        return 0, ""
-    if code < 0:
-        return code, f"ended by signal {-code}; see {log}"
-    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return code, f"{lines[-1] if lines else f'exit code {code}'}; see {log}"
+class Children:
+    """Processes that measure tasks. environment: what is set for them, unless it is set already."""
+
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.environment = {**environment, **os.environ}
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def run(self, task: Task, log: Path) -> tuple[int, str]:
+        """Measures a task in a process of its own; its exit code, and the last it said where that is not 0."""
+        command = [sys.executable, "-m", "cptv_jax.bench.row"]
+        with (
+            log.open("w", encoding="utf-8") as said,
+            # Unbuffered, so that nothing is left to be written to a child that ended before it read.
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=said, stderr=said, bufsize=0, env=self.environment
+            ) as child,
+        ):
+            assert child.stdin is not None
+            with self._lock:
+                self._running.add(child)
+                if self._ended:
+                    child.kill()
+            with suppress(BrokenPipeError):  # its exit code says why
+                child.stdin.write(f"{task.to_json()}\n".encode())  # and left open: its end would be the child's
+            try:
+                code = child.wait()
+            except BaseException:
+                child.kill()
+                raise
+            finally:
+                with self._lock:
+                    self._running.discard(child)
+        if code == 0:
+            return 0, ""
+        if code < 0:
+            return code, f"ended by signal {-code}; see {log}"
+        lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return code, f"{lines[-1] if lines else f'exit code {code}'}; see {log}"
+
+    def end(self) -> None:
+        """Ends those that run, and any that begins later."""
+        with self._lock:
+            self._ended = True
+            for child in self._running:
+                child.kill()

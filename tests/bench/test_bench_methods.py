@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +17,9 @@ import pytest
 
 from cptv_jax import InputError, Model, SearchConfig, forward, load_images, load_model, quantize, save_model
 from cptv_jax.bench import methods
-from cptv_jax.bench import runs as bench
 from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.row import Phases, Task, measure, peak_mib
-from cptv_jax.bench.runs import run_child
+from cptv_jax.bench.runs import Children
 from cptv_jax.cli import main
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS, Method
@@ -63,11 +65,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs happen in this process; their names in order."""
     names: list[str] = []
 
-    def run(task: Task, log: Path) -> tuple[int, str]:
+    def run(children: Children, task: Task, log: Path) -> tuple[int, str]:
         names.append(task.run.name)
         return in_this_process(task, log)
 
-    monkeypatch.setattr(bench, "run_child", run)
+    monkeypatch.setattr(Children, "run", run)
     return names
 
 
@@ -119,15 +121,15 @@ def test_an_interrupted_bench_goes_on_and_ends_as_if_it_had_not_been(
     options = replace(options, bits=("W8A8", "W4A8"), search=SearchConfig(strategy="none"))
     whole = bench_methods(replace(options, out=options.out.parent / "whole"), progress=False)
     here.clear()
-    counted = bench.run_child
+    counted = Children.run
 
-    def interrupted(task: Task, log: Path) -> tuple[int, str]:
+    def interrupted(children: Children, task: Task, log: Path) -> tuple[int, str]:
         if task.run.name == "fq-vit_W4A8_seed0":
             raise KeyboardInterrupt
-        return counted(task, log)
+        return counted(children, task, log)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "run_child", interrupted)
+        patch.setattr(Children, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench_methods(options, progress=False)
     assert "W8A8" in (options.out / "methods.md").read_text()  # what was measured is there already
@@ -237,6 +239,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "search file": ("--search none.yaml", "no configuration file none.yaml", "check"),
     "evaluation": ("--eval digits:tst", "'tst'", "choose one of"),
     "out": ("--out {weights}", "is not empty and not a bench", "choose another directory"),
+    "jobs": ("--jobs 0", "--jobs is 0", "1 or more"),
     "weights": ("--weights none.safetensors", "none.safetensors does not exist", "give the path"),
 }
 
@@ -248,7 +251,7 @@ def test_bad_input_is_refused_in_one_sentence_before_any_run(
     def run(*args: Any) -> Any:
         raise AssertionError("a run began")
 
-    monkeypatch.setattr(bench, "run_child", run)
+    monkeypatch.setattr(Children, "run", run)
     words, what, remedy = BAD[case]
     given = [
         "--weights",
@@ -318,7 +321,7 @@ def test_phases_that_were_cut_short_are_marked(tmp_path: Path) -> None:
 def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task: Task, tmp_path: Path) -> None:
     hog = bytearray(1500 * 2**20)  # this process's peak is not the child's
     hog[::4096] = b"x" * len(hog[::4096])
-    assert run_child(task, tmp_path / "log") == (0, ""), (tmp_path / "log").read_text()
+    assert Children().run(task, tmp_path / "log") == (0, ""), (tmp_path / "log").read_text()
     measured = json.loads(task.measured.read_text())
     assert 50 < measured["phases"]["base"]["peak_mib"] <= measured["phases"]["search"]["peak_mib"] < peak_mib() - 300
     images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=16, seed=0)
@@ -327,7 +330,7 @@ def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task:
     outcome = quantize(load_model(task.weights), images, task.config, evaluation=test)  # type: ignore[arg-type]
     assert measured["accuracy"] == outcome.results
     again = replace(task, images="digits:train")  # a finished run with other images
-    assert run_child(again, tmp_path / "log")[0] == 2
+    assert Children().run(again, tmp_path / "log")[0] == 2
     assert "holds a run with other settings (images" in json.loads(task.measured.read_text())["refused"]
 
 
@@ -341,8 +344,35 @@ def test_a_child_that_ends_badly_says_how(
     (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    found, reason = run_child(task, tmp_path / "log")
+    found, reason = Children().run(task, tmp_path / "log")
     assert found == code and reason.startswith(says)
+
+
+def test_runs_at_once_share_an_accelerator_and_end_with_the_bench(
+    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Every child says what it may take of an accelerator's memory; the first one fails once all have begun.
+    said = tmp_path / "said"
+    said.mkdir()
+    (tmp_path / "python").write_text(
+        f"#!/bin/sh\necho $XLA_PYTHON_CLIENT_MEM_FRACTION > {said}/$$\n"
+        f"while [ $(ls {said} | wc -l) -lt 3 ]; do sleep 0.05; done\nexec sleep 600\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(said.iterdir())) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        bench_methods(replace(options, bits=("W8A8", "W4A8", "W3A8"), jobs=3), progress=False)
+    children = [int(path.name) for path in said.iterdir()]
+    assert len(children) == 3 and not any(Path(f"/proc/{child}").exists() for child in children)
+    assert {path.read_text() for path in said.iterdir()} == {"0.3000\n"}
 
 
 @pytest.mark.slow

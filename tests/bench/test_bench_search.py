@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
-from cptv_jax.bench import runs as bench
 from cptv_jax.bench.row import measure
-from cptv_jax.bench.runs import Source
+from cptv_jax.bench.runs import Children, Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
 from cptv_jax.config import CalibrationConfig, to_mapping
@@ -72,11 +71,11 @@ def options(tmp_path: Path) -> SearchOptions:
 def test_every_strategy_budget_and_seed_is_a_run(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = []
 
-    def run(task: Any, log: Path) -> tuple[int, str]:
+    def run(children: Children, task: Any, log: Path) -> tuple[int, str]:
         tasks.append(task)
         return 1, "not run"
 
-    monkeypatch.setattr(bench, "run_child", run)
+    monkeypatch.setattr(Children, "run", run)
     bench_search(replace(options, searches=("evol-q", "generational")), progress=False)
     asked = [(t.config.search.strategy, t.config.search.passes, t.config.seed) for t in tasks]
     assert asked == [(s, p, seed) for seed in (0, 3) for s in ("evol-q", "generational") for p in (1, 2)]
@@ -85,11 +84,11 @@ def test_every_strategy_budget_and_seed_is_a_run(options: SearchOptions, monkeyp
 
 @pytest.mark.slow
 def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(task: Any, log: Path) -> tuple[int, str]:
+    def here(children: Children, task: Any, log: Path) -> tuple[int, str]:
         task.measured.write_text(json.dumps(measure(task)))
         return 0, ""
 
-    monkeypatch.setattr(bench, "run_child", here)
+    monkeypatch.setattr(Children, "run", here)
     base, one, two = bench_search(replace(options, seeds=(0,)), progress=False)
     assert base["search"] == "base" and base["evaluations"] == [0]
     assert one["evaluations"] == [1 + 3] and two["evaluations"] == [1 + 2 * 3]  # the start, and three cycles a pass
