@@ -27,6 +27,7 @@ from cptv_jax.stages import Stage
 
 _WEIGHT = ".weight"
 _BIAS = "bias"
+_BIAS_UNIT = np.float32(0.1)
 _SHIFTED = (".zero_point", ".start", f".{_BIAS}")  # of a site, beside its scale, what a step of a candidate is added to
 _OFFSETS = (*_SHIFTED, ".factor")
 
@@ -77,8 +78,8 @@ def _by_site(candidate: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Arra
 class MovableBias(NamedTuple):
     """A layer's bias, [outputs], from where a candidate's "SITE.bias" moves it in units.
 
-    unit: the length of the weights of every output, that is how far it deviates for inputs of deviation 1, so that a
-        step means the same in every layer.
+    unit: a tenth of the length of every output's weights, that is of how far it deviates for inputs of deviation 1, so
+        that a step means the same in every layer, and as much as a step of a scale.
     """
 
     start: jax.Array
@@ -92,7 +93,7 @@ def _biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
     """By weight site, of layers that have a bias. On the host: the same numbers for every program."""
     layers = {site: _at(weights, _path_of(site)) for site in sites if site.endswith(_WEIGHT)}
     return {
-        site: MovableBias(layer[_BIAS], jnp.asarray(np.linalg.norm(np.asarray(layer["kernel"]), axis=0)))
+        site: MovableBias(layer[_BIAS], jnp.asarray(_BIAS_UNIT * np.linalg.norm(np.asarray(layer["kernel"]), axis=0)))
         for site, layer in layers.items()
         if layer.get(_BIAS) is not None
     }

@@ -37,11 +37,11 @@ def test_a_bias_is_offered_with_the_other_offsets_of_weights_alone(model: Quanti
     assert not any(key.endswith(".bias") for stage in scales_alone for key in stage.candidate or {})
 
 
-def test_a_step_of_a_bias_is_the_length_of_its_outputs_weights(model: QuantizedModel) -> None:
+def test_a_step_of_a_bias_is_a_tenth_of_the_length_of_its_outputs_weights(model: QuantizedModel) -> None:
     kernel, bias = (np.asarray(model.model.layer("blocks.1.attn.qkv")[name]) for name in ("kernel", "bias"))
     steps = np.linspace(-1, 1, len(bias)).astype(np.float32)
     moved = model.with_parameters({f"blocks.1.{QKV}.bias": jnp.asarray(steps)})
-    expected = bias + steps * np.sqrt(np.sum(kernel.astype(np.float64) ** 2, 0))
+    expected = bias + 0.1 * steps * np.sqrt(np.sum(kernel.astype(np.float64) ** 2, 0))
     # Products of float32 numbers of this size.
     np.testing.assert_allclose(moved.model.layer("blocks.1.attn.qkv")["bias"], expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(
