@@ -138,26 +138,43 @@ def _race_program(name: ArithmeticName) -> Callable[[], PyTree]:
     return lambda: jax.block_until_ready(product(tensor, tensor))
 
 
-def _attention(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> Any:
-    """Products in the forms that attention has them: of heads cut from one tensor, of tokens with a weight."""
+def _products(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[Any, ...]:
+    """Products in the forms that a forward pass has them: of heads cut from one tensor, of tokens with a weight."""
     heads = tokens.move(lambda x: x.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4))
     query, key, value = (heads.move(lambda x, i=i: x[i]) for i in range(3))  # type: ignore[misc]
     scores = arithmetic.matmul(query, key.move(lambda x: x.swapaxes(-1, -2)))
-    weights = Tensor(scores.astype(jnp.uint8), tokens.scale, tokens.zero)
-    return arithmetic.matmul(weights, value), arithmetic.matmul_weight(tokens, kernel), arithmetic.row_sums(tokens)
+    weights = key.move(lambda x: jnp.concatenate([x, x[..., :1]], -1))  # codes in the shape of the scores
+    mixed = arithmetic.matmul(weights, value)
+    return scores, mixed, arithmetic.matmul_weight(tokens, kernel), arithmetic.row_sums(tokens)
+
+
+def _exact_products(tokens: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What _products gives for these steps."""
+    query, key, value = tokens.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4)
+    weights = np.concatenate([key, key[..., :1]], -1)
+    return query @ key.swapaxes(-1, -2), weights @ value, tokens @ kernel, tokens.sum(-1, keepdims=True)
 
 
 @cache
 def supported_arithmetics() -> tuple[ArithmeticName, ...]:
-    """What the present backend can compute: the CPU backend of older JAX has no product of bfloat16 into float32."""
-    tokens = Tensor(jnp.ones((8, 17, 192), jnp.uint8), jnp.float32(1), jnp.float32(2))
-    kernel = Tensor(jnp.ones((192, 64), jnp.uint8), jnp.ones(64), jnp.ones(64))
+    """What the present backend can compute, and computes right.
+
+    The CPU backend of older JAX has no product of bfloat16 into float32, and one GPU compiler (jax 0.11.2 without
+    autotuning) was seen to give wrong int8 products.
+    """
+    rng = np.random.default_rng(0)
+    codes, weight = (rng.integers(0, 256, shape) for shape in ((8, 17, 192), (192, 64)))
+    tokens = Tensor(jnp.asarray(codes, jnp.uint8), jnp.float32(1), jnp.float32(119))
+    zeros = rng.integers(100, 156, 64)
+    kernel = Tensor(jnp.asarray(weight, jnp.uint8), jnp.ones(64), jnp.asarray(zeros, jnp.float32))
+    exact = _exact_products(codes - 119, weight - zeros)
     found = []
     for name in ARITHMETICS:
         with suppress(jax.errors.JaxRuntimeError):
             _race_program(name)()
-            jax.block_until_ready(jax.jit(_attention, static_argnums=0)(Arithmetic(name), tokens, kernel))
-            found.append(name)
+            products = jax.jit(_products, static_argnums=0)(Arithmetic(name), tokens, kernel)
+            if all(np.array_equal(np.reshape(p, e.shape), e) for p, e in zip(products, exact, strict=True)):
+                found.append(name)
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cptv_jax import mesh
 from cptv_jax.errors import InputError
 from cptv_jax.forward import forward
-from cptv_jax.interpreters import ARITHMETICS, Arithmetic, ArithmeticName, Tensor
+from cptv_jax.interpreters import ARITHMETICS, Arithmetic, ArithmeticName, Tensor, arithmetic
 from cptv_jax.mesh import fastest_arithmetic, supported_arithmetics
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import Architecture, sites_of
@@ -119,6 +119,15 @@ def replaced_zero_point(quantizer: Any) -> Any:
 def test_the_fastest_arithmetic_is_one_that_works_and_stays() -> None:
     assert fastest_arithmetic() in supported_arithmetics() and fastest_arithmetic() == fastest_arithmetic()
     assert "float32" in supported_arithmetics() and set(supported_arithmetics()) <= set(ARITHMETICS)
+
+
+def test_an_arithmetic_that_the_backend_gets_wrong_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "int8" in supported_arithmetics()
+    monkeypatch.setattr(arithmetic, "_int8", lambda a, b: jnp.matmul(a.steps, b.steps).at[..., 0].add(1))
+    jax.clear_caches()  # programs with the right one
+    found = supported_arithmetics.__wrapped__()
+    assert "int8" not in found and "float32" in found
+    jax.clear_caches()
 
 
 def test_an_arithmetic_that_the_backend_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
