@@ -56,7 +56,8 @@ class SearchConfig:
     sigma, survivors: of generational; sigma is in log-scale. guided and evosax have the first.
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
-        log-scale, images a step; all calibration images but those held out take turns.
+        log-scale, images a step; all calibration images but those held out take turns. mirror: and their mirror images,
+        which the teacher sees too.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
     race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
     arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
@@ -87,6 +88,7 @@ class SearchConfig:
     gradient_steps: int = 400
     gradient_rate: float = 0.01
     gradient_batch: int = 10
+    mirror: bool = True
     patience: int | None = None
     race: bool = False
     arithmetic: ArithmeticName | None = None

@@ -1,6 +1,7 @@
-"""Mixed precision: quantized models that differ only in their weights' widths, as one model whose widths are genes."""
+"""Mixed precision: quantized models that differ only in widths, as one model whose widths are genes."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,12 @@ from jaxtyping import Array, PyTree
 
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import quantize_weight
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.recipe import Recipe
 from cptv_jax.search import Evaluator
-from cptv_jax.search.allocation import Genes
+from cptv_jax.search.allocation import Costs, Genes
+from cptv_jax.sites import products
 from cptv_jax.stages import Stage
 
 
@@ -23,13 +27,14 @@ def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
     for site, index in candidate.items():
         chosen = jnp.asarray(index).astype(jnp.int32)
         quantizers[site] = jax.tree.map(lambda leaf, i=chosen: leaf[i], state["choices"][site])
-        weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
+        if site in state["searched"]:
+            weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
     return {**state, "quantizers": quantizers, "quantized": weights}
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Models that are alike but for the widths of their weights, by ascending width.
+    """Models that are alike but for the widths of some sites, the same width at all of these, by ascending width.
 
     Raises InputError where they differ in more (a method that rewrites weights makes other ones at every width), or in
     nothing.
@@ -43,12 +48,12 @@ class Widths:
             same = jax.tree.map(np.array_equal, first.model.weights, other.model.weights)
             if not all(jax.tree.leaves(same)) or self._fixed(first) != self._fixed(other):
                 raise InputError(
-                    f"the models of recipe {first.recipe.name} differ in more than their weights' widths; mixed "
+                    f"the models of recipe {first.recipe.name} differ in more than their widths; mixed "
                     "precision needs a base method that leaves weights as they are, such as fq-vit or omse"
                 )
 
         if not self.sites:
-            raise InputError("recipe.overrides fix the width of every weight; take out those that shall be chosen")
+            raise InputError("recipe.overrides fix every width; take out those that shall be chosen")
 
     @staticmethod
     def _fixed(model: QuantizedModel) -> dict[str, Any]:
@@ -56,7 +61,7 @@ class Widths:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The weight sites whose width is free."""
+        """The sites whose width is free."""
         specs = [model.recipe.sites for model in self.models]
         return tuple(name for name in specs[0] if len({sites[name].bits for sites in specs}) == len(specs))
 
@@ -94,18 +99,41 @@ class Widths:
         recipe = replace(base.recipe, sites={**base.recipe.sites, **sites})
         return replace(base, recipe=recipe, quantizers={**base.quantizers, **quantizers})
 
-    def bytes_by_choice(self) -> dict[str, np.ndarray]:
-        """By site, the bytes of its weight's codes, packed, at every width."""
-        sizes = {}
-        for site in self.sites:
-            kernel = self.models[0].model.layer(site.removesuffix(".weight"))["kernel"]
-            sizes[site] = np.asarray([np.size(kernel) * bits / 8 for bits in self.bits])
-        return sizes
+    def bytes_of_weights(self) -> Costs:
+        """Bytes of the codes of the weights whose width is free, packed."""
+        weights = [site for site in self.sites if site.endswith(".weight")]
+        sizes = {site: np.size(self.models[0].model.layer(site.removesuffix(".weight"))["kernel"]) for site in weights}
+        return Costs(self.bits, tuple((size / 8, (site,)) for site, size in sizes.items()))
 
-    def bytes_of(self, genes: Genes) -> float:
-        """Bytes of all these weights' codes, packed."""
-        sizes = self.bytes_by_choice()
-        return float(sum(sizes[site][index] for site, index in genes.items()))
+    def bit_operations(self) -> Costs:
+        """Bit operations of an image: of every product the multiplications, times the widths of both operands.
+
+        Products that read a float tensor, or no tensor of free width, have no term.
+        """
+        model, specs, free = self.models[0], self.models[0].recipe.sites, set(self.sites)
+        terms = []
+        for multiplications, operands in _quantized_products(model):
+            chosen = tuple(site for site in operands if site in free)
+            if chosen:
+                fixed = math.prod(specs[site].bits for site in operands if site not in free)
+                terms.append((float(multiplications * fixed), chosen))
+        return Costs(self.bits, tuple(terms))
+
+
+def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The multiplications of products of two quantized tensors, and where these are quantized."""
+    sites = sites_of(model.model.architecture)
+    known, specs = {site.name: site for site in sites}, model.recipe.sites
+    for product in products(sites):
+        operands = [name if name in specs else known[name].source for name in product.operands]
+        if len(operands) == 2 and all(name in specs for name in operands):
+            yield product.multiplications, tuple(operands)
+
+
+def read_by_products(model: Model, recipe: Recipe) -> tuple[str, ...]:
+    """The sites of a recipe that a product of two quantized tensors reads: weights and activations."""
+    found = _quantized_products(QuantizedModel(model, recipe, {}))
+    return tuple(dict.fromkeys(site for _, operands in found for site in operands))
 
 
 def loss_of_genes(evaluator: Evaluator, genes: Genes) -> float:

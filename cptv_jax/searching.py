@@ -63,15 +63,13 @@ def _children(config: SearchConfig) -> int:
 class _Judges:
     """What a search asks about candidates and stages.
 
-    objective: of a batch. mesh: that the images are divided on. teacher: outputs of all batches of `split.calibration`
-    that anything reads.
+    objective: of a batch. mesh: that the images are divided on.
     """
 
     evaluator: Evaluator
     held_out_loss: Callable[[Sequence[Stage]], float] | None
     objective: Objective
     mesh: Mesh
-    teacher: list[Output]
 
 
 def _outputs(
@@ -89,20 +87,26 @@ def _budget(search: SearchConfig) -> float | None:
     return None if search.memory_gib is None else search.memory_gib * _GIB
 
 
+def _taught(
+    teacher: Model, base: QuantizedModel, batches: Sequence[Images], search: SearchConfig, progress: bool, label: str
+) -> list[Output]:
+    """The teacher's outputs."""
+    reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
+    return _outputs(reference, batches, search, progress, label)
+
+
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
     search = config.search
     sites = searched_sites(base.recipe, search)
     stages = base.stages(lambda site: site in sites, shifted=bool(search.offsets), arithmetic=search.arithmetic)
-    reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
     objective = Objective(search.objective, search.on, search.temperature)
     searched = split.calibration[: split.searched]
-    known = split.calibration if search.strategy == "guided" else searched
-    targets = _outputs(reference, [*known, *split.held_out], search, progress, "teacher outputs")
+    targets = _taught(teacher, base, [*searched, *split.held_out], search, progress, "teacher outputs")
     loss_of = jax.jit(objective)
 
     def held_out_loss(current: Sequence[Stage]) -> float:
         found = _outputs(current, split.held_out, search, False, "held-out images")
-        pairs = zip(found, targets[len(known) :], strict=True)
+        pairs = zip(found, targets[len(searched) :], strict=True)
         return float(np.mean([float(loss_of(output, target)) for output, target in pairs]))
 
     mesh = make_mesh(search.population_devices)
@@ -123,12 +127,17 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
         mesh,
         cache_bytes=search.cache_gib * _GIB,
     )
-    return _Judges(evaluator, held_out_loss if split.held_out else None, objective, mesh, targets[: len(known)])
+    return _Judges(evaluator, held_out_loss if split.held_out else None, objective, mesh)
 
 
-def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges) -> GradientProposer:
+def _proposer(
+    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges, progress: bool
+) -> GradientProposer:
     sites = searched_sites(base.recipe, search)
     batches = split.calibration
+    if search.mirror:
+        batches = [*batches, *(batch.mirrored() for batch in batches)]
+    targets = _taught(teacher, base, batches, search, progress, "teacher of gradients")
     size = len(batches[0])
 
     def read(rows: np.ndarray) -> np.ndarray:
@@ -137,7 +146,7 @@ def _proposer(base: QuantizedModel, split: Split, search: SearchConfig, judges: 
     return GradientProposer(
         base.stages(lambda site: site in sites, shifted=bool(search.offsets), differentiable=True),
         read,
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *judges.teacher),
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *targets),
         judges.objective,
         Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
@@ -191,7 +200,7 @@ def improve(
     searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
     bits = {name: _stage_bits(base, name, searched) for name in state.scales}
     guided = search.strategy == "guided"
-    proposer = _proposer(base, split, search, judges) if guided else None
+    proposer = _proposer(teacher, base, split, search, judges, progress) if guided else None
     openings = [steps_to_least_error(base, state.scales)] if guided else []
     passes, rounds, _ = effort(search)
     per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps

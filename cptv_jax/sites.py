@@ -1,5 +1,6 @@
 """Sites: the named places where a forward pass can be quantized."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,12 +17,36 @@ class Site:
     shape: of the tensor; the leading axis of an activation is the batch.
     reads: of a weight, the site whose tensor its layer multiplies it with; of a matmul, the sites of both operands; of
         other kinds, nothing.
+    source: of an operand, the site that it is a piece of.
     """
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
     reads: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matmul of a forward pass: its multiplications for one image, and the sites of its operands."""
+
+    multiplications: int
+    operands: tuple[str, ...]
+
+
+def products(sites: Iterable[Site]) -> tuple[Product, ...]:
+    """Every linear layer and matmul, as if the head read all tokens of the last block."""
+    known = {site.name: site for site in sites}
+    found = []
+    for site in known.values():
+        if site.kind == "weight":
+            output = known[site.name.removesuffix(".weight")]
+            found.append(Product(math.prod(output.shape[1:]) * site.shape[0], (*site.reads, site.name)))
+        elif site.kind == "matmul":
+            terms = known[site.reads[0]].shape[-1]
+            found.append(Product(math.prod(site.shape[1:]) * terms, site.reads))
+    return tuple(found)
 
 
 def layer_norm_readers(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
-from cptv_jax.precision import Widths, loss_of_genes
+from cptv_jax.precision import Widths, loss_of_genes, read_by_products
 from cptv_jax.search import Evaluator, Objective
 from cptv_jax.search.allocation import sensitivities
 
@@ -80,7 +80,48 @@ def test_sensitivities_are_the_losses_of_one_changed_site(widths: Widths, make_j
 def test_bytes_are_those_of_the_packed_codes(model: Model, widths: Widths) -> None:
     count = sum(np.size(model.layer(site.removesuffix(".weight"))["kernel"]) for site in widths.sites)
     for index, bits in enumerate(BITS):
-        assert widths.bytes_of(widths.uniform(index)) == count * bits / 8
+        assert widths.bytes_of_weights().total(widths.uniform(index)) == count * bits / 8
+
+
+@pytest.fixture(scope="module")
+def all_widths(model: Model) -> Widths:
+    """Weights, and the activations that products read, of a free width."""
+    recipe = resolve(RecipeConfig(), sites_of(TINY))
+    read = read_by_products(model, recipe)
+    models = []
+    for bits in BITS:
+        config = RecipeConfig(overrides={site: {"bits": bits} for site in read})
+        recipe = resolve(config, sites_of(TINY))
+        models.append(METHODS["fq-vit"].quantize(model, [jnp.asarray(IMAGES)], recipe, jax.random.key(0)))
+    return Widths(tuple(models))
+
+
+def test_activations_that_products_read_can_be_free_too(model: Model, all_widths: Widths) -> None:
+    free = {site for site in all_widths.sites if not site.endswith(".weight")}
+    block = {f"blocks.0.{name}" for name in ("norm1", "attn.qkv", "attn.softmax", "attn.context", "norm2", "mlp.gelu")}
+    assert {site for site in free if site.startswith("blocks.0.")} == block
+    assert free >= {"embed.input", "head.norm"} and "embed.sum" not in free
+    rng, teacher = np.random.default_rng(1), forward(model.stages(), IMAGES)
+    judge = Evaluator(all_widths.stages(), [IMAGES], [teacher], LOSS, 4)
+    for _ in range(2):
+        genes = {site: int(rng.integers(len(BITS))) for site in all_widths.sites}
+        expected = float(LOSS(forward(all_widths.model(genes).stages(), IMAGES), teacher))
+        assert loss_of_genes(judge, genes) == pytest.approx(expected, rel=1e-5)  # as above
+
+
+def test_bit_operations_are_multiplications_times_both_widths(widths: Widths, all_widths: Widths) -> None:
+    tokens, width, hidden, patch = 5, 16, TINY.config.hidden, 16 * 16 * 3
+    block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens**2 * width
+    whole = 4 * patch * width + 2 * block + 10 * width
+    costs = all_widths.bit_operations()
+    for index, bits in enumerate(BITS):
+        assert costs.total(all_widths.uniform(index)) == whole * bits**2
+    # One weight alone, of 8 bits instead of 4, with an input of 2.
+    genes = {**all_widths.uniform(1), "blocks.0.norm2": 0}
+    assert costs.extra(genes, "blocks.0.mlp.fc1.weight", 2) == tokens * width * hidden * 2 * (8 - 4)
+    # Where only weights are free, what they read has 8 bits, and products of activations cost what they cost.
+    free = whole - 2 * 2 * tokens**2 * width - 10 * width  # the head's weight is fixed
+    assert widths.bit_operations().total(widths.uniform(0)) == free * 2 * 8
 
 
 def test_models_that_differ_in_more_are_refused(model: Model, widths: Widths) -> None:
@@ -91,5 +132,5 @@ def test_models_that_differ_in_more_are_refused(model: Model, widths: Widths) ->
 
 
 def test_models_that_differ_in_nothing_are_refused(widths: Widths) -> None:
-    with pytest.raises(InputError, match=r"recipe\.overrides fix the width of every weight"):
+    with pytest.raises(InputError, match=r"recipe\.overrides fix every width"):
         Widths((widths.models[0], widths.models[0]))

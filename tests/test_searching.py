@@ -1,13 +1,16 @@
 """The search phase: what a configuration comes to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax import Model, RecipeConfig, resolve
-from cptv_jax.config import SearchConfig
+from cptv_jax import Model, QuantizeConfig, RecipeConfig, load_images, quantize, resolve, searching
+from cptv_jax.config import CalibrationConfig, SearchConfig
 from cptv_jax.demo import DIGITS_VIT
+from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import move_candidate
@@ -59,3 +62,32 @@ def test_steps_to_least_error_lead_to_weights_nearer_to_the_float_ones() -> None
 
         assert np.all(error(moved) <= error(base) * (1 + 1e-5))  # of every channel; ties differ in the last place
         assert error(moved).mean() < 0.95 * error(base).mean()
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_gradients_see_the_images_and_their_mirror_images_with_the_teachers_outputs_of_each(
+    monkeypatch: pytest.MonkeyPatch, mirror: bool
+) -> None:
+    model = Model(DIGITS_VIT, DIGITS_VIT.initialize(0))
+    images = load_images("digits:calibration", DIGITS_VIT.preprocessing, labels=False, limit=24, seed=0)
+    search = SearchConfig(strategy="guided", passes=1, gradient_steps=1, gradient_batch=4, holdout=0.34, mirror=mirror)
+    config = QuantizeConfig(calibration=CalibrationConfig(24, 8), search=search)
+    given: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def proposer(stages: Any, read: Any, teacher: Any, *others: Any) -> None:
+        given.extend((read, teacher))
+        raise Stop
+
+    monkeypatch.setattr(searching, "GradientProposer", proposer)
+    with pytest.raises(Stop):
+        quantize(model, images, config)
+    read, teacher = given
+    count = 16  # of three batches of 8 one is held out
+    assert len(teacher.logits) == (2 * count if mirror else count)
+    x = read(np.arange(len(teacher.logits)))
+    np.testing.assert_array_equal(x[count:], x[:count, :, ::-1] if mirror else x[:0])
+    # Sums of float32 in batches of another size.
+    np.testing.assert_allclose(forward(model.stages(), x).logits, teacher.logits, rtol=1e-4, atol=1e-5)

@@ -59,13 +59,17 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--seeds", nargs="+", default=["auto"], metavar="SEED", help="default: 0 1 2")
     search.add_argument("--config", metavar="YAML", help="base method, recipe and calibration of all runs")
 
-    summary = "Accuracy against size: uniform weight widths, and mixed ones of the same size; repeat to continue it."
+    summary = "Accuracy against cost: uniform widths, and mixed ones that cost no more; repeat to continue it."
     precision = benches.add_parser("precision", help=summary, description=summary)
     _add_source(precision, held_out=False)
     precision.add_argument("--bits", nargs="+", type=int, metavar="N", help="widths a site may have (default: 2 to 8)")
     precision.add_argument("--judges", type=int, default=200, metavar="N", help="images that judge (default: 200)")
     precision.add_argument("--generations", type=int, default=6, metavar="N", help="of the evolution (default: 6)")
     precision.add_argument("--children", type=int, default=4, metavar="N", help="a generation (default: 4)")
+    text = "what has a width of its own (default: weights); all: activations that products read, too"
+    precision.add_argument("--genes", choices=("weights", "all"), default="weights", help=text)
+    text = "what mixed widths may cost as much of as uniform ones (default: bytes, of the weights)"
+    precision.add_argument("--budget", choices=("bytes", "bit-operations"), default="bytes", help=text)
     precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
 
@@ -105,6 +109,8 @@ def _precision(args: argparse.Namespace) -> tuple[str, bool]:
         args.generations,
         args.children,
         load_config(args.config),
+        args.genes,
+        args.budget,
     )
     return markdown(bench_precision(options)), True
 

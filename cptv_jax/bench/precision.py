@@ -1,7 +1,7 @@
-"""`cptv bench precision`: accuracy against size, of uniform widths and of mixed ones of the same size."""
+"""`cptv bench precision`: accuracy against cost, of uniform widths and of mixed ones that cost no more."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ from cptv_jax.bench.runs import KIND, Line, Source, check_identity
 from cptv_jax.bench.table import rows_of
 from cptv_jax.checkpoint import load_float_model, save_model, write_atomically
 from cptv_jax.config import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels, evaluate
 from cptv_jax.forward import outputs
 from cptv_jax.pipeline import base_model
 from cptv_jax.plan import Plan, planned
 from cptv_jax.plot import plotted
-from cptv_jax.precision import Widths, loss_of_genes
+from cptv_jax.precision import Widths, loss_of_genes, read_by_products
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import MAX_BITS, MIN_BITS
@@ -30,14 +31,9 @@ from cptv_jax.search.allocation import Genes, allocate, evolve_genes, sensitivit
 
 NAME = "precision"
 DEFAULT_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
-_HEADER = (
-    "size as uniform",
-    "MiB of weights",
-    "uniform top-1 %",
-    "mixed top-1 %",
-    "uniform objective",
-    "mixed objective",
-)
+GENES = ("weights", "all")
+BUDGETS = {"bytes": ("MiB of weights", 2.0**20), "bit-operations": ("10^9 bit operations an image", 1e9)}
+_COLUMNS = ("uniform top-1 %", "mixed top-1 %", "uniform objective", "mixed objective")
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,9 @@ class PrecisionOptions:
     """What `cptv bench precision` is asked.
 
     bits: the widths a site may have. images: calibration images that judge genes, of those of `config`. generations,
-    children: of the evolution at every size. config: base method, recipe (its weight_bits are replaced), calibration,
-    objective and seed.
+    children: of the evolution at every budget. config: base method, recipe (its weight_bits are replaced), calibration,
+    objective and seed. genes: what has a width of its own, "weights" or "all" that products read; other activations
+    have the recipe's. budget: what mixed widths may cost as much of as uniform ones, a key of BUDGETS.
     """
 
     source: Source
@@ -56,10 +53,24 @@ class PrecisionOptions:
     generations: int = 6
     children: int = 4
     config: QuantizeConfig = QuantizeConfig()  # noqa: RUF009 - frozen
+    genes: str = "weights"
+    budget: str = "bytes"
 
 
-def _at_width(config: QuantizeConfig, bits: int) -> QuantizeConfig:
-    return replace(config, recipe=replace(config.recipe, weight_bits=bits), search=SearchConfig(strategy="none"))
+def _at_width(config: QuantizeConfig, bits: int, activations: Sequence[str] = ()) -> QuantizeConfig:
+    """The configuration with weights, and the named activations, of a width; what it overrides stays."""
+    overrides = {**{site: {"bits": bits} for site in activations}, **config.recipe.overrides}
+    recipe = replace(config.recipe, weight_bits=bits, overrides=overrides)
+    return replace(config, recipe=recipe, search=SearchConfig(strategy="none"))
+
+
+def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequence[int]) -> dict[int, Plan]:
+    """The plans of uniform widths."""
+    config, activations = options.config, ()
+    if options.genes == "all":
+        read = read_by_products(model, planned(model, images, _at_width(config, widths[0])).recipe)
+        activations = tuple(site for site in read if not site.endswith(".weight"))
+    return {bits: planned(model, images, _at_width(config, bits, activations)) for bits in widths}
 
 
 def _models(model: Model, plans: dict[int, Plan], progress: bool) -> Widths:
@@ -87,7 +98,7 @@ class _Kept:
 
 
 def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Line]:
-    """Measures uniform widths and, at the size of each but the widest, mixed ones; writes precision.md, .json and .png
+    """Measures uniform widths and, at the cost of each but the widest, mixed ones; writes precision.md, .json and .png
     and the mixed models into `options.out`, and returns the lines of the table.
 
     Genes are chosen by the objective on calibration images; evaluation images only fill the table.
@@ -96,6 +107,8 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     widths = tuple(sorted(set(options.bits)))
     if len(widths) < 2:
         raise InputError(f"--bits are {list(widths)}; mixed precision needs 2 widths or more")
+    if options.genes == "all" and options.budget == "bytes":
+        raise InputError("the widths of activations cost no bytes; set --budget bit-operations, or --genes weights")
     source, config = options.source, options.config
     refuse_foreign(options.out, KIND)
     model = load_float_model(source.weights, source.arch)
@@ -105,7 +118,7 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     )
     evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
     check_labels(model.stages(), evaluation)
-    plans = {bits: planned(model, given, _at_width(config, bits)) for bits in widths}
+    plans = _plans(model, given, options, widths)
     batches = plans[widths[0]].split.calibration[: max(1, options.images // batch)]
     identity = {
         "weights": digest(model.weights),
@@ -115,6 +128,8 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
         "judges": len(batches) * batch,
         "generations": options.generations,
         "children": options.children,
+        "genes": options.genes,
+        "budget": options.budget,
         "config": to_mapping(config),
     }
     with claimed(options.out, KIND):
@@ -136,7 +151,7 @@ def _measured(
     accuracy: Callable[[QuantizedModel], float],
     progress: bool,
 ) -> list[Line]:
-    costs, widths = models.bytes_by_choice(), models.bits
+    costs, widths = models.bytes_of_weights() if options.budget == "bytes" else models.bit_operations(), models.bits
     per_budget = 1 + options.generations * options.children
     total = len(models.sites) * len(widths) + 2 * len(widths) + (len(widths) - 1) * per_budget
     lines: list[Line] = []
@@ -153,13 +168,13 @@ def _measured(
         losses = {site: np.asarray(values) for site, values in kept.get("sensitivity", sensitivity).items()}
         for index, bits in enumerate(widths):
             genes = models.uniform(index)
-            line: Line = {"bits": bits, "bytes": models.bytes_of(genes)}
+            line: Line = {"bits": bits, "budget": options.budget, "cost": costs.total(genes)}
             line["uniform"] = kept.get(f"uniform {bits}", partial(_both, judge, models, genes, accuracy))
             shown.update(2)
             if index + 1 < len(widths):
                 rng = np.random.default_rng([options.config.seed, bits])
 
-                def mixed(budget: float = line["bytes"], rng: np.random.Generator = rng) -> dict[str, Any]:
+                def mixed(budget: float = line["cost"], rng: np.random.Generator = rng) -> dict[str, Any]:
                     start = allocate(losses, costs, budget)
                     evolved = evolve_genes(
                         partial(loss_of_genes, judge),
@@ -192,19 +207,20 @@ def _both(
 def markdown(lines: list[Line]) -> str:
     """The table as Markdown."""
     rows = []
+    title, unit = BUDGETS[lines[0]["budget"]]
     for line in lines:
         uniform, mixed = line["uniform"], line.get("mixed")
         rows.append(
             (
                 f"{line['bits']} bits",
-                f"{line['bytes'] / 2**20:.2f}",
+                f"{line['cost'] / unit:.2f}",
                 f"{uniform['top1']:.1f}",
                 f"{mixed['top1']:.1f}" if mixed else "",
                 f"{uniform['objective']:.4f}",
                 f"{mixed['objective']:.4f}" if mixed else "",
             )
         )
-    return rows_of(_HEADER, rows)
+    return rows_of(("as uniform", title, *_COLUMNS), rows)
 
 
 def _write(out: Path, lines: list[Line]) -> None:
@@ -214,9 +230,10 @@ def _write(out: Path, lines: list[Line]) -> None:
 
 
 def _plot(path: Path, lines: list[Line]) -> None:
-    """Accuracy against the size of the weights, as a PNG."""
+    """Accuracy against the cost, as a PNG."""
+    title, unit = BUDGETS[lines[0]["budget"]]
     with plotted(path, (6, 4)) as axes:
         for kind, mark in (("uniform", "o--"), ("mixed", "s-")):
-            points = [(line["bytes"] / 2**20, line[kind]["top1"]) for line in lines if kind in line]
+            points = [(line["cost"] / unit, line[kind]["top1"]) for line in lines if kind in line]
             axes.plot(*zip(*points, strict=True), mark, label=kind)
-        axes.set(xlabel="MiB of weights", ylabel="top-1 %")
+        axes.set(xlabel=title, ylabel="top-1 %")

@@ -56,6 +56,10 @@ class Images:
             names=tuple(self.names[i] for i in chosen),
         )
 
+    def mirrored(self) -> "Images":
+        """The same images, left and right exchanged."""
+        return replace(self, pixels=self.pixels[:, :, ::-1])
+
     def without_labels(self) -> "Images":
         """The same images with labels=None: what calibration and search are given."""
         return replace(self, labels=None)

@@ -42,7 +42,9 @@ class _Listing(FakeQuant):
         return Weight(Tensor(kernel))
 
     def operand(self, site: str, x: Tensor) -> Tensor:
-        return self.emit(site, "operand", x.values)
+        output, name = self.emit(site, "operand", x.values), f"{self.stage}.{site}"
+        self.sites[name] = replace(self.sites[name], source="".join(_origin(x)))
+        return output
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
         output = super().linear(site, kernel, bias, x, hidden=hidden)

@@ -1,7 +1,9 @@
 """Genes under a budget: a first allocation from sensitivities, then evolution judged by the true loss."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -9,7 +11,44 @@ from cptv_jax.errors import InputError
 from cptv_jax.search.evaluator import Evaluator
 
 Genes = dict[str, int]  # by site, the index of a choice
-Costs = Mapping[str, np.ndarray]  # by site, the cost of every choice, ascending
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What genes cost: a sum of terms, each a factor times the widths of its sites.
+
+    Bytes have a term for every weight; bit operations one for every product, of two sites.
+
+    widths: that a choice stands for, ascending. terms: factors, and the sites whose widths multiply them.
+    """
+
+    widths: tuple[int, ...]
+    terms: tuple[tuple[float, tuple[str, ...]], ...]
+
+    @cached_property
+    def _by_site(self) -> dict[str, list[tuple[float, tuple[str, ...]]]]:
+        found: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
+        for factor, sites in self.terms:
+            for site in dict.fromkeys(sites):
+                found.setdefault(site, []).append((factor, sites))
+        return found
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Those that cost something."""
+        return tuple(self._by_site)
+
+    def _sum(self, terms: list[tuple[float, tuple[str, ...]]], genes: Genes) -> float:
+        return sum(factor * math.prod(self.widths[genes[site]] for site in sites) for factor, sites in terms)
+
+    def total(self, genes: Genes) -> float:
+        """The cost of all sites."""
+        return self._sum(list(self.terms), genes)
+
+    def extra(self, genes: Genes, site: str, choice: int) -> float:
+        """How much more another choice at a site costs."""
+        terms = self._by_site[site]
+        return self._sum(terms, {**genes, site: choice}) - self._sum(terms, genes)
 
 
 def sensitivities(
@@ -35,29 +74,29 @@ def sensitivities(
     return found
 
 
-def allocate(losses: Costs, costs: Costs, budget: float) -> Genes:
+def allocate(losses: Mapping[str, np.ndarray], costs: Costs, budget: float) -> Genes:
     """The choices of least summed loss within a budget, greedily: the best loss for its cost first.
 
-    losses: by site; a wider choice that does worse counts as the next narrower one.
+    losses: by site, of every choice; a wider choice that does worse counts as the next narrower one.
     Raises InputError where the cheapest choices of all cost more than the budget.
     """
-    genes = dict.fromkeys(costs, 0)
-    spent = sum(cost[0] for cost in costs.values())
+    genes = dict.fromkeys(costs.sites, 0)
+    spent = costs.total(genes)
     if spent > budget:
         raise InputError(f"a budget of {budget:.0f} is below the least possible, {spent:.0f}; raise it")
-    falling = {site: np.minimum.accumulate(values) for site, values in losses.items()}
+    falling = {site: np.minimum.accumulate(losses[site]) for site in genes}
     while True:
-        best: tuple[float, str, int] | None = None
+        best: tuple[float, float, str, int] | None = None
         for site, gene in genes.items():
-            for wider in range(gene + 1, len(costs[site])):
-                extra = costs[site][wider] - costs[site][gene]
+            for wider in range(gene + 1, len(costs.widths)):
+                extra = costs.extra(genes, site, wider)
                 gain = (falling[site][gene] - falling[site][wider]) / extra
                 if spent + extra <= budget and (best is None or gain > best[0]):
-                    best = (gain, site, wider)
+                    best = (gain, extra, site, wider)
         if best is None:
             return genes
-        _, site, wider = best
-        spent += costs[site][wider] - costs[site][genes[site]]
+        _, extra, site, wider = best
+        spent += extra
         genes[site] = wider
 
 
@@ -68,10 +107,10 @@ def exchanged(genes: Genes, costs: Costs, budget: float, rng: np.random.Generato
     narrower = [name for name in names if child[name] > 0][:sites]
     for name in narrower:
         child[name] -= 1
-    spent = sum(costs[name][gene] for name, gene in child.items())
-    for name in (name for name in names if name not in narrower):
-        extra = costs[name][child[name] + 1] - costs[name][child[name]] if child[name] + 1 < len(costs[name]) else None
-        if extra is not None and spent + extra <= budget:
+    spent = costs.total(child)
+    for name in (name for name in names if name not in narrower and child[name] + 1 < len(costs.widths)):
+        extra = costs.extra(child, name, child[name] + 1)
+        if spent + extra <= budget:
             child[name] += 1
             spent += extra
     return child

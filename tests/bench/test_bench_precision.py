@@ -42,13 +42,23 @@ def test_mixed_widths_are_no_larger_and_no_worse_by_the_objective(
             for site, spec in saved.recipe.sites.items()
             if site.endswith(".weight")
         ]
-        assert sum(sizes) <= line["bytes"]
+        assert sum(sizes) <= line["cost"]
         assert line["mixed"]["top1"] == evaluate(saved.stages(), test).top1
     assert (options.out / "precision.png").stat().st_size > 0
     assert (options.out / "precision.md").read_text() == markdown(lines)
     # What is measured is not measured again.
     monkeypatch.setattr(bench, "evaluate", lambda *given: pytest.fail("measured again"))
     assert bench_precision(options, progress=False) == lines
+
+
+def test_activations_are_chosen_within_a_budget_of_bit_operations(options: PrecisionOptions) -> None:
+    options = replace(options, genes="all", budget="bit-operations", generations=1)
+    line, _, widest = bench_precision(options, progress=False)
+    assert widest["cost"] == 16 * line["cost"]  # 8 bits of both operands instead of 2
+    saved = load_model(str(options.out / "mixed-2"))
+    assert set(line["mixed"]["genes"]) > {"blocks.0.norm1", "blocks.0.attn.qkv.weight"}
+    assert all(saved.recipe.sites[site].bits == (2, 3, 8)[gene] for site, gene in line["mixed"]["genes"].items())
+    assert "| as uniform | 10^9 bit operations an image |" in (options.out / "precision.md").read_text()
 
 
 def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +80,8 @@ def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: py
 
 
 def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> None:
+    with pytest.raises(InputError, match="cost no bytes; set --budget bit-operations"):
+        bench_precision(replace(options, genes="all"))
     with pytest.raises(InputError, match="needs 2 widths or more"):
         bench_precision(replace(options, bits=(4,)))
     bench_precision(replace(options, bits=(2, 8), generations=0), progress=False)

@@ -42,6 +42,13 @@ def test_take_keeps_pixels_labels_and_names_together():
     assert len(images.take([])) == 0
 
 
+def test_a_mirrored_image_has_left_and_right_exchanged():
+    images = from_arrays(PIXELS, preprocessing=PREPROCESSING)
+    np.testing.assert_array_equal(images.mirrored().normalized(1, 2)[0], images.normalized(1, 2)[0, :, ::-1])
+    np.testing.assert_array_equal(images.pixels, PIXELS)
+    np.testing.assert_array_equal(images.mirrored().mirrored().pixels, PIXELS)
+
+
 def test_labels_can_be_dropped_and_their_lack_is_said():
     images = from_arrays(PIXELS, [0, 1, 2, 3, 4], preprocessing=PREPROCESSING)
     assert images.require_labels().dtype == np.int32

@@ -33,6 +33,13 @@ def test_what_each_linear_layer_and_matmul_reads() -> None:
     assert reads == expected
 
 
+def test_an_operand_knows_the_tensor_that_it_is_a_piece_of() -> None:
+    sources = {site.name: site.source for site in sites_of(TINY) if site.kind == "operand"}
+    assert sources == {
+        f"blocks.{i}.attn.{k}": f"blocks.{i}.attn.qkv" for i in range(2) for k in ("query", "key", "value")
+    }
+
+
 def test_a_site_finds_its_weights_and_replaces_only_them() -> None:
     model = Model(TINY, TINY.initialize(0))
     for site in sites_of(TINY):
