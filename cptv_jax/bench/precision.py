@@ -66,7 +66,8 @@ def _at_width(config: QuantizeConfig, bits: int, activations: Sequence[str] = ()
 
 def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequence[int]) -> dict[int, Plan]:
     """The plans of uniform widths."""
-    config, activations = options.config, ()
+    config = options.config
+    activations: tuple[str, ...] = ()
     if options.genes == "all":
         read = read_by_products(model, planned(model, images, _at_width(config, widths[0])).recipe)
         activations = tuple(site for site in read if not site.endswith(".weight"))
