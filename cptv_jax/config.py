@@ -49,15 +49,15 @@ class SearchConfig:
     offsets: also their zero points, the starts of focusing intervals, the factors of bias-corrected channels and the
         biases of the weights' layers (guided only, and there unless set to false).
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass. children: a
-        generation. Null means the strategy's: 10, 3 and 8, and for guided 2, 1 and 3.
+        generation. Null means the strategy's: 10, 3 and 8, and for guided 1, 1 and 3.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
     images: how many of the remaining ones judge candidates, in whole batches; null means all, for guided about 200.
     population, samples, step: of evol-q; step is absolute, null means 1e-4 for 8-bit weights and 1e-3 otherwise.
     sigma, survivors: of generational; sigma is in log-scale. guided and evosax have the first.
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
-        log-scale, images a step; all calibration images but those held out take turns. mirror: and their mirror images,
-        which the teacher sees too.
+        log-scale, images a step; all calibration images but those held out take turns. views: of each of them that are
+        used, the image itself being the first (see cptv_jax.data.views).
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
     race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
     arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
@@ -85,10 +85,10 @@ class SearchConfig:
     children: int | None = None
     survivors: int = 2
     algorithm: Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"] = "Sep_CMA_ES"
-    gradient_steps: int = 400
+    gradient_steps: int = 950
     gradient_rate: float = 0.01
     gradient_batch: int = 10
-    mirror: bool = True
+    views: int = 4
     patience: int | None = None
     race: bool = False
     arithmetic: ArithmeticName | None = None
@@ -107,7 +107,7 @@ class Effort(NamedTuple):
     children: int
 
 
-_PUBLISHED_EFFORT, _GUIDED_EFFORT = Effort(10, 3, 8), Effort(2, 1, 3)
+_PUBLISHED_EFFORT, _GUIDED_EFFORT = Effort(10, 3, 8), Effort(1, 1, 3)
 
 
 def effort(search: SearchConfig) -> Effort:
@@ -165,6 +165,7 @@ _AT_LEAST = {
     "search.survivors": 1,
     "search.gradient_steps": 1,
     "search.gradient_batch": 2,
+    "search.views": 1,
     "search.patience": 1,
     "search.images": 1,
     "search.images_at_once": 1,

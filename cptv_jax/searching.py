@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from cptv_jax.config import QuantizeConfig, SearchConfig, effort
 from cptv_jax.data import Images
+from cptv_jax.data.views import views
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
 from cptv_jax.observers import fit, update
@@ -36,6 +37,8 @@ from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
+_VIEWS = 2**31  # of the seed's keys, what views are drawn with; passes have the first ones
+_IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
 def strategy_for(config: SearchConfig, weight_bits: int, direction: PyTree = None) -> Strategy:
@@ -131,12 +134,13 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
 
 
 def _proposer(
-    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges, progress: bool
+    teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, judges: _Judges, progress: bool
 ) -> GradientProposer:
+    search = config.search
     sites = searched_sites(base.recipe, search)
-    batches = split.calibration
-    if search.mirror:
-        batches = [*batches, *(batch.mirrored() for batch in batches)]
+    key = jax.random.fold_in(jax.random.key(config.seed), _VIEWS)
+    seen = [views(batch, search.views, jax.random.fold_in(key, i)) for i, batch in enumerate(split.calibration)]
+    batches = [view for same_view in zip(*seen, strict=True) for view in same_view]
     targets = _taught(teacher, base, batches, search, progress, "teacher of gradients")
     size = len(batches[0])
 
@@ -200,7 +204,7 @@ def improve(
     searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
     bits = {name: _stage_bits(base, name, searched) for name in state.scales}
     guided = search.strategy == "guided"
-    proposer = _proposer(teacher, base, split, search, judges, progress) if guided else None
+    proposer = _proposer(teacher, base, split, config, judges, progress) if guided else None
     openings = [steps_to_least_error(base, state.scales)] if guided else []
     passes, rounds, _ = effort(search)
     per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps
@@ -235,6 +239,7 @@ def improve(
             propose if guided else None,
             openings,
             search.patience,
+            _IDLE_STAGES if guided else None,
         )
     found = {f"{name}.{key}": value for name, values in state.best_scales.items() for key, value in values.items()}
     return base.with_parameters(found), state

@@ -93,7 +93,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.gradient_steps": ("40", 40),
     "search.gradient_rate": ("5e-3", 5e-3),
     "search.gradient_batch": ("25", 25),
-    "search.mirror": ("false", False),
+    "search.views": ("1", 1),
     "search.patience": ("2", 2),
     "search.race": ("true", True),
     "search.arithmetic": ("bf16-codes", "bf16-codes"),

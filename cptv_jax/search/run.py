@@ -130,6 +130,7 @@ def run_search(
     propose: Propose | None = None,
     openings: Sequence[Scales] = (),
     patience: int | None = None,
+    idle_stages: int | None = None,
 ) -> SearchState:
     """Continues a search from `state` to its end (CPT-V, section 3.3: blocks from last to first, `passes` times).
 
@@ -141,7 +142,8 @@ def run_search(
     on_stage: called with the state after every stage, for saving; the scales in it may be saved as float32.
     propose: gives steps for all stages at the start of a pass, which the true loss then judges. openings: such steps
     that are tried before the first.
-    patience: end after so many passes in a row that did not lower the held-out loss.
+    patience: end after so many passes in a row that did not lower the held-out loss. idle_stages: end a pass after so
+    many stages in a row that did not lower the loss.
     """
     order = [i for i, stage in reversed(list(enumerate(evaluator.stages))) if stage.searchable]
     _placed(evaluator, order, state.scales)
@@ -191,10 +193,18 @@ def run_search(
             evaluations=state.evaluations + evaluated,
             log=(*state.log, *records),
         )
-        if state.position == len(order):
+        names = [evaluator.stages[i].name for i in order[: state.position]]
+        if state.position == len(order) or (idle_stages and _idle(state, names) >= idle_stages):
             state = _finish_pass(state, held_out_loss(evaluator.stages) if held_out_loss else None)
         on_stage(state)
     return state
+
+
+def _idle(state: SearchState, visited: Sequence[str]) -> int:
+    """How many of the stages visited in this pass, the last ones, did not lower the loss."""
+    here = (record for record in state.log if record["event"] == "accepted" and record["pass"] == state.pass_index + 1)
+    lowered = {record["stage"] for record in here}
+    return next((i for i, name in enumerate(reversed(visited)) if name in lowered), len(visited))
 
 
 def _finish_pass(state: SearchState, held_out: float | None) -> SearchState:
