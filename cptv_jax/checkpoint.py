@@ -181,7 +181,8 @@ def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
 
 def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
     values = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
-    return {name: _quantizer_to_arrays(v) if isinstance(v, Quantizer) else v for name, v in values.items()}
+    present = {name: value for name, value in values.items() if value is not None}
+    return {name: _quantizer_to_arrays(v) if isinstance(v, Quantizer) else v for name, v in present.items()}
 
 
 def _quantizer_from(description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:

@@ -48,6 +48,7 @@ class SearchConfig:
         attention's weights, as published, and for guided all weights.
     offsets: also their zero points, the starts of focusing intervals, the factors of bias-corrected channels and the
         biases of the weights' layers (guided only, and there unless set to false).
+    rounding: also which way each element of a searched weight rounds (guided only, and there unless set to false).
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass. children: a
         generation. Null means the strategy's: 10, 3 and 8, and for guided 1, 1 and 3.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
@@ -56,8 +57,7 @@ class SearchConfig:
     sigma, survivors: of generational; sigma is in log-scale. guided and evosax have the first.
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
-        log-scale, images a step; all calibration images but those held out take turns. views: of each of them that are
-        used, the image itself being the first (see cptv_jax.data.views).
+        log-scale, images a step; all calibration images but those held out take turns. mirror: and their mirror images.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
     race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
     arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
@@ -74,6 +74,7 @@ class SearchConfig:
     teacher: Literal["float", "published"] = "float"
     sites: tuple[str, ...] | None = None
     offsets: bool | None = None
+    rounding: bool | None = None
     passes: int | None = None
     rounds: int | None = None
     holdout: float = 0.1
@@ -88,7 +89,7 @@ class SearchConfig:
     gradient_steps: int = 950
     gradient_rate: float = 0.01
     gradient_batch: int = 10
-    views: int = 4
+    mirror: bool = True
     patience: int | None = None
     race: bool = False
     arithmetic: ArithmeticName | None = None
@@ -122,7 +123,8 @@ def completed_search(search: SearchConfig) -> SearchConfig:
     guided = search.strategy == "guided"
     sites = search.sites or (("*.weight",) if guided else _PUBLISHED_SITES)
     offsets = guided if search.offsets is None else search.offsets
-    return dataclasses.replace(search, sites=sites, offsets=offsets, **effort(search)._asdict())
+    rounding = offsets if search.rounding is None else search.rounding
+    return dataclasses.replace(search, sites=sites, offsets=offsets, rounding=rounding, **effort(search)._asdict())
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,6 @@ _AT_LEAST = {
     "search.survivors": 1,
     "search.gradient_steps": 1,
     "search.gradient_batch": 2,
-    "search.views": 1,
     "search.patience": 1,
     "search.images": 1,
     "search.images_at_once": 1,

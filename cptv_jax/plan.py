@@ -133,4 +133,9 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
             f"search.offsets is true, but the steps of {config.search.strategy} are for scales; "
             "set --search.strategy guided, or --search.offsets false"
         )
+    if config.search.rounding and not config.search.offsets:
+        raise InputError(
+            "search.rounding is true, but search.offsets false, and roundings are among the offsets; "
+            "set both, or --search.rounding false"
+        )
     return Plan(config, method, recipe, _split(images, config))

@@ -17,10 +17,12 @@ from cptv_jax.quantizers import (
     BiasCorrected,
     Quantizer,
     Uniform,
+    innermost,
     moments,
     offsets,
     rounded_product,
     with_parameters,
+    with_rounding,
 )
 from cptv_jax.recipe import Recipe
 from cptv_jax.stages import Stage
@@ -28,7 +30,8 @@ from cptv_jax.stages import Stage
 _WEIGHT = ".weight"
 _BIAS = "bias"
 _BIAS_UNIT = np.float32(0.1)
-_SHIFTED = (".zero_point", ".start", f".{_BIAS}")  # of a site, beside its scale, what a step of a candidate is added to
+# Of what a candidate holds of a site, beside its scale: what a step is added to, and all.
+_SHIFTED = (".zero_point", ".start", ".rounding", f".{_BIAS}")
 _OFFSETS = (*_SHIFTED, ".factor")
 
 
@@ -102,6 +105,13 @@ def _biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
 def _path_of(site: str) -> list[str]:
     """Where a stage has the layer of a weight site."""
     return site.removesuffix(_WEIGHT).split(".")
+
+
+def _with_roundings(quantizers: Mapping[str, Quantizer], weights: PyTree, sites: Iterable[str]) -> dict[str, Quantizer]:
+    """The quantizers with a learned rounding, which so far adds nothing, at the weights among the sites."""
+    kernels = {site: _at(weights, _path_of(site))["kernel"] for site in sites if site.endswith(_WEIGHT)}
+    lacking = [site for site in kernels if getattr(innermost(quantizers[site]), "rounding", None) is None]
+    return {**quantizers, **{s: with_rounding(quantizers[s], jnp.zeros(jnp.shape(kernels[s]))) for s in lacking}}
 
 
 def _candidate(
@@ -260,6 +270,7 @@ class QuantizedModel:
         searched: Callable[[str], bool] = lambda site: False,
         *,
         shifted: bool = False,
+        turned: bool = False,
         rounding: bool = True,
         all_tokens: bool = False,
         arithmetic: ArithmeticName | None = None,
@@ -268,7 +279,7 @@ class QuantizedModel:
         """The stages of the quantized forward pass.
 
         searched: which sites' scales form the candidates. shifted: and their zero points, intervals' starts, factors of
-            channels, and biases of their layers.
+            channels, and biases of their layers. turned: with `shifted`, also the rounding of each weight's elements.
         rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
         all_tokens: compute also the tokens of the last block that the head does not read.
         arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
@@ -286,8 +297,10 @@ class QuantizedModel:
                 for site, quantizer in self.quantizers.items()
                 if site.startswith(prefix)
             }
-            chosen = {site: quantizer for site, quantizer in quantizers.items() if searched(prefix + site)}
             weights = self.model.weights[name]
+            if turned:
+                quantizers = _with_roundings(quantizers, weights, [s for s in quantizers if searched(prefix + s)])
+            chosen = {site: quantizer for site, quantizer in quantizers.items() if searched(prefix + site)}
             biases = _biases(weights, chosen) if shifted else None
             candidate = _candidate(chosen, self.recipe, prefix, biases)
             function = ModelStageFunction(

@@ -11,7 +11,6 @@ from jaxtyping import PyTree
 
 from cptv_jax.config import QuantizeConfig, SearchConfig, effort
 from cptv_jax.data import Images
-from cptv_jax.data.views import views
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
 from cptv_jax.observers import fit, update
@@ -37,7 +36,6 @@ from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
-_VIEWS = 2**31  # of the seed's keys, what views are drawn with; passes have the first ones
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
@@ -90,6 +88,18 @@ def _budget(search: SearchConfig) -> float | None:
     return None if search.memory_gib is None else search.memory_gib * _GIB
 
 
+def _searched_stages(base: QuantizedModel, search: SearchConfig, differentiable: bool = False) -> Sequence[Stage]:
+    """The stages with what is searched as candidates. differentiable: see QuantizedModel.stages."""
+    sites = searched_sites(base.recipe, search)
+    return base.stages(
+        lambda site: site in sites,
+        shifted=bool(search.offsets),
+        turned=bool(search.rounding),
+        arithmetic=search.arithmetic,
+        differentiable=differentiable,
+    )
+
+
 def _taught(
     teacher: Model, base: QuantizedModel, batches: Sequence[Images], search: SearchConfig, progress: bool, label: str
 ) -> list[Output]:
@@ -100,8 +110,7 @@ def _taught(
 
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
     search = config.search
-    sites = searched_sites(base.recipe, search)
-    stages = base.stages(lambda site: site in sites, shifted=bool(search.offsets), arithmetic=search.arithmetic)
+    stages = _searched_stages(base, search)
     objective = Objective(search.objective, search.on, search.temperature)
     searched = split.calibration[: split.searched]
     targets = _taught(teacher, base, [*searched, *split.held_out], search, progress, "teacher outputs")
@@ -134,13 +143,11 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
 
 
 def _proposer(
-    teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, judges: _Judges, progress: bool
+    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges, progress: bool
 ) -> GradientProposer:
-    search = config.search
-    sites = searched_sites(base.recipe, search)
-    key = jax.random.fold_in(jax.random.key(config.seed), _VIEWS)
-    seen = [views(batch, search.views, jax.random.fold_in(key, i)) for i, batch in enumerate(split.calibration)]
-    batches = [view for same_view in zip(*seen, strict=True) for view in same_view]
+    batches = split.calibration
+    if search.mirror:
+        batches = [*batches, *(batch.mirrored() for batch in batches)]
     targets = _taught(teacher, base, batches, search, progress, "teacher of gradients")
     size = len(batches[0])
 
@@ -148,7 +155,7 @@ def _proposer(
         return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
 
     return GradientProposer(
-        base.stages(lambda site: site in sites, shifted=bool(search.offsets), differentiable=True),
+        _searched_stages(base, search, differentiable=True),
         read,
         jax.tree.map(lambda *leaves: np.concatenate(leaves), *targets),
         judges.objective,
@@ -204,7 +211,7 @@ def improve(
     searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
     bits = {name: _stage_bits(base, name, searched) for name in state.scales}
     guided = search.strategy == "guided"
-    proposer = _proposer(teacher, base, split, config, judges, progress) if guided else None
+    proposer = _proposer(teacher, base, split, search, judges, progress) if guided else None
     openings = [steps_to_least_error(base, state.scales)] if guided else []
     passes, rounds, _ = effort(search)
     per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps

@@ -79,6 +79,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.teacher": ("published", "published"),
     "search.sites": ("['*.weight', head.fc]", ("*.weight", "head.fc")),
     "search.offsets": ("true", True),
+    "search.rounding": ("false", False),
     "search.passes": ("3", 3),
     "search.rounds": ("2", 2),
     "search.holdout": ("0", 0.0),
@@ -93,7 +94,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.gradient_steps": ("40", 40),
     "search.gradient_rate": ("5e-3", 5e-3),
     "search.gradient_batch": ("25", 25),
-    "search.views": ("1", 1),
+    "search.mirror": ("false", False),
     "search.patience": ("2", 2),
     "search.race": ("true", True),
     "search.arithmetic": ("bf16-codes", "bf16-codes"),
@@ -255,7 +256,7 @@ def test_the_recipe_in_a_mapping_is_plain_data() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "wanted"),
-    [("evol-q", (10, 3, 8)), ("generational", (10, 3, 8)), ("evosax", (10, 3, 8)), ("guided", (2, 1, 3))],
+    [("evol-q", (10, 3, 8)), ("generational", (10, 3, 8)), ("evosax", (10, 3, 8)), ("guided", (1, 1, 3))],
 )
 def test_a_search_does_what_its_strategy_needs_unless_told(strategy: Any, wanted: tuple[int, int, int]) -> None:
     assert effort(SearchConfig(strategy=strategy)) == wanted

@@ -6,7 +6,7 @@ from cptv_jax.quantizers.dual_uniform import DualUniform
 from cptv_jax.quantizers.focusing import Focusing
 from cptv_jax.quantizers.logarithmic import Log2, LogSqrt2
 from cptv_jax.quantizers.low_rank import LowRank, RankSearch
-from cptv_jax.quantizers.parameters import innermost, offsets, with_parameters, with_zero_point
+from cptv_jax.quantizers.parameters import innermost, offsets, with_parameters, with_rounding, with_zero_point
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import round_through, straight_through
 from cptv_jax.quantizers.twin import TwinGelu, TwinSoftmax, twin_softmax
@@ -38,5 +38,6 @@ __all__ = [
     "true_divide",
     "twin_softmax",
     "with_parameters",
+    "with_rounding",
     "with_zero_point",
 ]

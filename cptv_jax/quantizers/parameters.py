@@ -3,6 +3,7 @@
 "scale": input units per step; a scalar for a quantizer with a scale per channel moves all channels by one factor.
 "zero_point": as a fraction of the range of codes, so that it means the same at every width; it is rounded to a code.
 "factor": of a bias-corrected weight's channels.
+"rounding": of a weight's elements, in tenths of a step, as there are many of them and few images.
 "start": the lower end of a focusing interval, as a fraction of the interval's length.
 """
 
@@ -18,7 +19,9 @@ from cptv_jax.quantizers.bias_correction import BiasCorrected
 from cptv_jax.quantizers.focusing import Focusing
 from cptv_jax.quantizers.rounding import true_divide
 from cptv_jax.quantizers.straight_through import straight_through
-from cptv_jax.quantizers.uniform import FractionalUniform
+from cptv_jax.quantizers.uniform import FractionalUniform, Uniform
+
+_ROUNDING_UNIT = 0.1
 
 
 def innermost(quantizer: Quantizer) -> Any:
@@ -28,15 +31,25 @@ def innermost(quantizer: Quantizer) -> Any:
 
 def with_zero_point(quantizer: Any, zero_point: Float[Array, "..."]) -> Any:
     """The quantizer with another zero point, in codes, rounded and clipped to a code; its derivative is 1."""
+    grid = innermost(quantizer)
+    exact = jnp.clip(jnp.round(zero_point), grid.low, grid.high)
+    return _with_grid(quantizer, zero_point=straight_through(exact, zero_point))
+
+
+def with_rounding(quantizer: Any, rounding: Float[Array, "inputs outputs"]) -> Any:
+    """The weight quantizer with another learned rounding, if it is one of a single uniform grid."""
+    return _with_grid(quantizer, rounding=rounding) if isinstance(innermost(quantizer), Uniform) else quantizer
+
+
+def _with_grid(quantizer: Any, **changes: Array) -> Any:
     if hasattr(quantizer, "base"):
-        return replace(quantizer, base=with_zero_point(quantizer.base, zero_point))
-    exact = jnp.clip(jnp.round(zero_point), quantizer.low, quantizer.high)
-    return replace(quantizer, zero_point=straight_through(exact, zero_point))
+        return replace(quantizer, base=_with_grid(quantizer.base, **changes))
+    return replace(quantizer, **changes)
 
 
 def offsets(quantizer: Quantizer) -> dict[str, Array]:
     """What of a quantizer can be changed, beside its scale: an asymmetric grid's zero point, an interval's start, the
-    factor of a bias-corrected channel.
+    factor of a bias-corrected channel, the rounding of a weight that has a learned one.
 
     A fractional zero point (RepQ-ViT's) is no code and stays as it is.
     """
@@ -48,6 +61,8 @@ def offsets(quantizer: Quantizer) -> dict[str, Array]:
     found = {"zero_point": grid.zero_point / (grid.high - grid.low)}
     if isinstance(quantizer, BiasCorrected) and quantizer.factor.shape == quantizer.scale.shape:
         found["factor"] = quantizer.factor
+    if getattr(grid, "rounding", None) is not None:
+        found["rounding"] = true_divide(grid.rounding, _ROUNDING_UNIT)
     return found
 
 
@@ -64,6 +79,8 @@ def with_parameters(quantizer: Quantizer, values: Mapping[str, Array]) -> Quanti
     if "factor" in values:
         assert isinstance(quantizer, BiasCorrected)
         quantizer = replace(quantizer, factor=values["factor"])
+    if "rounding" in values:
+        quantizer = with_rounding(quantizer, values["rounding"] * _ROUNDING_UNIT)
     if "start" in values:
         assert isinstance(quantizer, Focusing)
         quantizer = replace(quantizer, start=values["start"] * (quantizer.high * quantizer.scale))

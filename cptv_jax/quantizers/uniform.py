@@ -15,12 +15,14 @@ from cptv_jax.quantizers.straight_through import clip_through, straight_through
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Uniform:
-    """code = clamp(round(x / scale + zero_point), low, high); value = (code - zero_point) * scale.
+    """code = clamp(round(x / scale + zero_point + rounding), low, high); value = (code - zero_point) * scale.
 
     scale: input units per step; () per tensor, (channels,) or (parts,) along the last axis, or (heads, 1, 1).
     zero_point: broadcasts with scale; the code of the value 0, an integer.
     low, high: bounds of the codes. They are arrays, not static, so that sites of different bit widths share one
         compiled program.
+    rounding: of a weight, what is added to each of its elements before rounding, in steps, of the weight's shape: which
+        way it rounds can be learned so (AdaRound, Nagel et al. 2020). None adds nothing.
 
     Rounding is half to even, after the zero point is added (FQ-ViT, section 3.1). The derivative of a code is
     straight-through, 1 within the bounds and 0 outside, which gives values LSQ's by the scale (Esser et al. 2020,
@@ -31,15 +33,19 @@ class Uniform:
     zero_point: Float[Array, "..."]
     low: Float[Array, ""]
     high: Float[Array, ""]
+    rounding: Float[Array, "inputs outputs"] | None = None
 
     def with_scale(self, scale: Float[Array, "..."]) -> Self:
         return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         scale, zero_point = spread(self.scale, values), spread(self.zero_point, values)
-        exact = jnp.clip(jnp.round(true_divide(values, scale) + zero_point), self.low, self.high)
+        exact = jnp.clip(jnp.round(self._turned(true_divide(values, scale) + zero_point)), self.low, self.high)
         # Clipped before rounding in the derivative: after it, whatever rounds to a bound would lie on the clip's kink.
-        return straight_through(exact, clip_through(values / scale + zero_point, self.low, self.high))
+        return straight_through(exact, clip_through(self._turned(values / scale + zero_point), self.low, self.high))
+
+    def _turned(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
+        return steps if self.rounding is None else steps + self.rounding
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         return (codes - spread(self.zero_point, codes)) * spread(self.scale, codes)
@@ -62,8 +68,9 @@ class OffsetUniform(Uniform):
 
     def codes(self, values: Float[Array, "..."], rounding: Callable[[Array], Array] = jnp.round) -> Float[Array, "..."]:
         """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
-        exact = jnp.clip(rounding(true_divide(values, self.scale)) + self.zero_point, self.low, self.high)
-        return straight_through(exact, clip_through(values / self.scale + self.zero_point, self.low, self.high))
+        exact = jnp.clip(rounding(self._turned(true_divide(values, self.scale))) + self.zero_point, self.low, self.high)
+        smooth = self._turned(values / self.scale) + self.zero_point
+        return straight_through(exact, clip_through(smooth, self.low, self.high))
 
 
 @jax.tree_util.register_dataclass

@@ -396,3 +396,30 @@ def test_patience_ends_a_search_that_no_longer_improves(make_evaluator: Callable
     assert (patient.pass_index, patient.best_pass) == (4, 4)
     assert (ended.pass_index, ended.best_pass) == (3, 1)
     assert_same(search(make_evaluator(), passes=4, state=ended, patience=2), ended)
+
+
+def test_a_pass_ends_after_stages_in_a_row_that_gain_nothing(make_evaluator: Callable[..., Evaluator]) -> None:
+    visited: list[str] = []
+
+    def strategy_of(name: str, direction: Any) -> Strategy:
+        visited.append(name)
+        return Generational(sigma=0.0, children=2, rounds=1)  # children that are their parent
+
+    def run(idle_stages: int | None, state: SearchState | None = None, **options: Any) -> SearchState:
+        evaluator = make_evaluator()
+        begin = initial_state(evaluator) if state is None else state
+        visited.clear()
+        return run_search(evaluator, strategy_of, 2, jax.random.key(0), begin, idle_stages=idle_stages, **options)
+
+    assert run(None).pass_index == 2
+    every = list(visited)
+    assert len(every) == 2 * 3
+    states: list[SearchState] = []
+    whole = run(2, on_stage=states.append)
+    assert visited == every[:2] * 2 and whole.pass_index == 2
+    for state in states:  # also where it goes on from what was saved
+        assert_same(run(2, state), whole)
+    # A stage that gains begins the count anew.
+    gained = {"event": "accepted", "pass": 1, "stage": every[0], "round": 1, "loss": 0.0}
+    run(2, dataclasses.replace(states[1], log=(*states[1].log, gained)))
+    assert visited[:2] == every[1:3]
