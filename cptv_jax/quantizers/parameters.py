@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from cptv_jax.quantizers.base import Quantizer
 from cptv_jax.quantizers.bias_correction import BiasCorrected
 from cptv_jax.quantizers.focusing import Focusing
-from cptv_jax.quantizers.rounding import true_divide
+from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import straight_through
 from cptv_jax.quantizers.uniform import FractionalUniform, Uniform
 
@@ -80,7 +80,7 @@ def with_parameters(quantizer: Quantizer, values: Mapping[str, Array]) -> Quanti
         assert isinstance(quantizer, BiasCorrected)
         quantizer = replace(quantizer, factor=values["factor"])
     if "rounding" in values:
-        quantizer = with_rounding(quantizer, values["rounding"] * _ROUNDING_UNIT)
+        quantizer = with_rounding(quantizer, rounded_product(values["rounding"], _ROUNDING_UNIT))
     if "start" in values:
         assert isinstance(quantizer, Focusing)
         quantizer = replace(quantizer, start=values["start"] * (quantizer.high * quantizer.scale))
