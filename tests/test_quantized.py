@@ -1,16 +1,19 @@
 """Quantized models: what a candidate may change of them, and that it is the same in a stage and in a model."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax import Model, RecipeConfig, resolve
+from cptv_jax import Model, RecipeConfig, load_model, resolve, save_model
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantizers import innermost
 
 QKV = "attn.qkv.weight"
 
@@ -54,12 +57,16 @@ def test_a_step_of_a_bias_is_a_tenth_of_the_length_of_its_outputs_weights(model:
 def test_a_candidate_computes_what_the_model_with_its_parameters_does(
     model: QuantizedModel, images: np.ndarray, differentiable: bool
 ) -> None:
-    stages = model.stages(lambda site: site.endswith(".weight"), shifted=True, differentiable=differentiable)
+    stages = model.stages(
+        lambda site: site.endswith(".weight"), shifted=True, turned=True, differentiable=differentiable
+    )
     rng = np.random.default_rng(1)
     bound, parameters = [], {}
     for stage in stages:
         if stage.searchable:
-            steps = {key: 0.02 * rng.normal(size=np.shape(value)) for key, value in stage.candidate.items()}
+            assert stage.candidate[next(iter(stage.candidate)) + ".rounding"].ndim == 2
+            sizes = {key: 4.0 if key.endswith(".rounding") else 0.02 for key in stage.candidate}  # tenths of a step
+            steps = {key: sizes[key] * rng.normal(size=np.shape(value)) for key, value in stage.candidate.items()}
             candidate = stage.move(stage.candidate, jax.tree.map(jnp.float32, steps))
             parameters |= {f"{stage.name}.{key}": value for key, value in candidate.items()}
             # Whatever was bound before: only the last candidate counts.
@@ -72,3 +79,17 @@ def test_a_candidate_computes_what_the_model_with_its_parameters_does(
     np.testing.assert_allclose(
         forward(bound, images).logits, forward(moved.stages(), images).logits, rtol=0, atol=tolerance
     )
+
+
+def test_a_learned_rounding_changes_codes_and_is_kept_with_the_model(model: QuantizedModel, tmp_path: Path) -> None:
+    site = f"blocks.0.{QKV}"
+    kernel = model.model.layer("blocks.0.attn.qkv")["kernel"]
+    rounding = np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
+    turned = model.with_parameters({f"{site}.rounding": 10 * rounding})
+    before, after = (np.asarray(m.quantizers[site].codes(kernel)) for m in (model, turned))
+    assert 0.2 < np.mean(before != after) < 0.9
+    save_model(tmp_path / "turned", turned)
+    again = load_model(str(tmp_path / "turned"))
+    assert isinstance(again, QuantizedModel)
+    np.testing.assert_array_equal(again.quantizers[site].codes(kernel), after)
+    assert getattr(innermost(again.quantizers[f"blocks.1.{QKV}"]), "rounding", None) is None

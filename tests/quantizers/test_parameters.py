@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 
 from cptv_jax.quantizers import (
     BiasCorrected,
+    DualUniform,
     Focusing,
     FractionalUniform,
+    LowRank,
     OffsetUniform,
     Uniform,
     grid,
+    innermost,
     offsets,
     with_parameters,
+    with_rounding,
     with_zero_point,
 )
 
@@ -69,3 +73,23 @@ def test_a_factor_is_offered_where_every_channel_has_its_own() -> None:
 def test_a_fractional_zero_point_is_not_offered() -> None:
     base = OffsetUniform(SCALES, jnp.full(3, 2.5), jnp.float32(0), jnp.float32(15))
     assert offsets(FractionalUniform(base)) == {}
+
+
+def test_a_learned_rounding_is_offered_in_tenths_of_a_step_where_there_is_one() -> None:
+    rounding = jnp.asarray(np.linspace(-0.6, 0.6, 6).reshape(2, 3), jnp.float32)
+    low_rank = LowRank(uniform(3, 4), jnp.ones((2, 1)), jnp.ones((1, 3)))
+    for quantizer in (uniform(3, 4), BiasCorrected(uniform(3, 4)), low_rank):
+        assert "rounding" not in offsets(quantizer)
+        with_one = with_rounding(quantizer, rounding)
+        np.testing.assert_allclose(offsets(with_one)["rounding"], 10 * rounding, rtol=1e-6)  # tenths in float32
+        moved = with_parameters(with_one, {"rounding": jnp.full((2, 3), 4.0)})
+        np.testing.assert_allclose(innermost(moved).rounding, 0.4, rtol=1e-6)
+        np.testing.assert_array_equal(innermost(moved).zero_point, innermost(quantizer).zero_point)
+
+
+def test_a_weight_of_two_grids_has_no_learned_rounding() -> None:
+    one = uniform(3, 4)
+    dual = DualUniform(
+        one.scale, one.zero_point, jnp.full(3, 2.0), one.zero_point, jnp.asarray([True, False]), one.low, one.high
+    )
+    assert with_rounding(dual, jnp.ones((2, 3))) is dual

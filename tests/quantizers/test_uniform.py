@@ -1,5 +1,7 @@
 """The uniform quantizer is the published formula, bit for bit, in every way that it is run."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cptv_jax.quantizers import Uniform, grid
+from cptv_jax.quantizers import OffsetUniform, Uniform, grid
 
 CHANNELS = 8
 SCALES = st.floats(2.0**-20, 2.0**10, width=32)
@@ -154,3 +156,30 @@ def test_a_scale_for_each_part_of_the_last_axis_or_each_head() -> None:
             cut = x[..., 2 * i : 2 * i + 2]
             np.testing.assert_array_equal(method(parts, x)[..., 2 * i : 2 * i + 2], method(one, cut))
             np.testing.assert_array_equal(method(heads, x)[:, i], method(one, x[:, i]))
+
+
+@given(seed=st.integers(0, 2**32 - 1), bits=st.integers(2, 8))
+def test_a_learned_rounding_is_added_in_steps_before_rounding(seed: int, bits: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, rounding = (rng.normal(size=(16, CHANNELS)).astype(np.float32) for _ in range(2))
+    scale = rng.uniform(0.05, 0.5, CHANNELS).astype(np.float32)
+    quantizer = make(scale, 2.0**bits // 2, bits)
+    low, high, zero = (np.asarray(a) for a in (quantizer.low, quantizer.high, quantizer.zero_point))
+    found = COMPILED_CODES(replace(quantizer, rounding=jnp.asarray(rounding)), x)
+    np.testing.assert_array_equal(found, np.clip(np.rint(x / scale + zero + rounding), low, high))
+    offset = OffsetUniform(*(getattr(quantizer, name) for name in ("scale", "zero_point", "low", "high")), rounding)
+    np.testing.assert_array_equal(offset.codes(x), np.clip(np.rint(x / scale + rounding) + zero, low, high))
+    np.testing.assert_array_equal(
+        COMPILED_CODES(replace(quantizer, rounding=jnp.zeros_like(x)), x), COMPILED_CODES(quantizer, x)
+    )
+
+
+def test_a_learned_rounding_has_the_slope_of_a_step_within_the_grid() -> None:
+    quantizer = make(np.float32([0.5, 0.25]), 0.0, 2)  # codes 0 to 3
+    x = jnp.asarray([[0.6, 0.3], [-1.0, 9.0]])  # a row within the grid, and one beyond it
+
+    def total(rounding: jax.Array) -> jax.Array:
+        turned = replace(quantizer, rounding=rounding)
+        return jnp.sum(turned.steps(x) * turned.scale)
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros((2, 2))), [[0.5, 0.25], [0.0, 0.0]])
