@@ -273,8 +273,8 @@ def test_a_search_that_only_fits_its_own_images_is_undone(
     search, states = searching.run_search, []
 
     def with_made_up_losses(*arguments: Any) -> Any:
-        *first, _, on_round, on_stage, propose, openings, patience = arguments
-        states.append(search(*first, lambda stages: next(remaining), on_round, on_stage, propose, openings, patience))
+        before, after = arguments[:5], arguments[6:]  # of the held-out loss
+        states.append(search(*before, lambda stages: next(remaining), *after))
         return states[-1]
 
     monkeypatch.setattr(searching, "run_search", with_made_up_losses)
