@@ -20,6 +20,8 @@ from cptv_jax.search.allocation import Costs, Genes
 from cptv_jax.sites import products
 from cptv_jax.stages import Stage
 
+_FLOAT_BITS = 32
+
 
 def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
     """The state with each of the candidate's sites quantized at the width whose index it gives."""
@@ -106,9 +108,8 @@ class Widths:
         return Costs(self.bits, tuple((size / 8, (site,)) for site, size in sizes.items()))
 
     def bit_operations(self) -> Costs:
-        """Bit operations of an image: of every product the multiplications, times the widths of both operands.
-
-        Products that read a float tensor, or no tensor of free width, have no term.
+        """Bit operations of an image: of every product the multiplications, times the widths of both operands, of which
+        one in float has 32. Products that read no tensor of free width have no term.
         """
         model, specs, free = self.models[0], self.models[0].recipe.sites, set(self.sites)
         terms = []
@@ -116,22 +117,24 @@ class Widths:
             chosen = tuple(site for site in operands if site in free)
             if chosen:
                 fixed = math.prod(specs[site].bits for site in operands if site not in free)
+                fixed *= _FLOAT_BITS ** (2 - len(operands))
                 terms.append((float(multiplications * fixed), chosen))
         return Costs(self.bits, tuple(terms))
 
 
 def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The multiplications of products of two quantized tensors, and where these are quantized."""
+    """The multiplications of products that read quantized tensors, and where these are quantized."""
     sites = sites_of(model.model.architecture)
     known, specs = {site.name: site for site in sites}, model.recipe.sites
     for product in products(sites):
-        operands = [name if name in specs else known[name].source for name in product.operands]
-        if len(operands) == 2 and all(name in specs for name in operands):
-            yield product.multiplications, tuple(operands)
+        sources = (name if name in specs else known[name].source for name in product.operands)
+        operands = tuple(name for name in sources if name in specs)
+        if operands:
+            yield product.multiplications, operands
 
 
 def read_by_products(model: Model, recipe: Recipe) -> tuple[str, ...]:
-    """The sites of a recipe that a product of two quantized tensors reads: weights and activations."""
+    """The sites of a recipe that products read: weights and activations."""
     found = _quantized_products(QuantizedModel(model, recipe, {}))
     return tuple(dict.fromkeys(site for _, operands in found for site in operands))
 

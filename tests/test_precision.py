@@ -124,6 +124,15 @@ def test_bit_operations_are_multiplications_times_both_widths(widths: Widths, al
     assert widths.bit_operations().total(widths.uniform(0)) == free * 2 * 8
 
 
+def test_an_operand_in_float_has_32_bits(model: Model) -> None:
+    recipes = [resolve(RecipeConfig(weight_bits=bits, quantize_input=False), sites_of(TINY)) for bits in BITS]
+    calibrate = METHODS["fq-vit"].quantize
+    found = Widths(tuple(calibrate(model, [jnp.asarray(IMAGES)], r, jax.random.key(0)) for r in recipes))
+    costs, patches = found.bit_operations(), 4 * 16 * 16 * 3 * 16
+    assert set(costs.sites) == set(found.sites)  # no weight is left without a cost, and so without a gene
+    assert costs.extra(found.uniform(0), "embed.proj.weight", 2) == patches * 32 * (8 - 2)
+
+
 def test_models_that_differ_in_more_are_refused(model: Model, widths: Widths) -> None:
     changed = model.with_layers({"head.fc": {"bias": model.layer("head.fc")["bias"] + 1}})
     other = replace(widths.models[1], model=changed)

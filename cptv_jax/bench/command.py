@@ -67,9 +67,9 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--generations", type=int, default=6, metavar="N", help="of the evolution (default: 6)")
     precision.add_argument("--children", type=int, default=4, metavar="N", help="a generation (default: 4)")
     text = "what has a width of its own (default: weights); all: activations that products read, too"
-    precision.add_argument("--genes", choices=("weights", "all"), default="weights", help=text)
-    text = "what mixed widths may cost as much of as uniform ones (default: bytes, of the weights)"
-    precision.add_argument("--budget", choices=("bytes", "bit-operations"), default="bytes", help=text)
+    precision.add_argument("--genes", default="weights", metavar="WHAT", help=text)
+    text = "what mixed widths may cost as much of as uniform ones (default: bytes, of the weights); or bit-operations"
+    precision.add_argument("--budget", default="bytes", metavar="COST", help=text)
     precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
 

@@ -28,6 +28,7 @@ from cptv_jax.recipe import MAX_BITS, MIN_BITS
 from cptv_jax.run_directory import claimed, digest, refuse_foreign
 from cptv_jax.search import Evaluator, Objective
 from cptv_jax.search.allocation import Genes, allocate, evolve_genes, sensitivities
+from cptv_jax.suggest import did_you_mean
 
 NAME = "precision"
 DEFAULT_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
@@ -108,6 +109,9 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     widths = tuple(sorted(set(options.bits)))
     if len(widths) < 2:
         raise InputError(f"--bits are {list(widths)}; mixed precision needs 2 widths or more")
+    for flag, word, known in (("genes", options.genes, GENES), ("budget", options.budget, BUDGETS)):
+        if word not in known:
+            raise InputError(f"--{flag} is '{word}'{did_you_mean(word, known)}")
     if options.genes == "all" and options.budget == "bytes":
         raise InputError("the widths of activations cost no bytes; set --budget bit-operations, or --genes weights")
     source, config = options.source, options.config

@@ -351,7 +351,7 @@ def test_a_child_that_ends_badly_says_how(
 def test_runs_at_once_share_an_accelerator_and_end_with_the_bench(
     options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Every child says what it may take of an accelerator's memory; the first one fails once all have begun.
+    # Every child says what it may take of an accelerator's memory; the bench is interrupted once all have begun.
     said = tmp_path / "said"
     said.mkdir()
     (tmp_path / "python").write_text(

@@ -80,6 +80,10 @@ def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: py
 
 
 def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> None:
+    with pytest.raises(InputError, match=r"--budget is 'bit-operation'.*bit-operations"):
+        bench_precision(replace(options, budget="bit-operation"))
+    with pytest.raises(InputError, match=r"--genes is 'weight'.*weights"):
+        bench_precision(replace(options, genes="weight"))
     with pytest.raises(InputError, match="cost no bytes; set --budget bit-operations"):
         bench_precision(replace(options, genes="all"))
     with pytest.raises(InputError, match="needs 2 widths or more"):
