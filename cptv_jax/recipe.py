@@ -264,8 +264,8 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     )
     by_kind = {"weight": weight, "add": residual, "softmax": softmax}
     if preset.scope == "matmuls":
-        # A twin quantizer's split is one for all heads.
-        per_head = preset.per_head and preset.softmax == "uniform"
+        # A twin quantizer's split is one for all heads; a focusing interval is each head's own.
+        per_head = preset.softmax == "focusing" or (preset.per_head and preset.softmax == "uniform")
         by_kind["softmax"] = dataclasses.replace(softmax, quantizer=preset.softmax, per_head=per_head)
         by_kind["gelu"] = dataclasses.replace(activation, quantizer=preset.gelu)
         by_kind["operand"] = dataclasses.replace(activation, per_head=preset.per_head)

@@ -65,21 +65,25 @@ METHODS: dict[str, Method] = {
         repq_vit.quantize,
         ("repq-vit",),
         "repq_vit",
-        Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True),
+        Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True, grouped=()),
     ),
     "erq": Method(
         erq.quantize,
         ("erq", "erq-uniform"),
         "erq",
-        Abilities(("uniform", "dual-uniform"), ("uniform", "log-sqrt2"), ("method",), asymmetric_only=True),
+        Abilities(("uniform", "dual-uniform"), ("uniform", "log-sqrt2"), ("method",), asymmetric_only=True, grouped=()),
     ),
     "aiqvit": Method(
         aiqvit.quantize,
         ("aiqvit",),
         "aiqvit",
         Abilities(
-            tensors=("uniform", "log-sqrt2", "focusing"), observers=("method",), asymmetric_only=True, low_rank=True
+            tensors=("uniform", "log-sqrt2", "focusing"),
+            observers=("method",),
+            asymmetric_only=True,
+            low_rank=True,
+            grouped=("focusing",),
         ),
-        ReconstructionConfig(steps=150, easy_first=0.3),
+        ReconstructionConfig(steps=60, easy_first=0.3),
     ),
 }

@@ -13,7 +13,7 @@ class Abilities:
 
     weights, tensors: quantizers that it fits for weights and for activations. observers: where it takes parameters
     from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction. low_rank: it can add terms
-    of low rank to weights.
+    of low rank to weights. grouped: quantizers that it fits per head or for parts of a tensor; null means any.
     """
 
     weights: tuple[QuantizerName, ...] = ("uniform",)
@@ -21,6 +21,7 @@ class Abilities:
     observers: tuple[ObserverName, ...] = OBSERVERS
     asymmetric_only: bool = False
     low_rank: bool = False
+    grouped: tuple[QuantizerName, ...] | None = None
 
     def check(self, method: str, recipe: Recipe) -> None:
         """Raises InputError for a site that the method, of this name, cannot quantize as the recipe says."""
@@ -34,6 +35,11 @@ class Abilities:
                 raise InputError(
                     f"{name}: method {method} cannot use the observer {spec.observer}; "
                     f"set observer to {_any(self.observers)}"
+                )
+            if (spec.per_head or spec.parts > 1) and self.grouped is not None and spec.quantizer not in self.grouped:
+                raise InputError(
+                    f"{name}: method {method} fits a {spec.quantizer} quantizer of a whole tensor or per channel; "
+                    "set per_head: false and parts: 1"
                 )
             if spec.low_rank and not (self.low_rank and name.endswith(".weight")):
                 raise InputError(f"{name}: method {method} adds no low-rank term here; leave out low_rank")

@@ -47,11 +47,11 @@ class ReconstructionConfig:
     """
 
     steps: int | None = None
-    batch: int = 32
+    batch: int = 16
     images: int | None = None
     scale_rate: float = 5e-3
     zero_point_rate: float = 2e-2
-    rounding_rate: float = 1e-2
+    rounding_rate: float = 3e-3
     weight_rate: float = 1e-3
     low_rank_rate: float = 1e-3
     preference_rate: float = 0.1

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
 from cptv_jax.forward import apply_stage
 from cptv_jax.interpreters import Tensor
+from cptv_jax.mesh import DATA, make_mesh, place
 from cptv_jax.methods.importance import output_importance
 from cptv_jax.methods.learning import (
     NO_RECONSTRUCTION,
@@ -46,26 +48,34 @@ class Examples:
     scale: Array | None = None
     zero: Array | None = None
 
-    def take(self, rows: Any) -> Tensor:
-        return Tensor(jnp.asarray(self.stored[rows]), self.scale, self.zero)
+    def take(self, rows: Any, mesh: Mesh) -> Tensor:
+        """Those of some images, divided among the devices."""
+        return Tensor(_divided(mesh, self.stored[rows]), *place(mesh, (self.scale, self.zero)))
+
+
+def _divided(mesh: Mesh, images: np.ndarray) -> PyTree:
+    """Images on the devices: divided where they make equal parts, else all of them on each."""
+    return place(mesh, images, None if len(images) % mesh.shape[DATA] else DATA)
 
 
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _outputs(stage: Stage, inputs: Examples, size: int) -> Examples:
+def _outputs(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Examples:
     """A stage's outputs, so many images at a time."""
-    parts = [apply_stage(stage.function, stage.state, inputs.take(rows)) for rows in _chunks(len(inputs.stored), size)]
+    state = place(mesh, stage.state)
+    parts = [apply_stage(stage.function, state, inputs.take(rows, mesh)) for rows in _chunks(len(inputs.stored), size)]
     if isinstance(parts[0], Tensor):
-        return Examples(np.concatenate([np.asarray(part.stored) for part in parts]), parts[0].scale, parts[0].zero)
+        stored = np.concatenate([np.asarray(part.stored) for part in parts])
+        return Examples(stored, *jax.tree.map(np.asarray, (parts[0].scale, parts[0].zero)))
     return Examples(np.concatenate([np.asarray(array_of(part)) for part in parts]))
 
 
-def _errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int) -> np.ndarray:
+def _errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int, mesh: Mesh) -> np.ndarray:
     """Squared error and squared target of every image, [images, 2]."""
     parts = [
-        np.stack(_relative_errors(outputs.take(rows).values, targets[rows], importance), -1)
+        np.stack(_relative_errors(outputs.take(rows, mesh).values, _divided(mesh, targets[rows]), importance), -1)
         for rows in _chunks(len(targets), size)
     ]
     return np.concatenate(parts).astype(np.float64)
@@ -109,7 +119,7 @@ def reconstruct(
     gives the same result. A stage that training makes worse stays as it was, but for fractional zero points: these are
     rounded first.
     """
-    config = completed(config, NO_RECONSTRUCTION)
+    config, mesh = completed(config, NO_RECONSTRUCTION), make_mesh()
     steps = config.steps
     assert steps is not None
     images = images[: config.images]
@@ -119,16 +129,16 @@ def reconstruct(
     float_stages = teacher.stages()
     for index, float_stage in enumerate(float_stages):
         name = float_stage.name
-        floats, targets = targets, _outputs(float_stage, targets, config.batch)
+        floats, targets = targets, _outputs(float_stage, targets, config.batch, mesh)
         stage = model.stages()[index]
-        weighting = importance.get(name, jnp.ones(()))
-        outputs = _outputs(stage, inputs, config.batch)
+        weighting = place(mesh, importance.get(name, jnp.ones(())))
+        outputs = _outputs(stage, inputs, config.batch, mesh)
         if index >= start:
-            errors = _errors(outputs, targets.stored, weighting, config.batch)
+            errors = _errors(outputs, targets.stored, weighting, config.batch, mesh)
             before = _relative(errors)
-            state = stage_state(model, name)
-            parameters = initial_parameters(state, model.recipe.of_stage(name))
-            optimizer_state = optimizer_of(config).init(parameters)
+            state = place(mesh, stage_state(model, name))
+            parameters = place(mesh, initial_parameters(state, model.recipe.of_stage(name)))
+            optimizer_state = place(mesh, optimizer_of(config).init(parameters))
             order_key, mixing_key = jax.random.split(jax.random.fold_in(key, index))
             for step, rows in enumerate(_batches(np.argsort(errors[:, 0], kind="stable"), config, order_key)):
                 parameters, optimizer_state = train_step_program()(
@@ -137,16 +147,16 @@ def reconstruct(
                     state,
                     parameters,
                     optimizer_state,
-                    inputs.take(rows),
-                    jnp.asarray(floats.stored[rows]),
-                    jnp.asarray(targets.stored[rows]),
+                    inputs.take(rows, mesh),
+                    _divided(mesh, floats.stored[rows]),
+                    _divided(mesh, targets.stored[rows]),
                     weighting,
-                    jax.random.fold_in(mixing_key, step),
+                    place(mesh, jax.random.fold_in(mixing_key, step)),
                 )
                 on_progress(index * steps + step + 1, len(float_stages) * steps)
             learned = with_stage_state(model, name, _bound(state, parameters))
-            learned_outputs = _outputs(learned.stages()[index], inputs, config.batch)
-            after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch))
+            learned_outputs = _outputs(learned.stages()[index], inputs, config.batch, mesh)
+            after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
             if after < before:
                 model, outputs = learned, learned_outputs
             on_stage(index, model, before, min(after, before))

@@ -15,19 +15,20 @@ from cptv_jax.quantizers.straight_through import clip_through, straight_through
 class Focusing:
     """code = round((clamp(x, start, end) - start) / scale); value = start + code * scale (AIQViT's dynamic focusing).
 
-    scale: input units per step. start: lower end of the interval, in input units; it need not be a multiple of the
-    scale, and zero need not be a level. high: largest code; the upper end is start + high * scale.
+    scale: input units per step, one for all or [heads, 1, 1]. start: lower end of the interval, in input units and of
+    the same shape; it need not be a multiple of the scale, and zero need not be a level. high: largest code; the upper
+    end is start + high * scale.
 
     Derivatives are straight-through, by the interval's ends too: within it a value's derivative by the scale is that of
     its rounding error, outside it is that of the end it is clamped to.
     """
 
-    scale: Float[Array, ""]
-    start: Float[Array, ""]
+    scale: Float[Array, "..."]
+    start: Float[Array, "..."]
     high: Float[Array, ""]
 
     @property
-    def end(self) -> Float[Array, ""]:
+    def end(self) -> Float[Array, "..."]:
         return self.start + self.high * self.scale
 
     def with_scale(self, scale: Float[Array, "..."]) -> "Focusing":

@@ -44,7 +44,7 @@ def test_weights_get_terms_and_attention_focuses_on_an_interval(golden: Path) ->
         if site.endswith(".weight"):
             assert type(quantizer) is LowRank and quantizer.rank == 4, site
         elif site.endswith("softmax"):
-            assert type(quantizer) is Focusing, site
+            assert type(quantizer) is Focusing and quantizer.scale.shape == (4, 1, 1), site
         else:
             assert type(quantizer) is OffsetUniform, site
             np.testing.assert_array_equal(quantizer.zero_point, np.round(quantizer.zero_point))
@@ -65,17 +65,38 @@ def test_terms_bring_every_weight_nearer_to_the_float_one(golden: Path) -> None:
             assert np.sum(left**2) < np.sum(error**2)
 
 
-def test_an_interval_has_the_least_squared_error_of_all_that_are_tried() -> None:
+@pytest.mark.parametrize("per_head", [True, False])
+def test_an_interval_has_the_least_error_of_the_product_of_all_that_are_tried(per_head: bool) -> None:
     rng = np.random.default_rng(0)
-    values = jnp.asarray(rng.dirichlet(np.full(17, 0.5), 200), jnp.float32)
+    sharp, flat = (rng.dirichlet(np.full(17, alpha), (6, 1, 17)) for alpha in (0.1, 2.0))
+    attention = jnp.asarray(np.concatenate([sharp, flat], 1), jnp.float32)
+    values = jnp.asarray(rng.normal(size=(6, 2, 17, 8)), jnp.float32)
 
-    def error(quantizer: Focusing) -> float:
-        return float(np.mean((np.asarray(quantizer.values(quantizer.codes(values))) - values) ** 2))
+    def errors(quantizer: Focusing) -> np.ndarray:
+        """Of each head, in float64."""
+        wrong = np.float64(quantizer.values(quantizer.codes(attention))) - np.float64(attention)
+        return np.sum((wrong @ np.float64(values)) ** 2, (0, 2, 3))
 
-    best = error(fit_focusing(values, 3))
-    for low, high in ((0.0, 1.0), (0.0, 0.98), (0.1, 0.999), (0.5, 0.9)):
-        start, end = np.quantile(values, [low, high])
-        assert best <= error(Focusing(jnp.float32((end - start) / 7), jnp.float32(start), jnp.float32(7))) * (1 + 1e-5)
+    fitted = fit_focusing(attention, values, 3, per_head)
+    assert fitted.scale.shape == fitted.start.shape == ((2, 1, 1) if per_head else ())
+    tried = np.stack(
+        [
+            errors(Focusing(jnp.asarray((end - start) / 7), jnp.asarray(start), jnp.float32(7)))
+            for heads in ([attention[:, :1], attention[:, 1:]] if per_head else [attention],)
+            for start_at in (0.0, 0.1, 0.2, 0.3, 0.5)
+            for end_at in 2.0 ** (-np.arange(0, 13) / 2)
+            for start, end in [
+                [
+                    np.float32([f(np.asarray(h)) for h in heads]).reshape((-1, 1, 1) if per_head else ())
+                    for f in (lambda h, s=start_at: np.quantile(h, s), lambda h, e=end_at: h.max() * e)
+                ]
+            ]
+            if np.all(end > start)
+        ]
+    )
+    best = tried.min(0) if per_head else tried.sum(1).min()
+    found = errors(fitted) if per_head else errors(fitted).sum()
+    np.testing.assert_allclose(found, best, rtol=1e-4)  # the quantiles are interpolated in float32
 
 
 @pytest.mark.slow
@@ -121,6 +142,12 @@ def test_what_cannot_work_is_named(golden: Path) -> None:
         aiqvit.check("aiqvit", recipe_of(**BITS, overrides={"blocks.0.norm1": {"low_rank": True}}))
     with pytest.raises(InputError, match="method repq-vit adds no low-rank term"):
         repq.check("repq-vit", recipe_of(preset="repq-vit", low_rank=True))
+    focusing = {"quantizer": "focusing", "per_head": False}
+    with pytest.raises(InputError, match="blocks.0.mlp.gelu: a focusing quantizer is for attention maps"):
+        recipe = recipe_of(**BITS, overrides={"blocks.0.mlp.gelu": focusing})
+        quantize(small_model(golden), [images(golden)[:8]], recipe, KEY, options=OPTIONS)
+    with pytest.raises(InputError, match="method repq-vit fits a uniform quantizer of a whole tensor or per channel"):
+        repq.check("repq-vit", recipe_of(preset="repq-vit", overrides={"*.attn.query": {"per_head": True}}))
     with pytest.raises(InputError, match=r"aiqvit\.ranks"):
         options = replace(OPTIONS, ranks=(0, 4))
         quantize(small_model(golden), [images(golden)[:8]], recipe_of(**BITS), KEY, options=options)

@@ -59,5 +59,6 @@ def test_derivatives_by_value_and_by_both_ends() -> None:
 def test_a_tensor_of_one_value_has_a_finite_interval() -> None:
     from cptv_jax.methods.aiqvit import fit_focusing
 
-    quantizer = fit_focusing(jnp.full((3, 4), 0.25), 4)
-    np.testing.assert_array_equal(quantizer.values(quantizer.codes(jnp.asarray([0.25]))), [0.25])
+    attention = jnp.full((1, 2, 4, 4), 0.25)
+    quantizer = fit_focusing(attention, jnp.ones((1, 2, 4, 3)), 4, per_head=True)
+    np.testing.assert_array_equal(quantizer.values(quantizer.codes(attention)), attention)
