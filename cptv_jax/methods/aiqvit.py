@@ -60,7 +60,7 @@ def fit_focusing(
     bits: int,
     per_head: bool,
 ) -> Focusing:
-    """The interval, of those that are tried, with the least squared error of attention @ values; of each head or of all.
+    """The interval, of those tried, with the least squared error of attention @ values; of each head, or of all.
 
     An error of the map itself would be the wrong measure: its few large entries decide that, while the many small ones
     sum up to as much of the product (DeiT-Tiny, 4 bits: 2 to 6 times the error of an interval fitted so).
