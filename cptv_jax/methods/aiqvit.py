@@ -63,7 +63,7 @@ def fit_focusing(
     """The interval, of those tried, with the least squared error of attention @ values; of each head, or of all.
 
     An error of the map itself would be the wrong measure: its few large entries decide that, while the many small ones
-    sum up to as much of the product (DeiT-Tiny, 4 bits: 2 to 6 times the error of an interval fitted so).
+    sum up to as much of the product (DeiT-Tiny, 4 bits: 2 to 13 times the error of intervals fitted so).
     """
     rows = attention.swapaxes(0, 1)
     flat = rows.reshape(rows.shape[0], -1) if per_head else attention.reshape(1, -1)
