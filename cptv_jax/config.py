@@ -58,6 +58,8 @@ class SearchConfig:
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
         log-scale, images a step; all calibration images but those held out take turns. mirror: and their mirror images.
+    gradient_matching: of guided: weight, in the loss that is differentiated, of how far the outputs of all stages are
+        from the teacher's (mean squared error relative to the variance), beside the objective.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
     race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
     arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
@@ -89,6 +91,7 @@ class SearchConfig:
     gradient_steps: int = 950
     gradient_rate: float = 0.01
     gradient_batch: int = 10
+    gradient_matching: float = 10.0
     mirror: bool = True
     patience: int | None = None
     race: bool = False
@@ -179,6 +182,7 @@ _AT_LEAST = {
 }
 _RATES = (
     "aiqvit.penalty",
+    "search.gradient_matching",
     "reconstruction.scale_rate",
     "reconstruction.zero_point_rate",
     "reconstruction.rounding_rate",

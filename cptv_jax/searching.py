@@ -13,6 +13,7 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, effort
 from cptv_jax.data import Images
 from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.mesh import make_mesh, pieces_at_once
+from cptv_jax.methods.learning import array_of
 from cptv_jax.observers import fit, update
 from cptv_jax.plan import Split, searched_sites
 from cptv_jax.progress import bar
@@ -27,9 +28,11 @@ from cptv_jax.search import (
     Generational,
     GradientProposer,
     Guided,
+    MatchingLoss,
     Objective,
     RacingEvaluator,
     Strategy,
+    paired,
 )
 from cptv_jax.search.run import Progress, Scales, SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
@@ -100,12 +103,8 @@ def _searched_stages(base: QuantizedModel, search: SearchConfig, differentiable:
     )
 
 
-def _taught(
-    teacher: Model, base: QuantizedModel, batches: Sequence[Images], search: SearchConfig, progress: bool, label: str
-) -> list[Output]:
-    """The teacher's outputs."""
-    reference = base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
-    return _outputs(reference, batches, search, progress, label)
+def _teacher_stages(teacher: Model, base: QuantizedModel, search: SearchConfig) -> Sequence[Stage]:
+    return base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
 
 
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
@@ -113,7 +112,8 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
     stages = _searched_stages(base, search)
     objective = Objective(search.objective, search.on, search.temperature)
     searched = split.calibration[: split.searched]
-    targets = _taught(teacher, base, [*searched, *split.held_out], search, progress, "teacher outputs")
+    taught = _teacher_stages(teacher, base, search)
+    targets = _outputs(taught, [*searched, *split.held_out], search, progress, "teacher outputs")
     loss_of = jax.jit(objective)
 
     def held_out_loss(current: Sequence[Stage]) -> float:
@@ -143,22 +143,24 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
 
 
 def _proposer(
-    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges, progress: bool
+    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges
 ) -> GradientProposer:
     batches = split.calibration
     if search.mirror:
         batches = [*batches, *(batch.mirrored() for batch in batches)]
-    targets = _taught(teacher, base, batches, search, progress, "teacher of gradients")
     size = len(batches[0])
 
     def read(rows: np.ndarray) -> np.ndarray:
         return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
 
+    stages = paired(
+        _searched_stages(base, search, differentiable=True), _teacher_stages(teacher, base, search), array_of
+    )
     return GradientProposer(
-        _searched_stages(base, search, differentiable=True),
+        stages,
         read,
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *targets),
-        judges.objective,
+        size * len(batches),
+        MatchingLoss(judges.objective, search.gradient_matching, len(stages) - 1),
         Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
         judges.mesh,
@@ -211,7 +213,7 @@ def improve(
     searched = [f"{name}.{site}" for name, scales in state.scales.items() for site in scales]
     bits = {name: _stage_bits(base, name, searched) for name in state.scales}
     guided = search.strategy == "guided"
-    proposer = _proposer(teacher, base, split, search, judges, progress) if guided else None
+    proposer = _proposer(teacher, base, split, search, judges) if guided else None
     openings = [steps_to_least_error(base, state.scales)] if guided else []
     passes, rounds, _ = effort(search)
     per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps

@@ -94,6 +94,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.gradient_steps": ("40", 40),
     "search.gradient_rate": ("5e-3", 5e-3),
     "search.gradient_batch": ("25", 25),
+    "search.gradient_matching": ("2.5", 2.5),
     "search.mirror": ("false", False),
     "search.patience": ("2", 2),
     "search.race": ("true", True),

@@ -14,7 +14,7 @@ from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import move_candidate
-from cptv_jax.search import EvolQ, Evosax, Generational, Guided
+from cptv_jax.search import EvolQ, Evosax, Generational, Guided, Objective
 from cptv_jax.searching import steps_to_least_error, strategy_for
 
 
@@ -65,29 +65,40 @@ def test_steps_to_least_error_lead_to_weights_nearer_to_the_float_ones() -> None
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_gradients_see_images_and_mirror_images_with_the_teachers_output_of_each(
+def test_gradients_see_images_and_mirror_images_beside_the_teacher(
     monkeypatch: pytest.MonkeyPatch, mirror: bool
 ) -> None:
     model = Model(DIGITS_VIT, DIGITS_VIT.initialize(0))
     images = load_images("digits:calibration", DIGITS_VIT.preprocessing, labels=False, limit=24, seed=0)
-    search = SearchConfig(strategy="guided", passes=1, gradient_steps=1, gradient_batch=4, holdout=0.34, mirror=mirror)
+    search = SearchConfig(
+        strategy="guided",
+        passes=1,
+        gradient_steps=1,
+        gradient_batch=4,
+        gradient_matching=2,
+        holdout=0.34,
+        mirror=mirror,
+    )
     config = QuantizeConfig(calibration=CalibrationConfig(24, 8), search=search)
     given: list[Any] = []
 
     class Stopped(Exception):
         pass
 
-    def proposer(stages: Any, read: Any, teacher: Any, *others: Any) -> None:
-        given.extend((read, teacher))
+    def proposer(*arguments: Any) -> None:
+        given.extend(arguments)
         raise Stopped
 
     monkeypatch.setattr(searching, "GradientProposer", proposer)
     with pytest.raises(Stopped):
         quantize(model, images, config)
-    read, teacher = given
-    assert len(teacher.logits) == (32 if mirror else 16)  # of three batches of 8 one is held out
-    x = read(np.arange(len(teacher.logits)))
+    stages, read, count, loss, *_ = given
+    assert count == (32 if mirror else 16)  # of three batches of 8 one is held out
+    x = read(np.arange(count))
     np.testing.assert_array_equal(x[16:], x[:16, :, ::-1] if mirror else x[:0])
-    # Sums of float32 in batches of another size.
-    logits = forward(model.stages(), x).logits
-    np.testing.assert_allclose(logits, teacher.logits, rtol=1e-4, atol=1e-5)
+    pair = forward(stages, jnp.asarray(x))
+    # Both are the float model, in programs that may sum in another order.
+    np.testing.assert_allclose(pair.teacher.logits, forward(model.stages(), x).logits, rtol=1e-4, atol=1e-5)
+    assert np.all(pair.error > 0)
+    expected = Objective()(pair.student, pair.teacher) + 2 * np.mean(pair.error) / (len(model.stages()) - 1)
+    np.testing.assert_allclose(loss(pair), expected, rtol=1e-6)

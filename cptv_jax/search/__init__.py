@@ -2,6 +2,7 @@
 
 from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.gradient import Descent, GradientProposer
+from cptv_jax.search.matching import MatchingLoss, paired
 from cptv_jax.search.objective import OBJECTIVES, Objective
 from cptv_jax.search.race import RacingEvaluator
 from cptv_jax.search.strategies import STRATEGIES, EvolQ, Evosax, Generational, Guided, Strategy
@@ -16,7 +17,9 @@ __all__ = [
     "Generational",
     "GradientProposer",
     "Guided",
+    "MatchingLoss",
     "Objective",
     "RacingEvaluator",
     "Strategy",
+    "paired",
 ]

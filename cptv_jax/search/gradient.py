@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from cptv_jax.mesh import DATA, compiler_options, place
+from cptv_jax.search.matching import TEACHER
 from cptv_jax.search.run import Progress
 from cptv_jax.search.runs import Run, runs_of, stacked
 from cptv_jax.stages import Stage
 
-Loss = Callable[[PyTree, PyTree], Array]
+Loss = Callable[[PyTree], Array]
 _SAVED_EVERY = 50  # steps
+_KEPT = jax.checkpoint_policies.save_only_these_names(TEACHER)
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,21 @@ def _loss(
     candidates: Sequence[PyTree],
     steps: Sequence[PyTree],
     x: PyTree,
-    target: PyTree,
 ) -> Array:
     """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...].
 
-    Only the inputs of stages are kept; the activations within are computed again, piece by piece, for the derivative.
+    Only the inputs of stages (and a teacher's outputs) are kept; the activations within are computed again, piece by
+    piece, for the derivative.
     """
     for run, *trees in zip(runs, states, candidates, steps, strict=True):
 
         def stage(x: PyTree, trees: Sequence[PyTree], run: Run = run) -> tuple[PyTree, None]:
             state, candidate, step = trees
             bound = run.bind(state, run.move(candidate, step))
-            return jax.lax.map(jax.checkpoint(lambda piece: run.function(bound, piece)), x), None
+            return jax.lax.map(jax.checkpoint(lambda piece: run.function(bound, piece), policy=_KEPT), x), None
 
         x, _ = stage(x, trees) if run.length == 1 else jax.lax.scan(stage, x, trees)
-    return loss(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x), target)
+    return loss(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x))
 
 
 def _descend(
@@ -82,10 +84,9 @@ def _descend(
     moments: PyTree,
     rate: Array,
     x: PyTree,
-    target: PyTree,
 ) -> tuple[Sequence[PyTree], PyTree, Array]:
     """One step of Adam: the new steps and moments, and the loss before."""
-    value, gradients = jax.value_and_grad(_loss, 4)(runs, loss, states, candidates, steps, x, target)
+    value, gradients = jax.value_and_grad(_loss, 4)(runs, loss, states, candidates, steps, x)
     updates, moments = _ADAM.update(gradients, moments)
     return jax.tree.map(lambda step, update: step - rate * update, steps, updates), moments, value
 
@@ -109,17 +110,16 @@ def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarr
 class GradientProposer:
     """Proposes steps for the candidates of all stages at once.
 
-    stages: differentiable ones of the quantized model, alike in candidates to those that the evaluator has.
-    read(indices): calibration images for the first stage. teacher: the teacher's outputs of all of them, in order, on
-    the host. loss(output, teacher): of a batch. at_once: how many images are computed at once, on all devices together.
-    mesh: these are divided among its data axis.
+    stages: differentiable ones, with candidates like those that the evaluator has. read(indices): images for the first
+    stage, of which there are `count`. loss: of the last stage's output for a batch. at_once: how many images are
+    computed at once, on all devices together. mesh: these are divided among its data axis.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
         read: Callable[[np.ndarray], np.ndarray],
-        teacher: PyTree,
+        count: int,
         loss: Loss,
         descent: Descent,
         at_once: int,
@@ -130,13 +130,9 @@ class GradientProposer:
         self._names = [stage.name for stage in stages]
         self._candidates = [stage.candidate for stage in stages]
         self._states = place(mesh, self._stacked([stage.state for stage in stages]))
-        self.read, self.teacher, self.loss, self.descent, self.mesh = read, teacher, loss, descent, mesh
+        self.read, self.count, self.loss, self.descent, self.mesh = read, count, loss, descent, mesh
         devices = mesh.shape[DATA]
-        self.at_once = max(1, min(at_once, descent.batch, self._count) // devices) * devices
-
-    @property
-    def _count(self) -> int:
-        return int(jax.tree.leaves(self.teacher)[0].shape[0])
+        self.at_once = max(1, min(at_once, descent.batch, self.count) // devices) * devices
 
     def _stacked(self, trees: Sequence[PyTree]) -> list[PyTree]:
         """Trees of all stages, by run."""
@@ -170,8 +166,8 @@ class GradientProposer:
             leaves, structure = jax.tree.flatten((steps, moments))
             saved = [jnp.asarray(progress[f"{i:05d}"]) for i in range(len(leaves))]
             steps, moments = place(self.mesh, jax.tree.unflatten(structure, saved))
-        pieces = max(1, min(self.descent.batch, self._count) // self.at_once)
-        batches = _batches(self._count, pieces * self.at_once, self.descent.steps, key)
+        pieces = max(1, min(self.descent.batch, self.count) // self.at_once)
+        batches = _batches(self.count, pieces * self.at_once, self.descent.steps, key)
         for number, rows in enumerate(batches):
             if number < begin:
                 continue
@@ -181,9 +177,8 @@ class GradientProposer:
             rate = self.descent.rate_at(pass_index * self.descent.steps + number)
             images = self.read(rows)
             x = place(self.mesh, images.reshape(pieces, -1, *images.shape[1:]), DATA, 1)
-            target = place(self.mesh, jax.tree.map(lambda leaf, rows=rows: leaf[rows], self.teacher))
             steps, moments, value = _descend_program()(
-                self._runs, self.loss, self._states, candidates, steps, moments, rate, x, target
+                self._runs, self.loss, self._states, candidates, steps, moments, rate, x
             )
             on_step(float(value))
         return {

@@ -11,14 +11,16 @@ import pytest
 
 from cptv_jax.forward import forward
 from cptv_jax.mesh import make_mesh
+from cptv_jax.methods.learning import array_of
 from cptv_jax.quantized import QuantizedModel
-from cptv_jax.search import Descent, Evaluator, GradientProposer, Objective
+from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, paired
 from cptv_jax.search.gradient import _descend_program, _loss
 from cptv_jax.search.runs import runs_of, stacked
 from cptv_jax.stages import Output, Stage
 
 BATCH, STEPS = 25, 6
 LOSS = Objective()
+PAIR_LOSS = MatchingLoss(LOSS, 1.0, 5)
 
 
 def searched(site: str) -> bool:
@@ -29,6 +31,10 @@ def stages_of(model: QuantizedModel, **options: Any) -> tuple[Stage, ...]:
     return model.stages(searched, shifted=True, **options)
 
 
+def paired_stages(model: QuantizedModel) -> list[Stage]:
+    return paired(stages_of(model, differentiable=True), model.model.stages(), array_of)
+
+
 @pytest.fixture(scope="module")
 def teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> Output:
     model, images = vit_model
@@ -36,12 +42,11 @@ def teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> Output:
 
 
 @pytest.fixture(scope="module")
-def proposer(vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output) -> GradientProposer:
+def proposer(vit_model: tuple[QuantizedModel, np.ndarray]) -> GradientProposer:
     model, images = vit_model
     descent = Descent(STEPS, 0.01, BATCH, passes=2)
-    return GradientProposer(
-        stages_of(model, differentiable=True), lambda rows: images[rows], teacher, LOSS, descent, 5, make_mesh()
-    )
+    stages = paired_stages(model)
+    return GradientProposer(stages, lambda rows: images[rows], len(images), PAIR_LOSS, descent, 5, make_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_tw
 
 @pytest.mark.slow
 def test_it_differentiates_the_numbers_that_the_evaluator_computes(
-    vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
+    vit_model: tuple[QuantizedModel, np.ndarray], proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
     model, images = vit_model
     direction = proposer.propose(scales, 0, jax.random.key(0))
@@ -78,19 +83,17 @@ def test_it_differentiates_the_numbers_that_the_evaluator_computes(
 
 
 @pytest.mark.slow
-def test_loops_and_checkpoints_leave_the_gradient_as_it_is(
-    vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output
-) -> None:
+def test_loops_and_checkpoints_leave_the_gradient_as_it_is(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
     model, images = vit_model
-    stages = stages_of(model, differentiable=True)
-    x, target = jnp.asarray(images[:BATCH]), jax.tree.map(lambda leaf: leaf[:BATCH], teacher)
+    stages = paired_stages(model)
+    x = jnp.asarray(images[:BATCH])
 
     @jax.jit
     def plain(steps: list[Any]) -> jax.Array:
         y: Any = x
         for stage, step in zip(stages, steps, strict=True):
             y = stage.function(stage.bind(stage.state, stage.move(stage.candidate, step)), y)
-        return LOSS(y, target)
+        return PAIR_LOSS(y)
 
     runs, home = runs_of(stages)
     assert max(run.length for run in runs) > 1  # else nothing is looped over
@@ -102,7 +105,7 @@ def test_loops_and_checkpoints_leave_the_gradient_as_it_is(
             [stacked([trees[i] for i in run]) for run in members]
             for trees in ([s.state for s in stages], [s.candidate for s in stages], steps)
         )
-        return _loss(tuple(runs), LOSS, states, candidates, by_run, x.reshape(5, 5, *x.shape[1:]), target)
+        return _loss(tuple(runs), PAIR_LOSS, states, candidates, by_run, x[None])
 
     zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
     expected, found = jax.grad(plain)(zeros), jax.grad(looped)(zeros)
