@@ -226,13 +226,19 @@ class Model:
     source: str = ""
     sha256: str = ""
 
-    def stages(self, *, all_tokens: bool = False) -> tuple[Stage, ...]:
+    def stages(self, *, all_tokens: bool = False, approximate: bool = False) -> tuple[Stage, ...]:
         """The stages of the float forward pass: the teacher.
 
-        all_tokens: compute also the tokens of the last block that the head does not read.
+        all_tokens: compute also the tokens of the last block that the head does not read. approximate: multiply in
+            bfloat16 where that is fastest here, for what need not be exact.
         """
+        arithmetic = Arithmetic(approximate=approximate and fastest_arithmetic() == "bf16-codes")
         return tuple(
-            Stage(name, ModelStageFunction(graph, all_tokens=all_tokens), _state(self.weights[name], {}, ()))
+            Stage(
+                name,
+                ModelStageFunction(graph, all_tokens=all_tokens, arithmetic=arithmetic),
+                _state(self.weights[name], {}, ()),
+            )
             for name, graph in stage_graphs(self.architecture).items()
         )
 

@@ -103,8 +103,11 @@ def _searched_stages(base: QuantizedModel, search: SearchConfig, differentiable:
     )
 
 
-def _teacher_stages(teacher: Model, base: QuantizedModel, search: SearchConfig) -> Sequence[Stage]:
-    return base.stages(rounding=False) if search.teacher == "published" else teacher.stages()
+def _teacher_stages(
+    teacher: Model, base: QuantizedModel, search: SearchConfig, approximate: bool = False
+) -> Sequence[Stage]:
+    """What the quantized model is compared with. approximate: it need not be exact."""
+    return base.stages(rounding=False) if search.teacher == "published" else teacher.stages(approximate=approximate)
 
 
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
@@ -153,9 +156,8 @@ def _proposer(
     def read(rows: np.ndarray) -> np.ndarray:
         return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
 
-    stages = paired(
-        _searched_stages(base, search, differentiable=True), _teacher_stages(teacher, base, search), array_of
-    )
+    taught = _teacher_stages(teacher, base, search, approximate=True)
+    stages = paired(_searched_stages(base, search, differentiable=True), taught, array_of)
     return GradientProposer(
         stages,
         read,

@@ -97,8 +97,9 @@ def test_gradients_see_images_and_mirror_images_beside_the_teacher(
     x = read(np.arange(count))
     np.testing.assert_array_equal(x[16:], x[:16, :, ::-1] if mirror else x[:0])
     pair = forward(stages, jnp.asarray(x))
-    # Both are the float model, in programs that may sum in another order.
-    np.testing.assert_allclose(pair.teacher.logits, forward(model.stages(), x).logits, rtol=1e-4, atol=1e-5)
+    # Programs that sum in another order may round a product's operand to another bfloat16, 2^-8 of it away.
+    teacher = forward(model.stages(approximate=True), x)
+    np.testing.assert_allclose(pair.teacher.logits, teacher.logits, rtol=1e-2, atol=1e-2)
     assert np.all(pair.error > 0)
     expected = Objective()(pair.student, pair.teacher) + 2 * np.mean(pair.error) / (len(model.stages()) - 1)
     np.testing.assert_allclose(loss(pair), expected, rtol=1e-6)

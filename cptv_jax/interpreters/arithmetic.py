@@ -29,11 +29,14 @@ class Arithmetic:
 
     All three give the same float32 numbers, bit for bit: a contraction longer than the bound is cut into parts that
     are exact each, and the parts are added in order. They ask for integral zero points.
+
+    approximate: values that are no codes are multiplied as bfloat16, with float32 sums, instead of as float32.
     """
 
     name: ArithmeticName = "float32"
     weight_bits: int = 8
     activation_bits: int = 8
+    approximate: bool = False
 
     def exact_terms(self, bits: int) -> int:
         """How many products of an activation's step and one of `bits` bits sum to less than 2^24, whatever they are."""
@@ -57,6 +60,8 @@ class Arithmetic:
 
     def _matmul(self, a: Tensor, b: Tensor, bits: int) -> Array:
         if a.zero is None or b.zero is None:
+            if self.approximate:
+                return _dot(rounded_bf16(a.steps), rounded_bf16(b.steps), jnp.float32)
             return jnp.matmul(a.steps, b.steps, precision=PRECISION)
         inputs = a.shape[-1]
         size = math.ceil(inputs / math.ceil(inputs / self.exact_terms(bits)))

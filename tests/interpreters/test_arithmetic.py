@@ -85,6 +85,15 @@ def test_without_a_zero_point_values_are_multiplied_as_float32() -> None:
         np.testing.assert_allclose(Arithmetic(name).matmul_weight(x, w), exact, rtol=0, atol=2e-6)
 
 
+@pytest.mark.skipif("bf16-codes" not in supported_arithmetics(), reason="no bfloat16 products here")
+def test_approximate_products_are_those_of_values_rounded_to_bfloat16() -> None:
+    rng = np.random.default_rng(3)
+    x, w = (Tensor(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((2, 3, 5, 8), (2, 3, 8, 4)))
+    rounded = [np.float64(np.asarray(t.stored).astype(jnp.bfloat16)) for t in (x, w)]
+    # Eight products of order 1, whose sum is float32.
+    np.testing.assert_allclose(Arithmetic(approximate=True).matmul(x, w), rounded[0] @ rounded[1], rtol=0, atol=2e-6)
+
+
 SMALL = Architecture(
     "small", "vit", ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32),
