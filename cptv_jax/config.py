@@ -88,7 +88,7 @@ class SearchConfig:
     children: int | None = None
     survivors: int = 2
     algorithm: Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"] = "Sep_CMA_ES"
-    gradient_steps: int = 950
+    gradient_steps: int = 750
     gradient_rate: float = 0.01
     gradient_batch: int = 10
     gradient_matching: float = 10.0
