@@ -34,7 +34,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     methods.add_argument(
         "--search",
         metavar="YAML|none",
-        help="the search on top, as a configuration has it (default: one pass of generational)",
+        help="the search on top, as a configuration has it (default: guided, with 60 steps)",
     )
     methods.add_argument("--config", metavar="YAML", help="what all runs share, such as options of methods")
 

@@ -12,7 +12,7 @@ from cptv_jax.suggest import did_you_mean
 
 TABLE = Table("methods", lines_of, markdown)
 DEFAULT_BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W4A8", "W3A8")
-DEFAULT_SEARCH = SearchConfig(strategy="generational", passes=1, rounds=2, children=4)
+DEFAULT_SEARCH = SearchConfig(strategy="guided", gradient_steps=60)
 NEAR_POINTS = 1.5
 RECONSTRUCTION_STEPS = 60  # a stage, as AIQViT's own
 _RECONSTRUCTION = "reconstruction"
