@@ -62,7 +62,8 @@ class SearchConfig:
         from the teacher's (mean squared error relative to the variance), beside the objective.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
     race: drop candidates that fall behind on some of the batches (the published search evaluates all of them whole).
-    arithmetic: how integer codes are multiplied; null takes what is fastest here, and the results are the same.
+    arithmetic: how integer codes are multiplied; null takes what is fastest here, and losses are the same. Gradients
+        are computed in bfloat16 (bf16-codes, and null where the backend can) or float32.
     memory_gib: bound on the activations of each device; null lets the device decide.
     images_at_once, candidates_at_once: how many, on all devices together, instead of as many as fit.
     population_devices: how many groups of devices divide the candidates; the devices of a group divide the images.

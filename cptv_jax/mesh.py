@@ -1,5 +1,6 @@
 """The only file that mentions devices."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -57,6 +58,12 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
         raise ValueError(f"a mesh of {population} x {data} devices asked for; there are {jax.device_count()}")
     devices = jax.devices()[: population * data]
     return jax.make_mesh((population, data), (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def local_mesh(images: int) -> Mesh:
+    """A mesh of this process's own devices along the data axis: as many as divide so many images evenly."""
+    devices = jax.local_devices()[: math.gcd(images, jax.local_device_count())]
+    return jax.make_mesh((1, len(devices)), (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) -> PyTree:
@@ -192,6 +199,14 @@ def fastest_arithmetic() -> ArithmeticName:
             run()
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     return min(seconds, key=lambda name: seconds[name])
+
+
+def gradient_arithmetic(name: ArithmeticName | None = None) -> ArithmeticName:
+    """What gradients are computed with, beside exact codes: `name`, or bf16-codes where that works, else float32.
+
+    No race decides, for bfloat16 and float32 give different gradients, and a resumed run shall go on with the same.
+    """
+    return name or ("bf16-codes" if "bf16-codes" in supported_arithmetics() else "float32")
 
 
 def check_arithmetic(name: ArithmeticName) -> None:

@@ -230,9 +230,9 @@ class Model:
         """The stages of the float forward pass: the teacher.
 
         all_tokens: compute also the tokens of the last block that the head does not read. approximate: multiply in
-            bfloat16 where that is fastest here, for what need not be exact.
+            bfloat16, for what need not be exact.
         """
-        arithmetic = Arithmetic(approximate=approximate and fastest_arithmetic() == "bf16-codes")
+        arithmetic = Arithmetic(approximate=approximate)
         return tuple(
             Stage(
                 name,

@@ -29,7 +29,7 @@ def _describe(spec: SiteSpec) -> str:
     if spec.quantizer == "log-sqrt2":
         return f"| log-sqrt2 | {spec.bits} | per tensor | {spec.observer} |"
     if spec.quantizer == "focusing":
-        return f"| focusing (one interval) | {spec.bits} | per tensor | {spec.observer} |"
+        return f"| focusing (one interval) | {spec.bits} | {granularity} | {spec.observer} |"
     correction += ", low-rank float term" if spec.low_rank else ""
     if spec.quantizer in ("twin-softmax", "twin-gelu"):
         return f"| {spec.quantizer} | {spec.bits} | {granularity} | {spec.observer} |"

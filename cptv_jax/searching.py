@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from cptv_jax.config import QuantizeConfig, SearchConfig, effort
 from cptv_jax.data import Images
 from cptv_jax.forward import activation_bytes, outputs
-from cptv_jax.mesh import make_mesh, pieces_at_once
+from cptv_jax.mesh import gradient_arithmetic, make_mesh, pieces_at_once
 from cptv_jax.methods.learning import array_of
 from cptv_jax.observers import fit, update
 from cptv_jax.plan import Split, searched_sites
@@ -32,6 +32,7 @@ from cptv_jax.search import (
     Objective,
     RacingEvaluator,
     Strategy,
+    channel_variances,
     paired,
 )
 from cptv_jax.search.run import Progress, Scales, SearchState, initial_state, run_search
@@ -39,6 +40,7 @@ from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
+_VARIANCE_IMAGES = 100  # that the variances of the teacher's channels are taken from
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
@@ -156,13 +158,16 @@ def _proposer(
     def read(rows: np.ndarray) -> np.ndarray:
         return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
 
-    taught = _teacher_stages(teacher, base, search, approximate=True)
-    stages = paired(_searched_stages(base, search, differentiable=True), taught, array_of)
+    arithmetic = gradient_arithmetic(search.arithmetic)
+    taught = _teacher_stages(teacher, base, search, approximate=arithmetic == "bf16-codes")
+    few = jnp.asarray(batches[0].normalized(0, min(size, _VARIANCE_IMAGES)))
+    variances = channel_variances(taught, few, array_of) if search.gradient_matching else []
+    students = _searched_stages(base, replace(search, arithmetic=arithmetic), differentiable=True)
     return GradientProposer(
-        stages,
+        paired(students, taught, array_of, variances),
         read,
         size * len(batches),
-        MatchingLoss(judges.objective, search.gradient_matching, len(stages) - 1),
+        MatchingLoss(judges.objective, search.gradient_matching, len(variances)),
         Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
         judges.mesh,

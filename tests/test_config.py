@@ -61,7 +61,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "calibration.images": ("32", 32),
     "calibration.batch": ("16", 16),
     "reconstruction.steps": ("50", 50),
-    "reconstruction.batch": ("16", 16),
+    "reconstruction.batch": ("8", 8),
     "reconstruction.images": ("64", 64),
     "reconstruction.scale_rate": ("1e-2", 1e-2),
     "reconstruction.zero_point_rate": ("0", 0.0),

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cptv_jax.errors import InputError
-from cptv_jax.recipe import OBSERVERS, ObserverName, QuantizerName, Recipe
+from cptv_jax.recipe import OBSERVERS, ObserverName, QuantizerName, Recipe, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Abilities:
 
     weights, tensors: quantizers that it fits for weights and for activations. observers: where it takes parameters
     from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction. low_rank: it can add terms
-    of low rank to weights. grouped: quantizers that it fits per head or for parts of a tensor; null means any.
+    of low rank to weights. grouped: quantizers that it fits per head; then it fits none for parts of a tensor, and per
+    channel only uniform ones. Null means any of these.
     """
 
     weights: tuple[QuantizerName, ...] = ("uniform",)
@@ -36,11 +37,8 @@ class Abilities:
                     f"{name}: method {method} cannot use the observer {spec.observer}; "
                     f"set observer to {_any(self.observers)}"
                 )
-            if (spec.per_head or spec.parts > 1) and self.grouped is not None and spec.quantizer not in self.grouped:
-                raise InputError(
-                    f"{name}: method {method} fits a {spec.quantizer} quantizer of a whole tensor or per channel; "
-                    "set per_head: false and parts: 1"
-                )
+            if self.grouped is not None:
+                self._check_granularity(method, name, spec)
             if spec.low_rank and not (self.low_rank and name.endswith(".weight")):
                 raise InputError(f"{name}: method {method} adds no low-rank term here; leave out low_rank")
             if self.asymmetric_only and (spec.signed or spec.symmetric or spec.bias_correction):
@@ -48,6 +46,17 @@ class Abilities:
                     f"{name}: method {method} fits unsigned codes with a zero point; "
                     "leave out signed, symmetric and bias_correction"
                 )
+
+    def _check_granularity(self, method: str, name: str, spec: SiteSpec) -> None:
+        per_head = spec.per_head and spec.quantizer not in (self.grouped or ())
+        per_channel = spec.per_channel and "uniform" not in spec.quantizer
+        found = {"per_head: false": per_head, "parts: 1": spec.parts > 1, "per_channel: false": per_channel}
+        wrong = [remedy for remedy, is_wrong in found.items() if is_wrong]
+        if wrong:
+            raise InputError(
+                f"{name}: method {method} fits no {spec.quantizer} quantizer of this granularity; "
+                f"set {' and '.join(wrong)}"
+            )
 
 
 def _any(names: Collection[str]) -> str:

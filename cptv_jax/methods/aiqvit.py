@@ -80,7 +80,8 @@ def fit_focusing(
 
     def error(index: Array) -> Array:
         focusing = interval(jnp.broadcast_to(index, largest.shape))
-        product = jnp.matmul(focusing.values(focusing.codes(attention)) - attention, values)
+        error = focusing.values(focusing.codes(attention)) - attention
+        product = jnp.matmul(error, values, precision=jax.lax.Precision.HIGHEST)
         by_head = jnp.sum(product**2, (0, 2, 3))
         return by_head if per_head else jnp.sum(by_head, keepdims=True)
 
@@ -112,10 +113,6 @@ def _focusings(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantiz
     """Focusing quantizers of the sites that ask for one, from the float model's matmuls that read them."""
     wanted = {name for name, spec in recipe.sites.items() if spec.quantizer == "focusing"}
     readers = {site.reads[0]: site.name for site in sites_of(model.architecture) if site.kind == "matmul"}
-    kinds = {site.name: site.kind for site in sites_of(model.architecture)}
-    for name in sorted(wanted):
-        if kinds[name] != "softmax":
-            raise InputError(f"{name}: a focusing quantizer is for attention maps; set another quantizer")
     found: dict[str, Quantizer] = {}
     x: PyTree = Tensor(images)
     for stage, graph in stage_graphs(model.architecture).items():
@@ -174,8 +171,11 @@ def quantize(
     """A model with compensated weights and focusing attention quantizers, ready for block reconstruction.
 
     batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts its steps.
-    Raises InputError for ranks below 1.
+    Raises InputError for ranks below 1, and for a focusing quantizer of anything but an attention map.
     """
+    for site in sites_of(model.architecture):
+        if site.kind != "softmax" and site.name in recipe.sites and recipe.sites[site.name].quantizer == "focusing":
+            raise InputError(f"{site.name}: a focusing quantizer is for attention maps; set another quantizer")
     if min(options.ranks) < 1:
         raise InputError(f"aiqvit.ranks are {list(options.ranks)}; each must be at least 1")
     started = _started(model, first_images(batches, options.images), recipe, key)

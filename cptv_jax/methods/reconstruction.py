@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from cptv_jax.forward import apply_stage
 from cptv_jax.interpreters import Tensor
-from cptv_jax.mesh import DATA, make_mesh, place
+from cptv_jax.mesh import DATA, gradient_arithmetic, local_mesh, place
 from cptv_jax.methods.importance import output_importance
 from cptv_jax.methods.learning import (
     NO_RECONSTRUCTION,
@@ -58,6 +58,10 @@ def _divided(mesh: Mesh, images: np.ndarray) -> PyTree:
     return place(mesh, images, None if len(images) % mesh.shape[DATA] else DATA)
 
 
+def _on_host(tree: PyTree) -> PyTree:
+    return jax.tree.map(np.asarray, tree)
+
+
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
@@ -65,11 +69,13 @@ def _chunks(count: int, size: int) -> list[slice]:
 def _outputs(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Examples:
     """A stage's outputs, so many images at a time."""
     state = place(mesh, stage.state)
-    parts = [apply_stage(stage.function, state, inputs.take(rows, mesh)) for rows in _chunks(len(inputs.stored), size)]
+    parts = [
+        _on_host(apply_stage(stage.function, state, inputs.take(rows, mesh)))
+        for rows in _chunks(len(inputs.stored), size)
+    ]
     if isinstance(parts[0], Tensor):
-        stored = np.concatenate([np.asarray(part.stored) for part in parts])
-        return Examples(stored, *jax.tree.map(np.asarray, (parts[0].scale, parts[0].zero)))
-    return Examples(np.concatenate([np.asarray(array_of(part)) for part in parts]))
+        return Examples(np.concatenate([part.stored for part in parts]), parts[0].scale, parts[0].zero)
+    return Examples(np.concatenate([array_of(part) for part in parts]))
 
 
 def _errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int, mesh: Mesh) -> np.ndarray:
@@ -115,11 +121,12 @@ def reconstruct(
     stage; errors are squared, relative to the target, over all images. start: first stage to learn, where `model` has
     the others already; the result is the same bits.
 
-    Host memory holds four activations of one stage for every image; device memory those of a batch. The same key
-    gives the same result. A stage that training makes worse stays as it was, but for fractional zero points: these are
-    rounded first.
+    Host memory holds four activations of one stage for every image; device memory those of a batch, whose images are
+    divided among this process's devices. The same key gives the same result on as many devices. A stage that training
+    makes worse stays as it was, but for fractional zero points: these are rounded first.
     """
-    config, mesh = completed(config, NO_RECONSTRUCTION), make_mesh()
+    config = completed(config, NO_RECONSTRUCTION)
+    mesh, arithmetic = local_mesh(config.batch), gradient_arithmetic()
     steps = config.steps
     assert steps is not None
     images = images[: config.images]
@@ -130,7 +137,7 @@ def reconstruct(
     for index, float_stage in enumerate(float_stages):
         name = float_stage.name
         floats, targets = targets, _outputs(float_stage, targets, config.batch, mesh)
-        stage = model.stages()[index]
+        stage = model.stages(arithmetic=arithmetic)[index]
         weighting = place(mesh, importance.get(name, jnp.ones(())))
         outputs = _outputs(stage, inputs, config.batch, mesh)
         if index >= start:
@@ -154,8 +161,8 @@ def reconstruct(
                     place(mesh, jax.random.fold_in(mixing_key, step)),
                 )
                 on_progress(index * steps + step + 1, len(float_stages) * steps)
-            learned = with_stage_state(model, name, _bound(state, parameters))
-            learned_outputs = _outputs(learned.stages()[index], inputs, config.batch, mesh)
+            learned = with_stage_state(model, name, _on_host(_bound(state, parameters)))
+            learned_outputs = _outputs(learned.stages(arithmetic=arithmetic)[index], inputs, config.batch, mesh)
             after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
             if after < before:
                 model, outputs = learned, learned_outputs

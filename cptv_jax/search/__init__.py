@@ -2,7 +2,7 @@
 
 from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.gradient import Descent, GradientProposer
-from cptv_jax.search.matching import MatchingLoss, paired
+from cptv_jax.search.matching import MatchingLoss, channel_variances, paired
 from cptv_jax.search.objective import OBJECTIVES, Objective
 from cptv_jax.search.race import RacingEvaluator
 from cptv_jax.search.strategies import STRATEGIES, EvolQ, Evosax, Generational, Guided, Strategy
@@ -21,5 +21,6 @@ __all__ = [
     "Objective",
     "RacingEvaluator",
     "Strategy",
+    "channel_variances",
     "paired",
 ]

@@ -1,5 +1,8 @@
 """Block reconstruction: what it learns lowers every stage's error, and leaves an ordinary quantized model."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -211,6 +214,40 @@ def test_going_on_after_any_stage_gives_the_same_bits(golden: Path) -> None:
         again = reconstruct(model, so_far, images(golden)[:32], config, KEY, start=done)
         for a, b in zip(arrays(again), arrays(whole), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+_TWO_DEVICES = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from test_reconstruction import CONFIG, KEY, arrays, base_of, images, reconstruct, replace, small_model
+assert jax.device_count() == 2
+folder, kept, better = Path(sys.argv[1]), [], []
+model, base, config = small_model(folder), base_of(folder, "omse"), replace(CONFIG, steps=3)
+def on_stage(index, so_far, before, after):
+    kept.append(so_far)
+    better.append(after < before)
+whole = reconstruct(model, base, images(folder)[:33], config, KEY, on_stage=on_stage)
+assert any(better), better
+again = reconstruct(model, kept[1], images(folder)[:33], config, KEY, start=2)
+for a, b in zip(arrays(again), arrays(whole), strict=True):
+    np.testing.assert_array_equal(a, b)
+placed = [x for x in jax.tree.leaves([whole.model.weights, dict(whole.quantizers)]) if isinstance(x, jax.Array)]
+assert all(len(x.devices()) == 1 for x in placed)
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_learn_together_and_go_on_with_the_same_bits(golden: Path) -> None:
+    """With a last chunk of one image, which they cannot divide; the result is on no mesh."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2]))),
+    }
+    command = [sys.executable, "-c", _TWO_DEVICES, str(golden)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr[-2000:]
 
 
 @pytest.mark.slow

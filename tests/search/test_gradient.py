@@ -13,7 +13,7 @@ from cptv_jax.forward import forward
 from cptv_jax.mesh import make_mesh
 from cptv_jax.methods.learning import array_of
 from cptv_jax.quantized import QuantizedModel
-from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, paired
+from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
 from cptv_jax.search.gradient import _descend_program, _loss
 from cptv_jax.search.runs import runs_of, stacked
 from cptv_jax.stages import Output, Stage
@@ -31,8 +31,10 @@ def stages_of(model: QuantizedModel, **options: Any) -> tuple[Stage, ...]:
     return model.stages(searched, shifted=True, **options)
 
 
-def paired_stages(model: QuantizedModel) -> list[Stage]:
-    return paired(stages_of(model, differentiable=True), model.model.stages(), array_of)
+def paired_stages(model: QuantizedModel, images: np.ndarray) -> list[Stage]:
+    teachers = model.model.stages()
+    variances = channel_variances(teachers, images, array_of)
+    return paired(stages_of(model, differentiable=True), teachers, array_of, variances)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> Output:
 def proposer(vit_model: tuple[QuantizedModel, np.ndarray]) -> GradientProposer:
     model, images = vit_model
     descent = Descent(STEPS, 0.01, BATCH, passes=2)
-    stages = paired_stages(model)
+    stages = paired_stages(model, images)
     return GradientProposer(stages, lambda rows: images[rows], len(images), PAIR_LOSS, descent, 5, make_mesh())
 
 
@@ -85,7 +87,7 @@ def test_it_differentiates_the_numbers_that_the_evaluator_computes(
 @pytest.mark.slow
 def test_loops_and_checkpoints_leave_the_gradient_as_it_is(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
     model, images = vit_model
-    stages = paired_stages(model)
+    stages = paired_stages(model, images)
     x = jnp.asarray(images[:BATCH])
 
     @jax.jit
@@ -105,7 +107,7 @@ def test_loops_and_checkpoints_leave_the_gradient_as_it_is(vit_model: tuple[Quan
             [stacked([trees[i] for i in run]) for run in members]
             for trees in ([s.state for s in stages], [s.candidate for s in stages], steps)
         )
-        return _loss(tuple(runs), PAIR_LOSS, states, candidates, by_run, x[None])
+        return _loss(tuple(runs), PAIR_LOSS, states, candidates, by_run, x.reshape(5, 5, *x.shape[1:]))
 
     zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
     expected, found = jax.grad(plain)(zeros), jax.grad(looped)(zeros)
