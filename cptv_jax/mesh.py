@@ -48,6 +48,11 @@ def shared_by(processes: int) -> dict[str, str]:
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / processes:.4f}"} if processes > 1 else {}
 
 
+def _mesh(population: int, devices: list[jax.Device]) -> Mesh:
+    shape = (population, len(devices) // population)
+    return jax.make_mesh(shape, (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
 def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
     """A mesh of population x data devices; data None takes all that are left over.
 
@@ -56,14 +61,13 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
     data = jax.device_count() // population if data is None else data
     if population < 1 or data < 1 or population * data > jax.device_count():
         raise ValueError(f"a mesh of {population} x {data} devices asked for; there are {jax.device_count()}")
-    devices = jax.devices()[: population * data]
-    return jax.make_mesh((population, data), (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return _mesh(population, jax.devices()[: population * data])
 
 
 def local_mesh(images: int) -> Mesh:
     """A mesh of this process's own devices along the data axis: as many as divide so many images evenly."""
     devices = jax.local_devices()[: math.gcd(images, jax.local_device_count())]
-    return jax.make_mesh((1, len(devices)), (POPULATION, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return _mesh(1, devices)
 
 
 def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) -> PyTree:
