@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
+from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.mesh import DATA, compiler_options, gather, images_each, make_mesh, place
-from cptv_jax.stages import Stage, StageFunction
+from cptv_jax.stages import Output, Stage, StageFunction
 
 
 def _run(function: StageFunction, state: PyTree, x: PyTree) -> PyTree:
@@ -43,6 +44,13 @@ def stage_inputs(stages: Sequence[Stage], x: PyTree) -> list[PyTree]:
     for stage in stages:
         inputs.append(apply_stage(stage.function, stage.state, inputs[-1]))
     return inputs
+
+
+def array_of(output: PyTree) -> Float[Array, "batch ..."]:
+    """What of a stage's output is compared: the values of a tensor, the logits of a model's output."""
+    if isinstance(output, Output):
+        return output.logits
+    return output.values if isinstance(output, Tensor) else output
 
 
 def activation_bytes(stages: Sequence[Stage], x: PyTree) -> int:

@@ -11,9 +11,8 @@ from jaxtyping import PyTree
 
 from cptv_jax.config import QuantizeConfig, SearchConfig, effort
 from cptv_jax.data import Images
-from cptv_jax.forward import activation_bytes, outputs
+from cptv_jax.forward import activation_bytes, array_of, outputs
 from cptv_jax.mesh import gradient_arithmetic, make_mesh, pieces_at_once
-from cptv_jax.methods.learning import array_of
 from cptv_jax.observers import fit, update
 from cptv_jax.plan import Split, searched_sites
 from cptv_jax.progress import bar

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from cptv_jax.forward import stage_inputs
+from cptv_jax.forward import array_of, stage_inputs
 from cptv_jax.interpreters import Tensor
-from cptv_jax.methods.learning import array_of
 from cptv_jax.quantized import Model
 from cptv_jax.stages import StageFunction
 

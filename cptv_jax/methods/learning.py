@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from cptv_jax.forward import array_of
 from cptv_jax.interpreters import Tensor
 from cptv_jax.mesh import compiler_options
 from cptv_jax.quantized import ModelStageFunction, QuantizedModel
@@ -24,7 +25,6 @@ from cptv_jax.quantizers import (
     with_zero_point,
 )
 from cptv_jax.recipe import SiteSpec
-from cptv_jax.stages import Output
 
 _TERM = ("down", "up", "preference")  # what is learned of a low-rank term
 _TINY = 1e-12  # relative errors of a target of zeros stay finite
@@ -198,13 +198,6 @@ def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
         for name, rate in rates.items()
     }
     return optax.chain(optax.stateless(_finite), optax.multi_transform(groups, _labels))
-
-
-def array_of(output: PyTree) -> Float[Array, "batch ..."]:
-    """What a stage's error is measured on: the values of a tensor, the logits of a model's output."""
-    if isinstance(output, Output):
-        return output.logits
-    return output.values if isinstance(output, Tensor) else output
 
 
 def relative_error(

@@ -15,14 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from cptv_jax.forward import apply_stage
+from cptv_jax.forward import apply_stage, array_of
 from cptv_jax.interpreters import Tensor
 from cptv_jax.mesh import DATA, gradient_arithmetic, local_mesh, place
 from cptv_jax.methods.importance import output_importance
 from cptv_jax.methods.learning import (
     NO_RECONSTRUCTION,
     ReconstructionConfig,
-    array_of,
     bound,
     completed,
     initial_parameters,

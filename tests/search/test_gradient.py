@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.forward import forward
+from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import make_mesh
-from cptv_jax.methods.learning import array_of
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
 from cptv_jax.search.gradient import _descend_program, _loss

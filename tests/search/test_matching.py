@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.forward import stage_inputs
-from cptv_jax.methods.learning import array_of
+from cptv_jax.forward import array_of, stage_inputs
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search import MatchingLoss, Objective, channel_variances, paired
 from cptv_jax.search.matching import Pair, relative_errors
