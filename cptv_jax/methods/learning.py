@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from cptv_jax.finite import finite_gradients
 from cptv_jax.forward import array_of
 from cptv_jax.interpreters import Tensor
 from cptv_jax.mesh import compiler_options
@@ -175,11 +176,6 @@ def _labels(parameters: PyTree) -> PyTree:
     }
 
 
-def _finite(gradients: PyTree, parameters: PyTree) -> PyTree:
-    """Zero where a gradient is no number: the deviation of a constant channel has none (bias correction)."""
-    return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradients)
-
-
 def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
     """Adam with a cosine schedule to zero and a rate for each group of parameters."""
     assert config.steps is not None
@@ -197,7 +193,7 @@ def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
         name: optax.adam(optax.cosine_decay_schedule(rate, config.steps)) if rate else optax.set_to_zero()
         for name, rate in rates.items()
     }
-    return optax.chain(optax.stateless(_finite), optax.multi_transform(groups, _labels))
+    return optax.chain(finite_gradients(), optax.multi_transform(groups, _labels))
 
 
 def relative_error(

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from cptv_jax.finite import finite_gradients
 from cptv_jax.mesh import DATA, compiler_options, place
 from cptv_jax.search.matching import TEACHER
 from cptv_jax.search.run import Progress
@@ -43,12 +44,7 @@ class Descent:
         return self.rate * 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(step / (self.steps * self.passes), 1.0)))
 
 
-def _finite(gradients: PyTree, parameters: PyTree) -> PyTree:
-    """Zero where a gradient is no number: the deviation of a constant channel has none (bias correction)."""
-    return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradients)
-
-
-_ADAM = optax.chain(optax.stateless(_finite), optax.scale_by_adam())
+_ADAM = optax.chain(finite_gradients(), optax.scale_by_adam())
 
 
 def _loss(
