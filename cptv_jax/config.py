@@ -41,7 +41,7 @@ class SearchConfig:
 
     strategy: "evol-q" (the published one), "generational", "guided" (gradients propose, evolution decides), "evosax"
         (an algorithm of that library), or "none".
-    objective, on, temperature: see cptv_jax.search.objective.Objective.
+    objective, on, temperature: see cptv_jax.search.objective.Objective; a null temperature is 3 for infoNCE, 1 for KL.
     teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
         the published code does.
     sites: name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
@@ -73,7 +73,7 @@ class SearchConfig:
     strategy: Literal["evol-q", "generational", "guided", "evosax", "none"] = "evol-q"
     objective: str = "infonce"
     on: Compared = "logits"
-    temperature: float = 3.0
+    temperature: float | None = None
     teacher: Literal["float", "published"] = "float"
     sites: tuple[str, ...] | None = None
     offsets: bool | None = None

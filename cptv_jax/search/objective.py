@@ -57,6 +57,10 @@ OBJECTIVES: dict[str, Callable[[Matrix, Matrix, float], Float[Array, ""]]] = {
     "kl": kl_divergence,
     "cosine": cosine_distance,
 }
+TEMPERATURES = {
+    "infonce": 3.0,
+    "kl": 1.0,
+}  # where none is given: the published one, and that of the class probabilities
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,13 @@ class Objective:
     """Loss of one batch of outputs against the teacher's.
 
     name: key of OBJECTIVES, or several joined by +, whose losses are added. on: which output is compared; "both" adds
-    the losses of the two. temperature: of infoNCE and KL.
+    the losses of the two. temperature: of infoNCE and KL; None means each one's own in TEMPERATURES.
     Raises InputError for an unknown name or output, or a temperature that is not positive.
     """
 
     name: str = "infonce"
     on: Compared = "logits"
-    temperature: float = 3.0
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -78,18 +82,21 @@ class Objective:
                 raise InputError(f"search.objective is '{self.name}'{did_you_mean(name, OBJECTIVES)}")
         if self.on not in get_args(Compared):
             raise InputError(f"search.on is '{self.on}'{did_you_mean(self.on, get_args(Compared))}")
-        if not self.temperature > 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise InputError(f"search.temperature is {self.temperature}; it must be positive")
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.name.split("+"))
 
+    def _temperature(self, name: str) -> float:
+        return TEMPERATURES.get(name, 1.0) if self.temperature is None else self.temperature
+
     def __call__(self, student: Output, teacher: Output) -> Float[Array, ""]:
         """The loss; a NaN (an overflown candidate) counts as infinitely bad."""
         outputs = ("logits", "features") if self.on == "both" else (self.on,)
         losses = [
-            OBJECTIVES[name](getattr(student, output), getattr(teacher, output), self.temperature)
+            OBJECTIVES[name](getattr(student, output), getattr(teacher, output), self._temperature(name))
             for name in self.names
             for output in outputs
         ]

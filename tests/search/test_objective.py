@@ -177,7 +177,7 @@ def test_an_overflown_output_counts_as_infinitely_bad(name: str, bad: float) -> 
 def test_the_named_output_is_compared(name: str) -> None:
     (s, t), (fs, ft) = pair(11), pair(12, dim=17)
     student, teacher = output(s, fs), output(t, ft)
-    found = {on: float(Objective(name, on)(student, teacher)) for on in ("logits", "features")}  # type: ignore[arg-type]
+    found = {on: float(Objective(name, on, 3.0)(student, teacher)) for on in ("logits", "features")}  # type: ignore[arg-type]
     np.testing.assert_allclose(found["logits"], oracle(name, s, t, 3.0), rtol=RELATIVE, atol=1e-6)
     np.testing.assert_allclose(found["features"], oracle(name, fs, ft, 3.0), rtol=RELATIVE, atol=1e-6)
 
@@ -185,18 +185,19 @@ def test_the_named_output_is_compared(name: str) -> None:
 @pytest.mark.parametrize("name", ["kl", "kl+cosine", "infonce+mse+cosine"])
 def test_sums_add_the_losses_of_their_terms_and_of_both_outputs(name: str) -> None:
     (s, t), (fs, ft) = pair(13), pair(14, dim=17)
-    found = float(Objective(name, "both")(output(s, fs), output(t, ft)))
+    found = float(Objective(name, "both", 3.0)(output(s, fs), output(t, ft)))
     wanted = sum(oracle(term, *given, 3.0) for term in name.split("+") for given in ((s, t), (fs, ft)))
     np.testing.assert_allclose(found, wanted, rtol=RELATIVE, atol=2e-6)
 
 
 def test_equal_objectives_are_one_static_argument() -> None:
-    assert Objective("kl") == Objective("kl", "logits", 3.0) and hash(Objective("kl")) == hash(Objective("kl"))
+    assert Objective("kl") == Objective("kl", "logits", None) and hash(Objective("kl")) == hash(Objective("kl"))
     assert Objective("kl") != Objective("kl", temperature=1.0)
 
 
 def test_the_published_choice_is_the_default() -> None:
-    assert Objective() == Objective("infonce", "logits", 3.0)
+    student, teacher = (output(x) for x in pair(15))
+    assert float(Objective()(student, teacher)) == float(Objective("infonce", "logits", 3.0)(student, teacher))
 
 
 @pytest.mark.parametrize(
@@ -216,3 +217,12 @@ def test_unusable_settings_are_refused(arguments: dict[str, Any], message: str) 
     with pytest.raises(InputError) as caught:
         Objective(**arguments)
     assert message in str(caught.value)
+
+
+def test_each_loss_has_its_own_temperature_unless_one_is_given() -> None:
+    s, t = (np.random.default_rng(seed).normal(size=(4, 6)).astype(np.float32) for seed in (0, 1))
+    student, teacher = output(s), output(t)
+    found = float(Objective("infonce+kl")(student, teacher))
+    apart = Objective("infonce", temperature=3.0)(student, teacher) + Objective("kl", temperature=1.0)(student, teacher)
+    np.testing.assert_allclose(found, float(apart), rtol=1e-6)  # one addition in float32
+    assert float(Objective("infonce+kl", temperature=2.0)(student, teacher)) != found
