@@ -41,7 +41,10 @@ class SearchConfig:
 
     strategy: "evol-q" (the published one), "generational", "guided" (gradients propose, evolution decides), "evosax"
         (an algorithm of that library), or "none".
-    objective, on, temperature: see cptv_jax.search.objective.Objective; a null temperature is 3 for infoNCE, 1 for KL.
+    objective, on, temperature: see cptv_jax.search.objective.Objective. A null objective means the strategy's: infonce,
+        as published, and for guided kl (infoNCE also falls where outputs move apart that the teacher has close
+        together). A null temperature is 3 for infoNCE and 1 for KL.
+    gradient_objective: what guided differentiates; null means the objective, and where that is null too infonce.
     teacher: "float" is the full-precision model; "published" keeps integer LayerNorm (and softmax) active in it, as
         the published code does.
     sites: name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
@@ -71,7 +74,7 @@ class SearchConfig:
     """
 
     strategy: Literal["evol-q", "generational", "guided", "evosax", "none"] = "evol-q"
-    objective: str = "infonce"
+    objective: str | None = None
     on: Compared = "logits"
     temperature: float | None = None
     teacher: Literal["float", "published"] = "float"
@@ -92,6 +95,7 @@ class SearchConfig:
     gradient_steps: int = 750
     gradient_rate: float = 0.01
     gradient_batch: int = 10
+    gradient_objective: str | None = None
     gradient_matching: float = 10.0
     mirror: bool = True
     patience: int | None = None
@@ -128,7 +132,33 @@ def completed_search(search: SearchConfig) -> SearchConfig:
     sites = search.sites or (("*.weight",) if guided else _PUBLISHED_SITES)
     offsets = guided if search.offsets is None else search.offsets
     rounding = offsets if search.rounding is None else search.rounding
-    return dataclasses.replace(search, sites=sites, offsets=offsets, rounding=rounding, **effort(search)._asdict())
+    return dataclasses.replace(
+        search,
+        objective=search.objective or ("kl" if guided else "infonce"),
+        gradient_objective=search.gradient_objective or search.objective or "infonce",
+        sites=sites,
+        offsets=offsets,
+        rounding=rounding,
+        **effort(search)._asdict(),
+    )
+
+
+class Objectives(NamedTuple):
+    """What decides about candidates, and what guided differentiates to propose them."""
+
+    judging: Objective
+    proposing: Objective
+
+
+def objectives(search: SearchConfig) -> Objectives:
+    """The search's objectives. Raises InputError for what is none."""
+    whole = completed_search(search)
+    assert whole.objective is not None and whole.gradient_objective is not None
+    judging = Objective(whole.objective, whole.on, whole.temperature)
+    try:
+        return Objectives(judging, dataclasses.replace(judging, name=whole.gradient_objective))
+    except InputError as error:  # of the only field that differs
+        raise InputError(str(error).replace("search.objective", "search.gradient_objective")) from None
 
 
 @dataclass(frozen=True)
@@ -225,7 +255,7 @@ def check(config: QuantizeConfig) -> None:
             raise InputError(f"{name} is {flat[name]}; it must lie between 0 and 1")
     if not 0 <= config.seed < _SEEDS:
         raise InputError(f"seed is {config.seed}; it must be at least 0 and below 2^32")
-    objective = Objective(config.search.objective, config.search.on, config.search.temperature)
+    objective, _ = objectives(config.search)
     if config.search.strategy != "none" and "infonce" in objective.names and config.calibration.batch < 2:
         raise InputError(
             f"calibration.batch is 1, but search.objective {objective.name} contrasts the images of a batch; "

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from cptv_jax.config import QuantizeConfig, SearchConfig, effort
+from cptv_jax.config import QuantizeConfig, SearchConfig, effort, objectives
 from cptv_jax.data import Images
 from cptv_jax.forward import activation_bytes, array_of, outputs
 from cptv_jax.mesh import gradient_arithmetic, make_mesh, pieces_at_once
@@ -28,7 +28,6 @@ from cptv_jax.search import (
     GradientProposer,
     Guided,
     MatchingLoss,
-    Objective,
     RacingEvaluator,
     Strategy,
     channel_variances,
@@ -68,12 +67,11 @@ def _children(config: SearchConfig) -> int:
 class _Judges:
     """What a search asks about candidates and stages.
 
-    objective: of a batch. mesh: that the images are divided on.
+    mesh: that the images are divided on.
     """
 
     evaluator: Evaluator
     held_out_loss: Callable[[Sequence[Stage]], float] | None
-    objective: Objective
     mesh: Mesh
 
 
@@ -114,7 +112,7 @@ def _teacher_stages(
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
     search = config.search
     stages = _searched_stages(base, search)
-    objective = Objective(search.objective, search.on, search.temperature)
+    objective, _ = objectives(search)
     searched = split.calibration[: split.searched]
     taught = _teacher_stages(teacher, base, search)
     targets = _outputs(taught, [*searched, *split.held_out], search, progress, "teacher outputs")
@@ -143,7 +141,7 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
         mesh,
         cache_bytes=search.cache_gib * _GIB,
     )
-    return _Judges(evaluator, held_out_loss if split.held_out else None, objective, mesh)
+    return _Judges(evaluator, held_out_loss if split.held_out else None, mesh)
 
 
 def _proposer(
@@ -166,7 +164,7 @@ def _proposer(
         paired(students, taught, array_of, variances),
         read,
         size * len(batches),
-        MatchingLoss(judges.objective, search.gradient_matching, len(variances)),
+        MatchingLoss(objectives(search).proposing, search.gradient_matching, len(variances)),
         Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
         judges.mesh,

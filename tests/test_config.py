@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from cptv_jax import CalibrationConfig, InputError, QuantizeConfig, RecipeConfig, SearchConfig, load_config, resolve
 from cptv_jax.cli import _parser
-from cptv_jax.config import check, completed_search, effort, flatten, from_mapping, override, to_mapping
+from cptv_jax.config import check, completed_search, effort, flatten, from_mapping, objectives, override, to_mapping
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.zoo import ZOO
 from cptv_jax.plan import _searched
@@ -73,7 +73,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "reconstruction.float_input": ("0", 0.0),
     "reconstruction.importance": ("none", "none"),
     "search.strategy": ("generational", "generational"),
-    "search.objective": ("kl", "kl"),
+    "search.objective": ("mse", "mse"),
     "search.on": ("features", "features"),
     "search.temperature": ("2", 2.0),
     "search.teacher": ("published", "published"),
@@ -94,6 +94,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.gradient_steps": ("40", 40),
     "search.gradient_rate": ("5e-3", 5e-3),
     "search.gradient_batch": ("25", 25),
+    "search.gradient_objective": ("cosine", "cosine"),
     "search.gradient_matching": ("2.5", 2.5),
     "search.mirror": ("false", False),
     "search.patience": ("2", 2),
@@ -281,3 +282,28 @@ def test_guided_judges_on_some_of_the_images_unless_told(
     search: SearchConfig, batch: int, available: int, wanted: int
 ) -> None:
     assert _searched(search, batch, available) == wanted
+
+
+@pytest.mark.parametrize(
+    ("search", "judging", "proposing"),
+    [
+        (SearchConfig(), "infonce", "infonce"),  # as published
+        (SearchConfig(strategy="guided"), "kl", "infonce"),
+        (SearchConfig(strategy="guided", objective="mse"), "mse", "mse"),
+        (SearchConfig(strategy="guided", gradient_objective="mse"), "kl", "mse"),
+        (SearchConfig(strategy="guided", objective="cosine", gradient_objective="mse"), "cosine", "mse"),
+        (SearchConfig(strategy="generational", objective="mse"), "mse", "mse"),
+    ],
+)
+def test_what_is_differentiated_follows_the_objective_where_one_is_named(
+    search: SearchConfig, judging: str, proposing: str
+) -> None:
+    assert [one.name for one in objectives(search)] == [judging, proposing]
+    assert objectives(completed_search(search)) == objectives(search)  # as a saved configuration has it
+    both = replace(search, on="features", temperature=2.0)
+    assert all((one.on, one.temperature) == ("features", 2.0) for one in objectives(both))
+
+
+def test_an_unknown_objective_to_differentiate_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^search\.gradient_objective is 'infonse'; did you mean 'infonce'"):
+        check(QuantizeConfig(search=SearchConfig(strategy="guided", gradient_objective="infonse")))

@@ -33,6 +33,7 @@ from cptv_jax.suggest import did_you_mean
 NAME = "precision"
 DEFAULT_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 GENES = ("weights", "all")
+OBJECTIVE = "kl"  # of the logits of classes, where none is named
 BUDGETS = {"bytes": ("MiB of weights", 2.0**20), "bit-operations": ("10^9 bit operations an image", 1e9)}
 _COLUMNS = ("uniform top-1 %", "mixed top-1 %", "uniform objective", "mixed objective")
 
@@ -144,7 +145,8 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
         inputs = [one.normalized(0, len(one)) for one in batches]
         teacher = [outputs(model.stages(), one.normalized, len(one)) for one in batches]
         search = config.search
-        judge = Evaluator(models.stages(), inputs, teacher, Objective(search.objective, search.on, search.temperature))
+        objective = Objective(search.objective or OBJECTIVE, search.on, search.temperature)
+        judge = Evaluator(models.stages(), inputs, teacher, objective)
         return _measured(options, models, judge, kept, lambda q: evaluate(q.stages(), evaluation).top1, progress)
 
 
