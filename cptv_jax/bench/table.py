@@ -7,8 +7,8 @@ from typing import Any
 
 SCOPES = {"full": "fully quantized", "matmuls": "matmul-only"}
 _HEADER = (
-    "bits", "method", "recipe", "what is quantized", "CPT-V", "top-1 %", "objective", "seconds", "peak MiB", "images",
-    "remark",
+    "bits", "method", "recipe", "what is quantized", "CPT-V", "top-1 %", "objective", "KL", "seconds", "peak MiB",
+    "images", "remark",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def lines_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             line["seeds"] = [cell.seed for cell in done]
             line["top1"] = [cell.measured["accuracy"][stage]["top1"] for cell in done]
             line["objective"] = [cell.measured["objective"].get(stage) for cell in done]
+            line["kl"] = [cell.measured.get("kl", {}).get(stage) for cell in done]
             phases = [cell.measured["phases"].get(phase, {}) for cell in done]
             line["seconds"] = [phase.get("seconds") for phase in phases]
             line["resumed"] = any(phase.get("resumed", False) for phase in phases)
@@ -120,6 +121,7 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
             "" if line["search"] == "none" else f"+ {line['search']}",
             _spread(line["top1"], 2) + several,
             _spread(line["objective"], 4),
+            _spread(line["kl"], 4),
             f"+ {seconds}" if seconds and line["search"] != "none" else seconds,
             _mean(line["peak_mib"], max),
             _images(line),

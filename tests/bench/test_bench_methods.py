@@ -24,7 +24,7 @@ from cptv_jax.cli import main
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS, Method
 from cptv_jax.methods.learning import ReconstructionConfig
-from cptv_jax.search.objective import info_nce
+from cptv_jax.search.objective import info_nce, kl_divergence
 
 ROOT = Path(__file__).parents[2]
 TINY = replace(
@@ -94,6 +94,7 @@ def test_rows_hold_what_the_runs_give(options: Options, here: list[str]) -> None
     for line, name in ((base, "base"), (final, "model")):
         student = forward(load_model(str(run / name)).stages(), x).logits
         assert line["objective"] == [pytest.approx(float(info_nce(student, teacher, 3.0)), rel=1e-5)]  # chunked sums
+        assert line["kl"] == [pytest.approx(float(kl_divergence(student, teacher, 1.0)), rel=1e-4)]
         assert line["seconds"][0] > 0 and not line["resumed"]
         assert 50 < line["peak_mib"][0] <= peak_mib()
     written = json.loads((options.out / "methods.json").read_text())

@@ -12,6 +12,7 @@ def cell(label: str, top1: tuple[float, float], *, bits: str = "W4A8", seed: int
         "done": True,
         "accuracy": {name: {"top1": value, "images": 500} for name, value in zip(("base", "final"), top1, strict=True)},
         "objective": {"base": 20.0 + seed, "final": 19.0 + seed},
+        "kl": {"base": 0.5 + seed, "final": 0.25},
         "phases": {
             "base": {"seconds": 10.0 + seed, "peak_mib": 100.0 + seed, "resumed": False},
             "search": {"seconds": 30.0, "peak_mib": 300.0, "resumed": False},
@@ -41,12 +42,14 @@ def test_a_run_with_a_search_has_a_line_without_and_a_line_with_it() -> None:
         "CPT-V": "",
         "top-1 %": "50.00",
         "objective": "20.0000",
+        "KL": "0.5000",
         "seconds": "10",
         "peak MiB": "100",
         "images": "90",
         "remark": "",
     }
     assert search["CPT-V"] == "+ evol-q" and search["top-1 %"] == "51.25" and search["objective"] == "19.0000"
+    assert search["KL"] == "0.2500"
     assert search["seconds"] == "+ 30" and search["peak MiB"] == "300"
     assert search["images"] == "90 + 10 to pick a pass"
 
@@ -84,10 +87,10 @@ def test_seconds_of_a_resumed_search_are_a_lower_bound() -> None:
 
 def test_what_was_not_measured_is_left_empty() -> None:
     partial = cell("fq-vit", (50.0, 51.0))
-    partial.measured["objective"] = {}
+    partial.measured.update({"objective": {}, "kl": {}})
     del partial.measured["phases"]["base"]  # an earlier process ended between the phase and its record
     base, _ = rows([partial])
-    assert base["objective"] == base["seconds"] == base["peak MiB"] == ""
+    assert base["objective"] == base["KL"] == base["seconds"] == base["peak MiB"] == ""
 
 
 @pytest.mark.parametrize(
