@@ -236,7 +236,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "batch": ("--batch 64 --calibration 32", "--batch is 64", "lower it"),
     "held out": ("--held-out 1", "--held-out is 1", "2 or more"),
     "images too few": ("--calibration 290 --held-out 100", "holds 300 images but 390", "ask for fewer"),
-    "no batch to contrast": ("--batch 1", "calibration.batch is 1", "at least 2"),
+    "no batch to contrast": ("--batch 1 --search {configs}/evol-q_w4a8.yaml", "calibration.batch is 1", "at least 2"),
     "search file": ("--search none.yaml", "no configuration file none.yaml", "check"),
     "evaluation": ("--eval digits:tst", "'tst'", "choose one of"),
     "out": ("--out {weights}", "is not empty and not a bench", "choose another directory"),
@@ -265,7 +265,7 @@ def test_bad_input_is_refused_in_one_sentence_before_any_run(
         str(tmp_path / "o"),
     ]
     with pytest.raises(SystemExit) as ended:
-        main(["bench", "methods", *given, *words.format(weights=weights).split()])
+        main(["bench", "methods", *given, *words.format(weights=weights, configs=ROOT / "configs").split()])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.out == ""
     [line] = captured.err.strip().splitlines()
