@@ -66,7 +66,7 @@ def test_steps_to_least_error_lead_to_weights_nearer_to_the_float_ones() -> None
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_gradients_see_images_and_mirror_images_beside_the_teacher(
+def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_and_kl_decides(
     monkeypatch: pytest.MonkeyPatch, mirror: bool
 ) -> None:
     model = Model(DIGITS_VIT, DIGITS_VIT.initialize(0))
@@ -82,6 +82,12 @@ def test_gradients_see_images_and_mirror_images_beside_the_teacher(
     )
     config = QuantizeConfig(calibration=CalibrationConfig(24, 8), search=search)
     given: list[Any] = []
+    judged: list[Any] = []
+    evaluator = searching.Evaluator
+
+    def judging(*arguments: Any, **options: Any) -> Any:
+        judged.extend(arguments)
+        return evaluator(*arguments, **options)
 
     class Stopped(Exception):
         pass
@@ -91,8 +97,10 @@ def test_gradients_see_images_and_mirror_images_beside_the_teacher(
         raise Stopped
 
     monkeypatch.setattr(searching, "GradientProposer", proposer)
+    monkeypatch.setattr(searching, "Evaluator", judging)
     with pytest.raises(Stopped):
         quantize(model, images, config)
+    assert Objective("kl") in judged
     stages, read, count, loss, *_ = given
     assert count == (32 if mirror else 16)  # of three batches of 8 one is held out
     x = read(np.arange(count))

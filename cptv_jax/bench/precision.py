@@ -44,8 +44,9 @@ class PrecisionOptions:
 
     bits: the widths a site may have. images: calibration images that judge genes, of those of `config`. generations,
     children: of the evolution at every budget. config: base method, recipe (its weight_bits are replaced), calibration,
-    objective and seed. genes: what has a width of its own, "weights" or "all" that products read; other activations
-    have the recipe's. budget: what mixed widths may cost as much of as uniform ones, a key of BUDGETS.
+    objective (null means KL) and seed. genes: what has a width of its own, "weights" or "all" that products read;
+    other activations have the recipe's. budget: what mixed widths may cost as much of as uniform ones, a key of
+    BUDGETS.
     """
 
     source: Source

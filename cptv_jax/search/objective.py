@@ -57,10 +57,8 @@ OBJECTIVES: dict[str, Callable[[Matrix, Matrix, float], Float[Array, ""]]] = {
     "kl": kl_divergence,
     "cosine": cosine_distance,
 }
-TEMPERATURES = {
-    "infonce": 3.0,
-    "kl": 1.0,
-}  # where none is given: the published one, and that of the class probabilities
+# Where none is given: the published one, and that of the class probabilities.
+TEMPERATURES = {"infonce": 3.0, "kl": 1.0}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from cptv_jax import InputError, Model, QuantizeConfig, evaluate, load_images, l
 from cptv_jax.bench import precision as bench
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
 from cptv_jax.bench.runs import Source
-from cptv_jax.config import CalibrationConfig
+from cptv_jax.config import CalibrationConfig, SearchConfig
 from cptv_jax.demo import DIGITS_VIT
+from cptv_jax.search import Objective
 
 TINY = replace(
     DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
@@ -25,6 +26,23 @@ def options(tmp_path: Path) -> PrecisionOptions:
     source = Source(str(tmp_path / "tiny"), "digits:calibration", "digits:test")
     config = QuantizeConfig(calibration=CalibrationConfig(16, 8))
     return PrecisionOptions(source, tmp_path / "out", (2, 3, 8), 16, generations=2, children=2, config=config)
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, "kl"), ("mse", "mse")])
+def test_kl_judges_unless_an_objective_is_named(
+    options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch, named: str | None, expected: str
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def judging(stages: Any, inputs: Any, teacher: Any, objective: Objective) -> None:
+        assert objective == Objective(expected)
+        raise Stopped
+
+    monkeypatch.setattr(bench, "Evaluator", judging)
+    config = replace(options.config, search=SearchConfig(objective=named))
+    with pytest.raises(Stopped):
+        bench_precision(replace(options, config=config), progress=False)
 
 
 @pytest.mark.slow
