@@ -22,6 +22,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.forward import activation_bytes
 from cptv_jax.interpreters.arithmetic import Arithmetic
 from cptv_jax.mesh import rows_at_once
+from cptv_jax.methods.initialization import first_images
 from cptv_jax.methods.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
 from cptv_jax.methods.layerwise import Layer, float_stage_inputs, layers, operations
 from cptv_jax.models.architecture import sites_of
@@ -42,6 +43,7 @@ _SMALLEST_INTERVAL = float(jnp.finfo(jnp.float32).eps)
 class Ptq4VitOptions:
     """The search. Null means the published choice for the recipe's preset, "ptq4vit" or "base-ptq".
 
+    images: how many calibration images, the first ones, layers are searched on (published: 32).
     metric: of a layer's output; "hessian" (ptq4vit), "cosine" (base-ptq) or "l2". alpha, beta: smallest and largest
     factor of the initial interval (0.01 or 0.5, and 1.2). candidates: between them; beta itself is not tried.
     rounds: turns over both operands (3 or 1).
@@ -50,6 +52,7 @@ class Ptq4VitOptions:
     images_at_once, candidates_at_once: bound the memory; null lets the device decide.
     """
 
+    images: int = 32
     metric: Metric | None = None
     alpha: float | None = None
     beta: float | None = None
@@ -78,8 +81,8 @@ class Search:
 
 
 _PUBLISHED = {
-    "ptq4vit": Ptq4VitOptions("hessian", 0.01, 1.2, rounds=3),
-    "base-ptq": Ptq4VitOptions("cosine", 0.5, 1.2, rounds=1),
+    "ptq4vit": Ptq4VitOptions(metric="hessian", alpha=0.01, beta=1.2, rounds=3),
+    "base-ptq": Ptq4VitOptions(metric="cosine", alpha=0.5, beta=1.2, rounds=1),
 }
 
 
@@ -114,19 +117,17 @@ def quantize(
     """Quantizes every site of the recipe; weights stay as they are.
 
     batches: normalised calibration images; how they are batched does not matter. key: of the sampled labels.
-    logit_gradient: for the Hessian metric, instead of the one at sampled labels.
+    logit_gradient: for the Hessian metric and the images that are searched on, instead of the one at sampled labels.
     on_progress(done, total) counts layers. Raises InputError for a recipe that it cannot carry out.
     """
     _check_recipe(recipe, model)
-    images = sum(len(batch) for batch in batches)
-    one = jax.eval_shape(lambda batch: batch[:1], batches[0])
-    rows = rows_at_once(activation_bytes(model.stages(), one))
+    images = first_images(batches, options.images)
+    rows = rows_at_once(activation_bytes(model.stages(), jax.eval_shape(lambda: images[:1])))
     # Candidates are dropped between chunks of images, so there should be several.
-    size = options.images_at_once or max(1, min(rows, images // _CHUNKS))
+    size = options.images_at_once or max(1, min(rows, len(images) // _CHUNKS))
     at_once = options.candidates_at_once or max(1, min(rows // size, _AT_ONCE))
     search = resolve(options, recipe.name, at_once, arithmetic_for(recipe))
-    chunks = _chunks(batches, size)
-    inputs, outputs = float_stage_inputs(model, chunks)
+    inputs, outputs = float_stage_inputs(model, _chunks(images, size))
     gradients = None
     if search.loss.metric == "hessian":
         gradients = (
@@ -196,14 +197,14 @@ def _largest(values: Array, spec: SiteSpec) -> Array:
     return jnp.max(jnp.abs(values))
 
 
-def _chunks(batches: Sequence[Array], size: int) -> list[Array]:
-    """All images in chunks of one size, where a size near the wanted one divides the batches."""
-    count = len(batches[0])
+def _chunks(images: Array, size: int) -> list[Array]:
+    """Images in chunks of one size, where a size near the wanted one divides their number."""
+    count = len(images)
     pieces = -(-count // size)
     while count % pieces and pieces < 2 * -(-count // size):
         pieces += 1
     width = -(-count // pieces)
-    return [batch[i : i + width] for batch in batches for i in range(0, len(batch), width)]
+    return [images[i : i + width] for i in range(0, count, width)]
 
 
 def _sampled_gradients(outputs: Sequence[Output], key: Array) -> list[Output]:

@@ -1,5 +1,6 @@
 """PTQ4ViT's method: intervals, search and model, on the small digits ViT."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_intervals_are_factors_of_the_largest_absolute_value(golden: Path) -> No
 @pytest.mark.slow
 def test_the_published_form_and_metric_give_the_recorded_intervals(golden: Path) -> None:
     """The whole search, on its own path. The noise floor of this recording is zero, so every interval must agree."""
-    options = Ptq4VitOptions(metric="l2", softmax_form="published")
+    options = Ptq4VitOptions(96, metric="l2", softmax_form="published")
     result = run(small_model(golden), images(golden)[:96], recipe_of(), options)
     with np.load(golden / "ptq4vit_l2_w6a6.npz") as file:
         for block in range(3):
@@ -137,6 +138,13 @@ def test_a_gradient_of_zero_keeps_the_initial_intervals(golden: Path) -> None:
     kernel = np.asarray(small_model(golden).layer("blocks.1.mlp.fc1")["kernel"])
     ratio = float(result.quantizers["blocks.1.mlp.fc1.weight"].scale) / (np.abs(kernel).max() / 31.5)
     assert abs(ratio - 1) < 0.7 / 12
+
+
+def test_it_searches_on_the_first_images(golden: Path) -> None:
+    sites = recipe_of(overrides={"blocks.[02].*": None, "*.mlp.*": None, "head.*": None, "embed.*": None})
+    options = replace(FAST, images=4, images_at_once=2)
+    few, more = (scales(run(small_model(golden), images(golden)[:n], sites, options)) for n in (4, 8))
+    assert all(np.array_equal(few[site], more[site]) for site in few)
 
 
 @pytest.mark.slow
