@@ -206,6 +206,7 @@ _AT_LEAST = {
     "search.images_at_once": 1,
     "search.candidates_at_once": 1,
     "search.population_devices": 1,
+    "ptq4vit.images": 1,
     "ptq4vit.candidates": 1,
     "ptq4vit.rounds": 1,
     "ptq4vit.images_at_once": 1,

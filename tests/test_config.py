@@ -39,6 +39,7 @@ TYPED: dict[str, tuple[str, Any]] = {
         '{"*.fc1.weight": {bits: 4, bias_correction: false}, head.fc: null}',
         {"*.fc1.weight": {"bits": 4, "bias_correction": False}, "head.fc": None},
     ),
+    "ptq4vit.images": ("64", 64),
     "ptq4vit.metric": ("l2", "l2"),
     "ptq4vit.alpha": ("1e-1", 0.1),
     "ptq4vit.beta": ("1.5", 1.5),
