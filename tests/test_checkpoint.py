@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tiny_vit import TINY
 
 from cptv_jax import (
     InputError,
@@ -28,13 +29,9 @@ from cptv_jax import (
 )
 from cptv_jax.checkpoint import read_metadata, restore_tree, save_tree, write_atomically
 from cptv_jax.cli import main
-from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 
-TINY = replace(
-    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
-)
 RECIPES = {
     "fq-vit": RecipeConfig(preset="fq-vit"),  # signed weights and Log2
     "evol-q": RecipeConfig(weight_bits=3),  # bias correction

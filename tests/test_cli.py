@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_vit import TINY
 
 from cptv_jax import Model, QuantizeConfig, save_model
 from cptv_jax.cli import main
 from cptv_jax.config import flatten
-from cptv_jax.demo import DIGITS_VIT
 
-_SIZES = replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
-TINY = replace(DIGITS_VIT, name="tiny_vit", config=_SIZES)
 COMMANDS = ("demo", "import", "quantize", "evaluate", "report", "bench", "compare")
 
 

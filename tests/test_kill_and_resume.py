@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from tiny_vit import TINY
 
 from cptv_jax import (
     CalibrationConfig,
@@ -34,14 +35,11 @@ from cptv_jax import (
     searching,
 )
 from cptv_jax.checkpoint import METADATA, restore_tree
-from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("CPTV_KILLS", "6"))  # 20 before a release: each is a process that starts and compiles
-TINY = replace(
-    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=2, heads=2)
-)
+DEEPER = replace(TINY, config=replace(TINY.config, depth=2))
 CONFIG = QuantizeConfig(
     recipe=RecipeConfig(weight_bits=3),
     calibration=CalibrationConfig(images=16, batch=8),  # a batch to calibrate and search, one held out
@@ -56,8 +54,10 @@ OPTIONS = [
 def tiny_model() -> Model:
     """Random weights, large enough that every image has logits of its own."""
     rng = np.random.default_rng(0)
-    weights = jax.tree.map(lambda a: np.asarray(a + 0.2 * rng.standard_normal(a.shape), np.float32), TINY.initialize(0))
-    return Model(TINY, jax.tree.map(jax.numpy.asarray, weights))
+    weights = jax.tree.map(
+        lambda a: np.asarray(a + 0.2 * rng.standard_normal(a.shape), np.float32), DEEPER.initialize(0)
+    )
+    return Model(DEEPER, jax.tree.map(jax.numpy.asarray, weights))
 
 
 def outcome_of(run: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Digits as files, 16 to calibrate and 12 labelled ones: a process reads them without importing scikit-learn."""
     root = tmp_path_factory.mktemp("digits")
     for split, count in (("calibration", 16), ("test", 12)):
-        digits = load_images(f"digits:{split}", TINY.preprocessing, labels=True, limit=count)
+        digits = load_images(f"digits:{split}", DEEPER.preprocessing, labels=True, limit=count)
         for i, (values, label) in enumerate(zip(digits.normalized(0, count), digits.require_labels(), strict=True)):
             path = root / split / (str(label) if split == "test" else "") / f"{i:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def model() -> Model:
 @pytest.fixture
 def call(model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantization]:
     calibration, test = (
-        load_images(str(folder), TINY.preprocessing, labels=labels, progress=False)
+        load_images(str(folder), DEEPER.preprocessing, labels=labels, progress=False)
         for folder, labels in zip(folders, (False, True), strict=True)
     )
     return lambda out: quantize(model, calibration, CONFIG, out=out, evaluation=test)

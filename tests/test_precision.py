@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, RecipeConfig, resolve
-from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
@@ -17,9 +17,7 @@ from cptv_jax.precision import Widths, loss_of_genes, read_by_products
 from cptv_jax.search import Evaluator, Objective
 from cptv_jax.search.allocation import sensitivities
 
-TINY = replace(
-    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=2, heads=2)
-)
+DEEPER = replace(TINY, config=replace(TINY.config, depth=2))
 BITS = (2, 4, 8)
 LOSS = Objective("kl", temperature=1.0)
 IMAGES = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
@@ -29,7 +27,7 @@ IMAGES = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
 def model() -> Model:
     rng = np.random.default_rng(0)
     return Model(
-        TINY, jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), TINY.initialize(0))
+        DEEPER, jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), DEEPER.initialize(0))
     )
 
 
@@ -39,7 +37,7 @@ def widths(model: Model) -> Widths:
         return RecipeConfig(weight_bits=bits, overrides={"head.fc.weight": {"bits": 8}})
 
     calibrate = METHODS["fq-vit"].quantize
-    recipes = [resolve(at(bits), sites_of(TINY)) for bits in BITS]
+    recipes = [resolve(at(bits), sites_of(DEEPER)) for bits in BITS]
     return Widths(tuple(calibrate(model, [jnp.asarray(IMAGES)], r, jax.random.key(0)) for r in recipes))
 
 
@@ -86,12 +84,12 @@ def test_bytes_are_those_of_the_packed_codes(model: Model, widths: Widths) -> No
 @pytest.fixture(scope="module")
 def all_widths(model: Model) -> Widths:
     """Weights, and the activations that products read, of a free width."""
-    recipe = resolve(RecipeConfig(), sites_of(TINY))
+    recipe = resolve(RecipeConfig(), sites_of(DEEPER))
     read = read_by_products(model, recipe)
     models = []
     for bits in BITS:
         config = RecipeConfig(overrides={site: {"bits": bits} for site in read})
-        recipe = resolve(config, sites_of(TINY))
+        recipe = resolve(config, sites_of(DEEPER))
         models.append(METHODS["fq-vit"].quantize(model, [jnp.asarray(IMAGES)], recipe, jax.random.key(0)))
     return Widths(tuple(models))
 
@@ -110,7 +108,7 @@ def test_activations_that_products_read_can_be_free_too(model: Model, all_widths
 
 
 def test_bit_operations_are_multiplications_times_both_widths(widths: Widths, all_widths: Widths) -> None:
-    tokens, width, hidden, patch = 5, 16, TINY.config.hidden, 16 * 16 * 3
+    tokens, width, hidden, patch = 5, 16, DEEPER.config.hidden, 16 * 16 * 3
     block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens**2 * width
     whole = 4 * patch * width + 2 * block + 10 * width
     costs = all_widths.bit_operations()
@@ -125,7 +123,7 @@ def test_bit_operations_are_multiplications_times_both_widths(widths: Widths, al
 
 
 def test_an_operand_in_float_has_32_bits(model: Model) -> None:
-    recipes = [resolve(RecipeConfig(weight_bits=bits, quantize_input=False), sites_of(TINY)) for bits in BITS]
+    recipes = [resolve(RecipeConfig(weight_bits=bits, quantize_input=False), sites_of(DEEPER)) for bits in BITS]
     calibrate = METHODS["fq-vit"].quantize
     found = Widths(tuple(calibrate(model, [jnp.asarray(IMAGES)], r, jax.random.key(0)) for r in recipes))
     costs, patches = found.bit_operations(), 4 * 16 * 16 * 3 * 16

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny_vit import TINY
 
 from cptv_jax import (
     CalibrationConfig,
@@ -20,13 +21,10 @@ from cptv_jax import (
     quantize,
 )
 from cptv_jax.config import completed_search, from_mapping
-from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.recipe import SiteSpec
 from cptv_jax.report import plot_losses, site_table
 
-_SIZES = replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
-TINY = replace(DIGITS_VIT, name="tiny_vit", config=_SIZES)
 CONFIG = QuantizeConfig(
     recipe=RecipeConfig(
         preset="fq-vit", weight_bits=4, overrides={"*.attn.query": {"bits": 5}, "head.fc": None, "embed.input": None}

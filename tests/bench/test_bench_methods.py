@@ -1,51 +1,25 @@
 """`cptv bench methods`: each row a run of its own, measured as it says, whatever becomes of the others."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from tiny_vit import TINY
 
-from cptv_jax import InputError, Model, SearchConfig, forward, load_images, load_model, quantize, save_model
+from cptv_jax import InputError, SearchConfig, forward, load_images, load_model
 from cptv_jax.bench import methods
 from cptv_jax.bench.methods import Options, bench_methods
-from cptv_jax.bench.row import Phases, Task, measure, peak_mib
+from cptv_jax.bench.row import Task, measure, peak_mib
 from cptv_jax.bench.runs import Children
 from cptv_jax.cli import main
-from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.methods import METHODS, Method
 from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.search.objective import info_nce, kl_divergence
 
 ROOT = Path(__file__).parents[2]
-TINY = replace(
-    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
-)
-SEARCH = SearchConfig(strategy="generational", passes=1, rounds=1, children=2, sigma=0.1, holdout=0.5)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("bench") / "tiny"
-    save_model(path, Model(TINY, TINY.initialize(0)))
-    return str(path)
-
-
-@pytest.fixture
-def options(weights: str, tmp_path: Path) -> Options:
-    return Options(
-        weights, "digits:calibration", "digits:test", tmp_path / "out", methods=("fq-vit",), bits=("W4A8",),
-        calibration=16, batch=8, held_out=12, search=SEARCH,
-    )  # fmt: skip
 
 
 def in_this_process(task: Task, log: Path) -> tuple[int, str]:
@@ -196,12 +170,13 @@ def test_automatic_seeds_go_to_runs_that_are_near_another(
 def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_on(
     options: Options, here: list[str]
 ) -> None:
+    searching = options.search
     options = replace(options, search=SearchConfig(strategy="none"))
     bench_methods(options, progress=False)
     for change, says in (
         ({"calibration": 8}, "calibration: 16 there, 8 here"),
         ({"held_out": 10}, "held-out: 12 there, 10 here"),
-        ({"search": SEARCH}, "search.strategy: none there, generational here"),
+        ({"search": searching}, "search.strategy: none there, generational here"),
     ):
         with pytest.raises(InputError, match=says):
             bench_methods(replace(options, **change), progress=False)  # type: ignore[arg-type]
@@ -277,130 +252,3 @@ def test_bench_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench"])
     assert ended.value.code == 2 and "see cptv bench --help" in capsys.readouterr().err
-
-
-# Processes
-
-
-@pytest.fixture
-def task(options: Options, monkeypatch: pytest.MonkeyPatch) -> Task:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (config,) = (run.config for run in methods._runs(options, 0))
-    options.out.mkdir()
-    return Task(
-        options.weights,
-        None,
-        options.images,
-        options.evaluation,
-        12,
-        config,
-        options.out / "run",
-        options.out / "m.json",
-    )
-
-
-def test_a_task_survives_the_way_to_its_process(task: Task) -> None:
-    assert Task.from_json(task.to_json()) == task
-    assert "\n" not in task.to_json()
-
-
-def test_phases_that_were_cut_short_are_marked(tmp_path: Path) -> None:
-    first = Phases(tmp_path / "m.json")
-    first.begin("base")
-    first.begin("search")  # and here it is killed
-    second = Phases(tmp_path / "m.json")
-    assert set(second.found["base"]) == {"resumed", "seconds", "peak_mib"}
-    second.begin("search")
-    second.begin("evaluation")
-    second.end()
-    found = json.loads((tmp_path / "m.json").read_text())["phases"]
-    assert [found[name]["resumed"] for name in ("base", "search", "evaluation")] == [False, True, False]
-    assert all(phase["seconds"] >= 0 and phase["peak_mib"] > 10 for phase in found.values())
-
-
-@pytest.mark.slow
-def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task: Task, tmp_path: Path) -> None:
-    hog = bytearray(1500 * 2**20)  # this process's peak is not the child's
-    hog[::4096] = b"x" * len(hog[::4096])
-    assert Children().run(task, tmp_path / "log") == (0, ""), (tmp_path / "log").read_text()
-    measured = json.loads(task.measured.read_text())
-    assert 50 < measured["phases"]["base"]["peak_mib"] <= measured["phases"]["search"]["peak_mib"] < peak_mib() - 300
-    images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=16, seed=0)
-    test = load_images("digits:test", TINY.preprocessing, labels=True)
-    hog.clear()
-    outcome = quantize(load_model(task.weights), images, task.config, evaluation=test)  # type: ignore[arg-type]
-    assert measured["accuracy"] == outcome.results
-    again = replace(task, images="digits:train")  # a finished run with other images
-    assert Children().run(again, tmp_path / "log")[0] == 2
-    assert "holds a run with other settings (images" in json.loads(task.measured.read_text())["refused"]
-
-
-@pytest.mark.parametrize(
-    ("script", "code", "says"),
-    [("kill -9 $$", -9, "ended by signal 9; see "), ("echo; echo Oh no. >&2; exit 3", 3, "Oh no.; see ")],
-)
-def test_a_child_that_ends_badly_says_how(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int, says: str
-) -> None:
-    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    found, reason = Children().run(task, tmp_path / "log")
-    assert found == code and reason.startswith(says)
-
-
-def test_runs_at_once_share_an_accelerator_and_end_with_the_bench(
-    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    # Every child says what it may take of an accelerator's memory; the bench is interrupted once all have begun.
-    said = tmp_path / "said"
-    said.mkdir()
-    (tmp_path / "python").write_text(
-        f"#!/bin/sh\necho $XLA_PYTHON_CLIENT_MEM_FRACTION > {said}/$$\n"
-        f"while [ $(ls {said} | wc -l) -lt 3 ]; do sleep 0.05; done\nexec sleep 600\n"
-    )
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(said.iterdir())) < 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        # To the main thread, as Ctrl-C goes; raised in this one it would not wake the other until the children end.
-        main_thread = threading.main_thread().ident
-        assert main_thread is not None
-        signal.pthread_kill(main_thread, signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        bench_methods(replace(options, bits=("W8A8", "W4A8", "W3A8"), jobs=3), progress=False)
-    assert time.monotonic() - start < 300  # the bench ends its children, which sleep for 600 seconds
-    children = [int(path.name) for path in said.iterdir()]
-    assert len(children) == 3 and not any(Path(f"/proc/{child}").exists() for child in children)
-    assert {path.read_text() for path in said.iterdir()} == {"0.3000\n"}
-
-
-@pytest.mark.slow
-def test_a_child_does_not_outlive_its_parent(task: Task, start: Callable[[], subprocess.Popen[bytes]]) -> None:
-    child = start()
-    assert child.stdin is not None
-    child.stdin.write((task.to_json() + "\n").encode())
-    child.stdin.close()  # as the end of the parent does
-    assert child.wait(timeout=300) == 1
-    assert not task.measured.exists() or not json.loads(task.measured.read_text()).get("done")
-
-
-@pytest.fixture
-def start() -> Any:
-    children: list[subprocess.Popen[bytes]] = []
-
-    def begin() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "cptv_jax.bench.row"]
-        children.append(subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}))
-        return children[-1]
-
-    yield begin
-    for child in children:
-        child.kill()
-        child.wait()

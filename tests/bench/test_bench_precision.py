@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, evaluate, load_images, load_model, save_model
 from cptv_jax.bench import precision as bench
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
 from cptv_jax.bench.runs import Source
 from cptv_jax.config import CalibrationConfig, SearchConfig
-from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.search import Objective
-
-TINY = replace(
-    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
-)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
 from cptv_jax.bench.row import measure
@@ -14,11 +15,6 @@ from cptv_jax.bench.runs import Children, Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
 from cptv_jax.config import CalibrationConfig, to_mapping
-from cptv_jax.demo import DIGITS_VIT
-
-TINY = replace(
-    DIGITS_VIT, name="tiny_vit", config=replace(DIGITS_VIT.config, patch_size=16, width=16, depth=1, heads=2)
-)
 
 
 def cell(label: str, seed: int, base: float, final: float, evaluations: int = 7, bits: str = "W3A8") -> Cell:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from searches import LOSS
 
 from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
@@ -18,6 +19,7 @@ from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import RecipeConfig, resolve
+from cptv_jax.search import Evaluator
 from cptv_jax.stages import Output, Stage
 
 
@@ -167,3 +169,10 @@ def make_vit(vit_model: tuple[QuantizedModel, np.ndarray]) -> Callable[[Sequence
 def vit(make_vit: Callable[[Sequence[str]], Subject]) -> Subject:
     """With the published sites: the weights of the attention."""
     return make_vit(("attn.qkv.weight", "attn.proj.weight"))
+
+
+@pytest.fixture(scope="module")
+def make_evaluator(toy: Subject) -> Callable[..., Evaluator]:
+    """make_evaluator(): a new evaluator of the toy as it was before any search."""
+    batches, teacher = toy.batches(24), toy.teacher(24)
+    return lambda stages=toy.stages: Evaluator(stages, batches, teacher, LOSS, 12, 2)
