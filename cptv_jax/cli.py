@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize = command("quantize", "Quantize a model and improve it; any field of the configuration is a flag too.")
     quantize.add_argument("model", help="checkpoint, timm weight file or hub:ORG/NAME")
     quantize.add_argument("--arch", help="timm name, where the file's name does not contain it")
-    quantize.add_argument("--images", required=True, help="calibration images: a folder or tfds:NAME:SPLIT")
+    quantize.add_argument(
+        "--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND"
+    )
     quantize.add_argument("--config", help="YAML file (see configs/)")
     quantize.add_argument("--eval", dest="evaluation", help="labelled images, only evaluated on at the end")
     quantize.add_argument("--out", required=True, help="run directory; an interrupted run there is continued")

@@ -166,7 +166,8 @@ class QuantizeConfig:
     """Everything that determines a quantization, beside the model and the images.
 
     method: base method; the fields named after methods hold their options. reconstruction: of its blocks, off by
-    default. seed: of image order, held-out slice, reconstruction and search.
+    default but for aiqvit. seed: of everything that is drawn: image order, held-out slice, what base methods draw,
+    reconstruction and search.
     """
 
     method: str = "fq-vit"
@@ -246,7 +247,7 @@ def check(config: QuantizeConfig) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise InputError(f"{name} is {flat[name]}; it must be positive")
-        if flat[name] is not None and not name.endswith("_gib") and math.isinf(flat[name]):
+        if flat[name] is not None and name != "search.cache_gib" and math.isinf(flat[name]):
             raise InputError(f"{name} is infinite; it must be a finite number")
     for name in _RATES:
         if not 0 <= flat[name] < math.inf:

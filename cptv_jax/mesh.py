@@ -64,6 +64,15 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
     return _mesh(population, jax.devices()[: population * data])
 
 
+def check_population(groups: int) -> None:
+    """Raises InputError for more groups of devices than there are devices."""
+    if groups > jax.device_count():
+        raise InputError(
+            f"search.population_devices is {groups}, but there are {jax.device_count()} devices; "
+            f"set --search.population_devices to at most {jax.device_count()}"
+        )
+
+
 def local_mesh(images: int) -> Mesh:
     """A mesh of this process's own devices along the data axis: as many as divide so many images evenly."""
     devices = jax.local_devices()[: math.gcd(images, jax.local_device_count())]

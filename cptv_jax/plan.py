@@ -8,6 +8,7 @@ import numpy as np
 from cptv_jax.config import QuantizeConfig, SearchConfig, check, completed_search
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
+from cptv_jax.mesh import check_population
 from cptv_jax.methods import METHODS, Method, require_float
 from cptv_jax.methods.learning import completed
 from cptv_jax.models.architecture import sites_of
@@ -128,6 +129,7 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
         method.abilities.check(config.method, recipe)
     if config.search.strategy != "none":
         searched_sites(recipe, config.search)
+        check_population(config.search.population_devices)
     if config.search.offsets and config.search.strategy != "guided":
         raise InputError(
             f"search.offsets is true, but the steps of {config.search.strategy} are for scales; "

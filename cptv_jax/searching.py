@@ -157,8 +157,8 @@ def _proposer(
 
     arithmetic = gradient_arithmetic(search.arithmetic)
     taught = _teacher_stages(teacher, base, search, approximate=arithmetic == "bf16-codes")
-    few = jnp.asarray(batches[0].normalized(0, min(size, _VARIANCE_IMAGES)))
-    variances = channel_variances(taught, few, array_of) if search.gradient_matching else []
+    few = read(np.arange(min(_VARIANCE_IMAGES, size * len(split.calibration))))
+    variances = channel_variances(taught, jnp.asarray(few), array_of) if search.gradient_matching else []
     students = _searched_stages(base, replace(search, arithmetic=arithmetic), differentiable=True)
     return GradientProposer(
         paired(students, taught, array_of, variances),

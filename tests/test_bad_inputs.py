@@ -177,6 +177,16 @@ CASES: dict[str, tuple[str, str, str]] = {
     ),
     "temperature 0": (SEARCH + " --search.temperature 0", "search.temperature is 0.0", "it must be positive"),
     "temperature nan": (SEARCH + " --search.temperature .nan", "search.temperature is nan", "it must be positive"),
+    "memory infinite": (
+        SEARCH + " --search.memory_gib .inf",
+        "search.memory_gib is infinite",
+        "must be a finite number",
+    ),
+    "groups of devices too many": (
+        SEARCH + " --search.population_devices 999",
+        "search.population_devices is 999",
+        "set --search.population_devices to at most",
+    ),
     "sigma infinite": (SEARCH + " --search.sigma .inf", "search.sigma is infinite", "must be a finite number"),
     "holdout 1": (SEARCH + " --search.holdout 1", "search.holdout is 1.0", "at least 0 and below 1"),
     "passes 0": (SEARCH + " --search.passes 0", "search.passes is 0", "it must be at least 1"),

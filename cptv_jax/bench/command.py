@@ -77,7 +77,7 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     """What every bench reads and where it writes."""
     parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
     parser.add_argument("--arch", help="timm name, where the file's name does not contain it")
-    parser.add_argument("--images", required=True, help="calibration images: a folder or tfds:NAME:SPLIT")
+    parser.add_argument("--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND")
     parser.add_argument("--eval", dest="evaluation", required=True, help="labelled images, only evaluated on")
     parser.add_argument("--out", required=True, help="directory of the bench; an interrupted one is continued")
     if held_out:

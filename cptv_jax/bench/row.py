@@ -146,6 +146,7 @@ def measure(task: Task) -> dict[str, Any]:
             "search": plan.split.searched * batch if config.search.strategy != "none" else 0,
             "held_out": len(plan.split.held_out) * batch,
         },
+        "config": to_mapping(task.config),
         "done": True,
     }
 

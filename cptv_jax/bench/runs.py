@@ -18,7 +18,7 @@ from cptv_jax import data
 from cptv_jax.bench.row import Task, read_measured
 from cptv_jax.bench.table import Cell
 from cptv_jax.checkpoint import load_float_model, write_atomically
-from cptv_jax.config import QuantizeConfig
+from cptv_jax.config import QuantizeConfig, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels
@@ -147,7 +147,15 @@ class Bench:
         if run.name in self.refused:
             return run.cell({}, f"not possible: {self.refused[run.name]}")
         path = self.folder / f"{run.name}.json"
-        if not read_measured(path).get("done"):
+        found, config = read_measured(path), json.loads(json.dumps(to_mapping(run.config)))
+        if found.get("done"):
+            different = first_difference(found.get("config", config), config)
+            if different:
+                raise InputError(
+                    f"{path} was measured with other settings ({different}); choose another --out, or repeat the "
+                    "original command to continue it"
+                )
+        else:
             read = self.source
             task = Task(
                 read.weights, read.arch, read.images, read.evaluation, read.held_out, run.config,
@@ -186,8 +194,13 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
         "evaluation": digest([evaluation.pixels, evaluation.require_labels()]),
         "held-out": source.held_out,
         **settings,
+        "calibration images": digest(images.pixels),  # last: also other counts, which are named above, make it another
     }
     del model, images, evaluation
+    configs: dict[str, QuantizeConfig] = {}
+    for run in runs:
+        if configs.setdefault(run.name, run.config) != run.config:
+            raise InputError(f"two different runs would be called {run.name}; give one of their files another name")
     with claimed(out, KIND):
         check_identity(out, identity)
         yield Bench(source, out, table, identity, refused)

@@ -23,8 +23,8 @@ class SearchState:
     """Where a search stands between two stages; all that is needed to go on.
 
     pass_index, position: the next stage to visit, as an index into the visiting order.
-    proposed, direction: whether this pass has had its proposal, and the steps (see Stage.move) of it that were taken,
-    or would have been. progress: of the proposal that is being made.
+    proposed, direction: whether this pass has had its proposal, and the steps (see Stage.move) of it that were taken;
+    where none were, steps that point away from half of it. progress: of the proposal that is being made.
     loss: of the present scales on the search batches (None before the first evaluation). evaluations: candidates
     evaluated so far.
     best_pass: 0 is the start; best_held_out: its loss on the held-out batches; best_scales: its scales.
@@ -101,7 +101,8 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, dir
             best, taken, scales = loss, fraction, trial
     if taken != FRACTIONS[-1]:  # what stands in the evaluator
         _placed(evaluator, order, scales)
-    length = taken or FRACTIONS[0]
+    # Evolution takes random parts of the direction back; of one that was not taken, these parts are then tried.
+    length = taken or -FRACTIONS[0]
     record = {"event": "proposal", "pass": state.pass_index + 1, "fraction": taken, "loss": best}
     records = [record]
     if taken:

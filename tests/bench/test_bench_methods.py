@@ -167,6 +167,23 @@ def test_automatic_seeds_go_to_runs_that_are_near_another(
     assert len(here) == 1
 
 
+def test_a_method_of_a_file_that_changed_is_refused_and_so_are_two_files_of_one_name(
+    options: Options, here: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "d").mkdir()
+    first, second = tmp_path / "m.yaml", tmp_path / "d" / "m.yaml"
+    first.write_text("method: omse\n")
+    second.write_text("method: fq-vit\n")
+    options = replace(options, methods=(str(first),), search=SearchConfig(strategy="none"))
+    with pytest.raises(InputError, match="two different runs would be called m_W4A8_seed0"):
+        bench_methods(replace(options, methods=(str(first), str(second))), progress=False)
+    (line,) = bench_methods(options, progress=False)
+    assert bench_methods(options, progress=False) == [line] and here == ["m_W4A8_seed0"]
+    first.write_text("method: omse\nrecipe: {quantize_input: false}\n")
+    with pytest.raises(InputError, match=r"m_W4A8_seed0.json was measured with other settings \(recipe.quantize_input"):
+        bench_methods(options, progress=False)
+
+
 def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_on(
     options: Options, here: list[str]
 ) -> None:

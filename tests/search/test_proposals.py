@@ -59,6 +59,8 @@ def test_a_proposal_that_raises_the_loss_changes_nothing(
     for name, scales in plain.scales.items():
         jax.tree.map(np.testing.assert_array_equal, found.scales[name], scales)
     assert found.loss == plain.loss and found.evaluations == plain.evaluations + 4
+    # Children that take the direction back go to a half of the proposal: from where the search stayed, forwards.
+    assert found.direction["merge"]["input"] == pytest.approx(-0.5 * 1.5)
 
 
 def test_openings_are_tried_once_before_the_first_proposal(
