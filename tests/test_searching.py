@@ -10,12 +10,12 @@ import pytest
 from cptv_jax import Model, QuantizeConfig, RecipeConfig, load_images, quantize, resolve, searching
 from cptv_jax.config import CalibrationConfig, SearchConfig
 from cptv_jax.demo import DIGITS_VIT
-from cptv_jax.forward import forward
+from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import gradient_arithmetic
 from cptv_jax.methods import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import move_candidate
-from cptv_jax.search import EvolQ, Evosax, Generational, Guided, Objective
+from cptv_jax.search import EvolQ, Evosax, Generational, Guided, Objective, channel_variances
 from cptv_jax.searching import steps_to_least_error, strategy_for
 
 
@@ -109,6 +109,9 @@ def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_an
     # Programs that sum in another order may round a product's operand to another bfloat16, 2^-8 of it away.
     teacher = forward(model.stages(approximate=gradient_arithmetic() == "bf16-codes"), x)
     np.testing.assert_allclose(pair.teacher.logits, teacher.logits, rtol=1e-2, atol=1e-2)
+    # Of all images (there are fewer than 100), not of the first batch; a program of its own rounds as above.
+    variances = channel_variances(model.stages(), jnp.asarray(x[:16]), array_of)
+    np.testing.assert_allclose(stages[0].state["variance"], variances[0], rtol=2e-2)
     assert np.all(pair.error > 0)
     expected = Objective()(pair.student, pair.teacher) + 2 * np.mean(pair.error) / (len(model.stages()) - 1)
     np.testing.assert_allclose(loss(pair), expected, rtol=1e-6)

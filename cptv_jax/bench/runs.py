@@ -147,14 +147,9 @@ class Bench:
         if run.name in self.refused:
             return run.cell({}, f"not possible: {self.refused[run.name]}")
         path = self.folder / f"{run.name}.json"
-        found, config = read_measured(path), json.loads(json.dumps(to_mapping(run.config)))
+        found, config = read_measured(path), to_mapping(run.config)
         if found.get("done"):
-            different = first_difference(found.get("config", config), config)
-            if different:
-                raise InputError(
-                    f"{path} was measured with other settings ({different}); choose another --out, or repeat the "
-                    "original command to continue it"
-                )
+            _refuse_other(f"{path} was measured", found.get("config", config), config)
         else:
             read = self.source
             task = Task(
@@ -223,13 +218,18 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
     """Writes what a bench is, or raises InputError where `out` holds another one."""
     path = out / f"{KIND}.json"
     if path.exists():
-        different = first_difference(read_measured(path), json.loads(json.dumps(identity)))
-        if different:
-            raise InputError(
-                f"{out} holds a bench with other settings ({different}); choose another --out, or repeat the original "
-                "command to continue it"
-            )
+        _refuse_other(f"{out} holds a bench", read_measured(path), identity)
     write_atomically(path, json.dumps(identity, indent=1))
+
+
+def _refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises InputError where settings differ from those that were saved as JSON."""
+    different = first_difference(json.loads(json.dumps(there)), json.loads(json.dumps(here)))
+    if different:
+        raise InputError(
+            f"{what} with other settings ({different}); choose another --out, or repeat the original command to "
+            "continue it"
+        )
 
 
 class Children:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from spoiled_inputs import paint
 from tiny_vit import TINY
 
 from cptv_jax import InputError, SearchConfig, forward, load_images, load_model
@@ -182,6 +183,17 @@ def test_a_method_of_a_file_that_changed_is_refused_and_so_are_two_files_of_one_
     first.write_text("method: omse\nrecipe: {quantize_input: false}\n")
     with pytest.raises(InputError, match=r"m_W4A8_seed0.json was measured with other settings \(recipe.quantize_input"):
         bench_methods(options, progress=False)
+
+
+def test_a_bench_whose_calibration_images_changed_is_refused(options: Options, here: list[str], tmp_path: Path) -> None:
+    names = [f"{i:02d}.png" for i in range(28)]
+    folder = paint(tmp_path / "photos", names)
+    options = replace(options, images=str(folder), search=SearchConfig(strategy="none"))
+    bench_methods(options, progress=False)
+    paint(folder, names[::-1])
+    with pytest.raises(InputError, match=r"holds a bench with other settings \(calibration images"):
+        bench_methods(options, progress=False)
+    assert len(here) == 1
 
 
 def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_on(
