@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from cptv_jax.config import QuantizeConfig, SearchConfig, check, completed_search
+from cptv_jax.config import QuantizeConfig, SearchConfig, check, completed_search, effort
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.mesh import check_population
@@ -14,6 +14,7 @@ from cptv_jax.methods.learning import completed
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import PRESETS, Recipe, resolve
+from cptv_jax.search import Evosax
 from cptv_jax.suggest import did_you_mean
 
 
@@ -127,9 +128,12 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
     recipe = resolve(config.recipe, sites_of(model.architecture))
     if method.abilities is not None:
         method.abilities.check(config.method, recipe)
+    method.check(model.architecture, recipe, method.options and getattr(config, method.options))
     if config.search.strategy != "none":
         searched_sites(recipe, config.search)
         check_population(config.search.population_devices)
+    if config.search.strategy == "evosax":
+        Evosax(config.search.algorithm, children=effort(config.search).children)
     if config.search.offsets and config.search.strategy != "guided":
         raise InputError(
             f"search.offsets is true, but the steps of {config.search.strategy} are for scales; "

@@ -28,6 +28,7 @@ from cptv_jax.search import (
     GradientProposer,
     Guided,
     MatchingLoss,
+    Objective,
     RacingEvaluator,
     Strategy,
     channel_variances,
@@ -75,7 +76,7 @@ class _Judges:
     mesh: Mesh
 
 
-def _outputs(
+def outputs_of(
     stages: Sequence[Stage], batches: Sequence[Images], search: SearchConfig, progress: bool, label: str
 ) -> list[Output]:
     """The output for each batch, in float32 on the host."""
@@ -109,38 +110,54 @@ def _teacher_stages(
     return base.stages(rounding=False) if search.teacher == "published" else teacher.stages(approximate=approximate)
 
 
-def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
-    search = config.search
-    stages = _searched_stages(base, search)
-    objective, _ = objectives(search)
-    searched = split.calibration[: split.searched]
-    taught = _teacher_stages(teacher, base, search)
-    targets = _outputs(taught, [*searched, *split.held_out], search, progress, "teacher outputs")
-    loss_of = jax.jit(objective)
+def evaluator_of(
+    stages: Sequence[Stage],
+    batches: Sequence[Images],
+    targets: Sequence[Output],
+    objective: Objective,
+    search: SearchConfig,
+    candidates: int,
+    mesh: Mesh,
+) -> Evaluator:
+    """The evaluator of so many candidates a round, within the bounds on memory that the search has.
 
-    def held_out_loss(current: Sequence[Stage]) -> float:
-        found = _outputs(current, split.held_out, search, False, "held-out images")
-        pairs = zip(found, targets[len(searched) :], strict=True)
-        return float(np.mean([float(loss_of(output, target)) for output, target in pairs]))
-
-    mesh = make_mesh(search.population_devices)
+    targets: the teacher's output for each batch.
+    """
     images, width = pieces_at_once(
         mesh,
-        activation_bytes(stages, jax.ShapeDtypeStruct((1, *searched[0].pixels.shape[1:]), jnp.float32)),
-        config.calibration.batch * len(searched),
-        _children(search),
+        activation_bytes(stages, jax.ShapeDtypeStruct((1, *batches[0].pixels.shape[1:]), jnp.float32)),
+        sum(len(batch) for batch in batches),
+        candidates,
         _budget(search),
     )
-    evaluator = (RacingEvaluator if search.race else Evaluator)(
+    return (RacingEvaluator if search.race else Evaluator)(
         stages,
-        [batch.normalized(0, len(batch)) for batch in searched],
-        targets[: len(searched)],
+        [batch.normalized(0, len(batch)) for batch in batches],
+        targets,
         objective,
         search.images_at_once or images,
         search.candidates_at_once or width,
         mesh,
         cache_bytes=search.cache_gib * _GIB,
     )
+
+
+def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
+    search = config.search
+    stages = _searched_stages(base, search)
+    objective, _ = objectives(search)
+    searched = split.calibration[: split.searched]
+    taught = _teacher_stages(teacher, base, search)
+    targets = outputs_of(taught, [*searched, *split.held_out], search, progress, "teacher outputs")
+    loss_of = jax.jit(objective)
+
+    def held_out_loss(current: Sequence[Stage]) -> float:
+        found = outputs_of(current, split.held_out, search, False, "held-out images")
+        pairs = zip(found, targets[len(searched) :], strict=True)
+        return float(np.mean([float(loss_of(output, target)) for output, target in pairs]))
+
+    mesh = make_mesh(search.population_devices)
+    evaluator = evaluator_of(stages, searched, targets[: len(searched)], objective, search, _children(search), mesh)
     return _Judges(evaluator, held_out_loss if split.held_out else None, mesh)
 
 

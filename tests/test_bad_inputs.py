@@ -199,6 +199,26 @@ CASES: dict[str, tuple[str, str, str]] = {
         "blocks.0.attn.softmax",
         "search.sites",
     ),
+    "ptq4vit without room to search": (
+        SEARCH + " --method ptq4vit --ptq4vit.alpha 1.5",
+        "ptq4vit.alpha is 1.5 and ptq4vit.beta 1.2",
+        "give 0 < alpha < beta",
+    ),
+    "ptq4vit with unsigned codes": (
+        SEARCH + " --method ptq4vit --recipe.weight_signed false",
+        "signed and symmetric",
+        "set signed: true",
+    ),
+    "aiqvit with a rank of 0": (
+        SEARCH + " --method aiqvit --aiqvit.ranks '[0, 4]'",
+        "aiqvit.ranks are [0, 4]",
+        "each must be at least 1",
+    ),
+    "evosax with half a pair": (
+        SEARCH + " --search.strategy evosax --search.algorithm PGPE --search.children 3",
+        "search.children is 3",
+        "set an even number",
+    ),
     # Where results go
     "out is a file": ("quantize {tiny} --images {photos} --out {text} " + SMALL, "is a file", "choose a directory"),
     "out below a file": (

@@ -17,7 +17,8 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels, evaluate
-from cptv_jax.forward import outputs
+from cptv_jax.mesh import make_mesh
+from cptv_jax.methods import METHODS
 from cptv_jax.pipeline import base_model
 from cptv_jax.plan import Plan, planned
 from cptv_jax.plot import plotted
@@ -28,6 +29,7 @@ from cptv_jax.recipe import MAX_BITS, MIN_BITS
 from cptv_jax.run_directory import claimed, digest, refuse_foreign
 from cptv_jax.search import Evaluator, Objective
 from cptv_jax.search.allocation import Genes, allocate, evolve_genes, sensitivities
+from cptv_jax.searching import evaluator_of, outputs_of
 from cptv_jax.suggest import did_you_mean
 
 NAME = "precision"
@@ -77,6 +79,20 @@ def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequ
     return {bits: planned(model, images, _at_width(config, bits, activations)) for bits in widths}
 
 
+def _check_base(plan: Plan) -> None:
+    """Raises InputError for a base method whose models differ in more than their widths."""
+    if plan.method.rewrites_weights:
+        kept = [name for name, method in METHODS.items() if not method.rewrites_weights]
+        raise InputError(
+            f"method {plan.config.method} makes other weights at every width; set method to {' or '.join(kept)}"
+        )
+    if plan.config.reconstruction.steps:
+        raise InputError(
+            f"reconstruction.steps is {plan.config.reconstruction.steps}, but it makes other weights at every width; "
+            "leave it out"
+        )
+
+
 def _models(model: Model, plans: dict[int, Plan], progress: bool) -> Widths:
     """The base method's models of all widths."""
     found: list[QuantizedModel] = []
@@ -117,6 +133,15 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     if options.genes == "all" and options.budget == "bytes":
         raise InputError("the widths of activations cost no bytes; set --budget bit-operations, or --genes weights")
     source, config = options.source, options.config
+    for flag, number, least in (
+        ("judges", options.images, 1),
+        ("generations", options.generations, 0),
+        ("children", options.children, 1),
+    ):
+        if number < least:
+            raise InputError(f"--{flag} is {number}; it must be at least {least}")
+    search = config.search
+    objective = Objective(search.objective or OBJECTIVE, search.on, search.temperature)
     refuse_foreign(options.out, KIND)
     model = load_float_model(source.weights, source.arch)
     wanted, batch = config.calibration.images, config.calibration.batch
@@ -126,6 +151,7 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
     check_labels(model.stages(), evaluation)
     plans = _plans(model, given, options, widths)
+    _check_base(plans[widths[0]])
     batches = plans[widths[0]].split.calibration[: max(1, options.images // batch)]
     identity = {
         "weights": digest(model.weights),
@@ -143,11 +169,8 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
         check_identity(options.out, identity)
         kept = _Kept(options.out / f"{NAME}-measured.json")
         models = _models(model, plans, progress)
-        inputs = [one.normalized(0, len(one)) for one in batches]
-        teacher = [outputs(model.stages(), one.normalized, len(one)) for one in batches]
-        search = config.search
-        objective = Objective(search.objective or OBJECTIVE, search.on, search.temperature)
-        judge = Evaluator(models.stages(), inputs, teacher, objective)
+        teacher = outputs_of(model.stages(), batches, config.search, progress, "teacher outputs")
+        judge = evaluator_of(models.stages(), batches, teacher, objective, config.search, 1, make_mesh())
         return _measured(options, models, judge, kept, lambda q: evaluate(q.stages(), evaluation).top1, progress)
 
 

@@ -8,8 +8,9 @@ from cptv_jax.errors import InputError
 from cptv_jax.methods import aiqvit, erq, fq_vit, ptq4vit, repq_vit
 from cptv_jax.methods.abilities import Abilities
 from cptv_jax.methods.learning import NO_RECONSTRUCTION, ReconstructionConfig
+from cptv_jax.models.architecture import Architecture
 from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import ObserverName
+from cptv_jax.recipe import ObserverName, Recipe
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Method:
     presets: the recipes that are its own to carry out; the first is the default.
     options: the field of QuantizeConfig with its options, if it has any.
     abilities: what recipes may say; null means anything.
+    rewrites_weights: the quantized model has other weights than the float one.
+    check: (architecture, recipe, options) raises InputError for what is wrong beside that.
     reconstruction: what null fields of QuantizeConfig's reconstruction mean.
     """
 
@@ -28,6 +31,8 @@ class Method:
     options: str | None = None
     abilities: Abilities | None = None
     reconstruction: ReconstructionConfig = NO_RECONSTRUCTION
+    rewrites_weights: bool = False
+    check: Callable[[Architecture, Recipe, Any], None] = lambda architecture, recipe, options: None
 
     def quantize(self, model: Model | QuantizedModel, *arguments: Any, **options: Any) -> QuantizedModel:
         """`carry_out`, on a float model only. Raises InputError for a quantized one."""
@@ -60,18 +65,21 @@ METHODS: dict[str, Method] = {
         ("ptq4vit", "base-ptq"),
         "ptq4vit",
         Abilities(tensors=("uniform", "twin-softmax", "twin-gelu"), observers=("method",)),
+        check=ptq4vit.check,
     ),
     "repq-vit": Method(
         repq_vit.quantize,
         ("repq-vit",),
         "repq_vit",
         Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True, grouped=()),
+        rewrites_weights=True,
     ),
     "erq": Method(
         erq.quantize,
         ("erq", "erq-uniform"),
         "erq",
         Abilities(("uniform", "dual-uniform"), ("uniform", "log-sqrt2"), ("method",), asymmetric_only=True, grouped=()),
+        rewrites_weights=True,
     ),
     "aiqvit": Method(
         aiqvit.quantize,
@@ -85,5 +93,7 @@ METHODS: dict[str, Method] = {
             grouped=("focusing",),
         ),
         ReconstructionConfig(steps=60, easy_first=0.3),
+        rewrites_weights=True,
+        check=aiqvit.check,
     ),
 }

@@ -31,7 +31,7 @@ from cptv_jax.methods.initialization import first_images
 from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.methods.percentile import quantiles
 from cptv_jax.methods.reconstruction import reconstruct
-from cptv_jax.models.architecture import call_stage, sites_of, stage_graphs
+from cptv_jax.models.architecture import Architecture, call_stage, sites_of, stage_graphs
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.quantizers import Focusing, LowRank, Quantizer, RankSearch, Uniform
 from cptv_jax.recipe import Recipe
@@ -160,6 +160,15 @@ def _decided(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
     return {site: q.chosen() if isinstance(q, RankSearch) else q for site, q in quantizers.items()}
 
 
+def check(architecture: Architecture, recipe: Recipe, options: AiqvitOptions) -> None:
+    """Raises InputError for ranks below 1, and for a focusing quantizer of anything but an attention map."""
+    for site in sites_of(architecture):
+        if site.kind != "softmax" and site.name in recipe.sites and recipe.sites[site.name].quantizer == "focusing":
+            raise InputError(f"{site.name}: a focusing quantizer is for attention maps; set another quantizer")
+    if min(options.ranks) < 1:
+        raise InputError(f"aiqvit.ranks are {list(options.ranks)}; each must be at least 1")
+
+
 def quantize(
     model: Model,
     batches: Sequence[Float[Array, "batch height width channels"]],
@@ -171,13 +180,9 @@ def quantize(
     """A model with compensated weights and focusing attention quantizers, ready for block reconstruction.
 
     batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts its steps.
-    Raises InputError for ranks below 1, and for a focusing quantizer of anything but an attention map.
+    Raises InputError as `check` does.
     """
-    for site in sites_of(model.architecture):
-        if site.kind != "softmax" and site.name in recipe.sites and recipe.sites[site.name].quantizer == "focusing":
-            raise InputError(f"{site.name}: a focusing quantizer is for attention maps; set another quantizer")
-    if min(options.ranks) < 1:
-        raise InputError(f"aiqvit.ranks are {list(options.ranks)}; each must be at least 1")
+    check(model.architecture, recipe, options)
     started = _started(model, first_images(batches, options.images), recipe, key)
     compensated = _compensated(started, options)
     if options.search_steps and any(spec.low_rank for spec in recipe.sites.values()):

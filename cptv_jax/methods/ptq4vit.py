@@ -25,7 +25,7 @@ from cptv_jax.mesh import rows_at_once
 from cptv_jax.methods.initialization import first_images
 from cptv_jax.methods.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
 from cptv_jax.methods.layerwise import Layer, float_stage_inputs, layers, operations
-from cptv_jax.models.architecture import sites_of
+from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.quantized import Model, QuantizedModel, arithmetic_for
 from cptv_jax.quantizers import Quantizer, TwinGelu, Uniform, grid, true_divide, twin_softmax
 from cptv_jax.recipe import Recipe, SiteSpec
@@ -118,9 +118,9 @@ def quantize(
 
     batches: normalised calibration images; how they are batched does not matter. key: of the sampled labels.
     logit_gradient: for the Hessian metric and the images that are searched on, instead of the one at sampled labels.
-    on_progress(done, total) counts layers. Raises InputError for a recipe that it cannot carry out.
+    on_progress(done, total) counts layers. Raises InputError as `check` does.
     """
-    _check_recipe(recipe, model)
+    check(model.architecture, recipe, options)
     images = first_images(batches, options.images)
     rows = rows_at_once(activation_bytes(model.stages(), jax.eval_shape(lambda: images[:1])))
     # Candidates are dropped between chunks of images, so there should be several.
@@ -221,9 +221,10 @@ def given_gradients(outputs: Sequence[Output], logit_gradient: Float[Array, "ima
     return [Output(jnp.zeros_like(output.features), part) for output, part in zip(outputs, parts, strict=True)]
 
 
-def _check_recipe(recipe: Recipe, model: Model) -> None:
+def check(architecture: Architecture, recipe: Recipe, options: Ptq4VitOptions) -> None:
     """Raises InputError for what this method cannot carry out, beside its `Abilities`."""
-    sites = sites_of(model.architecture)
+    resolve(options, recipe.name)
+    sites = sites_of(architecture)
     read = {name: site.kind for site in sites for name in site.reads}
     for name, spec in recipe.sites.items():
         weight = name.endswith(".weight")

@@ -13,7 +13,9 @@ from cptv_jax.bench import precision as bench
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
 from cptv_jax.bench.runs import Source
 from cptv_jax.config import CalibrationConfig, SearchConfig
+from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.search import Objective
+from cptv_jax.searching import evaluator_of
 
 
 @pytest.fixture
@@ -31,11 +33,11 @@ def test_kl_judges_unless_an_objective_is_named(
     class Stopped(Exception):
         pass
 
-    def judging(stages: Any, inputs: Any, teacher: Any, objective: Objective) -> None:
+    def judging(stages: Any, batches: Any, teacher: Any, objective: Objective, *rest: Any) -> None:
         assert objective == Objective(expected)
         raise Stopped
 
-    monkeypatch.setattr(bench, "Evaluator", judging)
+    monkeypatch.setattr(bench, "evaluator_of", judging)
     config = replace(options.config, search=SearchConfig(objective=named))
     with pytest.raises(Stopped):
         bench_precision(replace(options, config=config), progress=False)
@@ -93,7 +95,50 @@ def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: py
     assert bench_precision(options, progress=False) == whole
 
 
+def test_evaluation_images_decide_nothing(options: PrecisionOptions) -> None:
+    lines = bench_precision(options, progress=False)
+    source = replace(options.source, evaluation="digits:train")
+    others = bench_precision(replace(options, source=source, out=options.out.parent / "other"), progress=False)
+    for line, other in zip(lines, others, strict=True):
+        for kind in ("uniform", "mixed"):
+            one, two = (found.get(kind, {}) for found in (line, other))
+            assert {**one, "top1": None} == {**two, "top1": None}
+    assert [line["uniform"]["top1"] for line in lines] != [line["uniform"]["top1"] for line in others]
+
+
+def test_bounds_on_memory_change_no_result(options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bench_precision(options, progress=False)
+    at_once = []
+
+    def judged(stages: Any, batches: Any, teacher: Any, objective: Any, search: SearchConfig, *rest: Any) -> Any:
+        evaluator = evaluator_of(stages, batches, teacher, objective, search, *rest)
+        at_once.append(evaluator.images)
+        return evaluator
+
+    monkeypatch.setattr(bench, "evaluator_of", judged)
+    config = replace(options.config, search=SearchConfig(images_at_once=4))
+    parts = bench_precision(replace(options, config=config, out=options.out.parent / "parts"), progress=False)
+    assert at_once == [4] and parts == whole
+
+
 def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> None:
+    for field, number in (("images", 0), ("generations", -1), ("children", 0)):
+        with pytest.raises(InputError, match=f"is {number}; it must be at least"):
+            bench_precision(replace(options, **{field: number}))  # type: ignore[arg-type]
+    for config, message in (
+        (replace(options.config, search=SearchConfig(objective="kll")), "search.objective is 'kll'.*'kl'"),
+        (
+            replace(options.config, method="erq"),
+            "method erq makes other weights at every width; .*fq-vit or omse or pt",
+        ),
+        (
+            replace(options.config, reconstruction=ReconstructionConfig(steps=5)),
+            r"reconstruction\.steps is 5.*leave it",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            bench_precision(replace(options, config=config))
+    assert not options.out.exists()
     with pytest.raises(InputError, match=r"--budget is 'bit-operation'.*bit-operations"):
         bench_precision(replace(options, budget="bit-operation"))
     with pytest.raises(InputError, match=r"--genes is 'weight'.*weights"):

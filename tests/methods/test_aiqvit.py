@@ -127,13 +127,6 @@ def test_reconstruction_learns_terms_and_intervals_and_leaves_an_ordinary_model(
     assert np.any(logits(model.with_parameters({"blocks.1.attn.softmax": scale * 2}), golden) != logits(model, golden))
 
 
-def test_constant_images_give_a_finite_model(golden: Path) -> None:
-    constant = jnp.zeros((16, 32, 32, 3))
-    options = replace(OPTIONS, search_steps=0)
-    model = quantize(small_model(golden), [constant], recipe_of(**BITS), KEY, options=options)
-    assert np.isfinite(logits(model, golden)).all()
-
-
 def test_what_cannot_work_is_named(golden: Path) -> None:
     aiqvit, repq = METHODS["aiqvit"].abilities, METHODS["repq-vit"].abilities
     assert aiqvit is not None and repq is not None

@@ -122,16 +122,6 @@ def test_calibration_images_matter_and_the_model_is_still_close_to_the_float_one
     assert np.mean(np.argmax(teacher, -1) == np.argmax(student, -1)) > 0.9
 
 
-@pytest.mark.parametrize("kind", ["equal", "black", "constant"])
-def test_images_without_information_give_a_finite_model(golden: Path, kind: str) -> None:
-    one = images(golden)[:1]
-    some = {"equal": np.repeat(one, 4, 0), "black": one.repeat(4, 0) * 0 - 1, "constant": one.repeat(4, 0) * 0}[kind]
-    result = run(small_model(golden), some, recipe_of())
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.quantizers))
-    assert all((scale > 0).all() for scale in scales(result).values())
-    assert np.isfinite(forward(result.stages(), images(golden)[:4]).logits).all()
-
-
 def test_a_gradient_of_zero_keeps_the_initial_intervals(golden: Path) -> None:
     """A float model that is certain of every sampled label says nothing about what matters."""
     result = run(small_model(golden), images(golden)[:4], recipe_of(), logit_gradient=jnp.zeros((4, 10)))

@@ -28,7 +28,7 @@ from cptv_jax.methods.learning import (
     optimizer_of,
     stage_state,
 )
-from cptv_jax.methods.reconstruction import reconstruct
+from cptv_jax.methods.reconstruction import _batches, reconstruct
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.quantizers import Uniform
 
@@ -261,6 +261,18 @@ def test_constant_images_give_a_finite_model_that_is_no_worse(golden: Path) -> N
         )  # fmt: skip
         assert all(np.isfinite(leaf).all() for leaf in arrays(model))
         assert all(np.isfinite(after) and after <= before for before, after in errors)
+
+
+def test_easy_images_come_first_and_all_of_them_in_the_second_half() -> None:
+    easiest_first = np.random.default_rng(0).permutation(40)
+    config = ReconstructionConfig(steps=20, batch=4, easy_first=0.3)
+    steps = list(_batches(easiest_first, config, KEY))
+    rank = np.argsort(easiest_first)  # place of every image in the order
+    for step, rows in enumerate(steps[:10]):
+        assert len(set(rows)) == 4 and rank[rows].max() < round((0.3 + 0.07 * step) * 40)  # 0.7 in ten steps
+    assert rank[np.concatenate(steps[10:])].max() > 35
+    few = list(_batches(easiest_first[:3], config, KEY))
+    assert all(sorted(rows) == sorted(easiest_first[:3]) for rows in few)
 
 
 def test_a_mixed_input_holds_elements_of_both_in_the_unit_of_its_steps() -> None:

@@ -11,7 +11,7 @@ import pytest
 from cptv_jax.config import SearchConfig
 from cptv_jax.errors import InputError
 from cptv_jax.search import Evosax
-from cptv_jax.search.strategies.evosax import ALGORITHMS, _algorithm
+from cptv_jax.search.strategies.evosax import ALGORITHMS
 
 pytest.importorskip("evosax")
 
@@ -89,7 +89,6 @@ def test_the_configuration_knows_the_same_algorithms() -> None:
 
 
 def test_without_evosax_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    _algorithm.cache_clear()
     monkeypatch.setitem(sys.modules, "evosax", None)
     with pytest.raises(InputError, match=r"install cptv_jax\[evosax\]"):
-        Evosax().init(START, 1.0)
+        Evosax()

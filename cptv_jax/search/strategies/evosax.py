@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -21,12 +22,8 @@ _IN_PAIRS = ("Open_ES", "PGPE")  # draw antithetic pairs, and follow the gradien
 @lru_cache(maxsize=16)
 def _algorithm(name: str, children: int, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
     """evosax's object for candidates of these shapes; kept, as evosax compiles once for each object."""
-    try:
-        from evosax import algorithms
-    except ImportError:
-        raise InputError(
-            "search.strategy evosax needs the package evosax; install cptv_jax[evosax], or choose another strategy"
-        ) from None
+    from evosax import algorithms  # optional
+
     options = {"optimizer": optax.adam(1.0)} if name in _IN_PAIRS else {}  # a step of one deviation
     solution = jax.tree.unflatten(structure, [jnp.zeros(shape) for shape in shapes])
     return getattr(algorithms, name)(population_size=children, solution=solution, **options)
@@ -70,6 +67,10 @@ class Evosax:
     rounds: int = 3
 
     def __post_init__(self) -> None:
+        if find_spec("evosax") is None:
+            raise InputError(
+                "search.strategy evosax needs the package evosax; install cptv_jax[evosax], or choose another strategy"
+            )
         if self.algorithm in _IN_PAIRS and self.children % 2:
             raise InputError(f"search.children is {self.children}; {self.algorithm} draws pairs: set an even number")
 

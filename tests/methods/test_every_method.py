@@ -1,0 +1,82 @@
+"""What holds for every base method: images decide, odd images do no harm, and a quantized model is refused."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_calibration import SMALL, images, recipe_of, small_model
+
+from cptv_jax import InputError, QuantizeConfig, images_from_arrays, quantize
+from cptv_jax.forward import forward
+from cptv_jax.methods import METHODS
+from cptv_jax.methods.aiqvit import AiqvitOptions
+from cptv_jax.methods.ptq4vit import Ptq4VitOptions
+from cptv_jax.quantized import QuantizedModel
+
+KEY = jax.random.key(0)
+SHORT = {  # of methods that search for long, ranks among the rest
+    "ptq4vit": Ptq4VitOptions(candidates=12, alpha=0.5, rounds=1),
+    "aiqvit": AiqvitOptions(search_steps=2),
+}
+
+
+def quantized(folder: Path, method: str, batches: list[np.ndarray]) -> QuantizedModel:
+    recipe = recipe_of(preset=METHODS[method].presets[0], weight_bits=4, activation_bits=4)
+    options = {"options": SHORT[method]} if method in SHORT else {}
+    return METHODS[method].quantize(small_model(folder), [jnp.asarray(b) for b in batches], recipe, KEY, **options)
+
+
+@lru_cache
+def made(folder: Path, method: str, start: int = 0) -> QuantizedModel:
+    """From two batches, the first image of which is this one."""
+    return quantized(folder, method, [images(folder)[start : start + 8], images(folder)[start + 8 : start + 16]])
+
+
+def leaves(model: QuantizedModel) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((model.model.weights, dict(model.quantizers)))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_images_determine_the_model(golden: Path, method: str) -> None:
+    first, again, other = made(golden, method), made.__wrapped__(golden, method), made(golden, method, start=40)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(first), leaves(again), strict=True))
+    same = {
+        site
+        for site, quantizer in first.quantizers.items()
+        if np.array_equal(quantizer.scale, other.quantizers[site].scale)
+    }
+    # A range can be that of all images, as the input's of white and black is, or lie on the few values of a grid.
+    activations = {site for site in first.quantizers if not site.endswith(".weight")}
+    assert len(same & activations) < len(activations) / 4
+    plain = small_model(golden)
+    kept = jax.tree.map(np.array_equal, plain.weights, first.model.weights)
+    assert all(jax.tree.leaves(kept)) != METHODS[method].rewrites_weights
+    x = jnp.asarray(images(golden)[:8])
+    logits = [np.asarray(forward(model.stages(), x).logits) for model in (plain, first, other)]
+    assert not any(np.allclose(logits[i], logits[j], atol=1e-3) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, -1.0, None], ids=["zeros", "black", "one image repeated"])
+def test_images_without_variation_give_a_finite_model(golden: Path, method: str, value: float | None) -> None:
+    one = images(golden)[:1]
+    batch = np.repeat(one, 8, 0) if value is None else np.full((8, *one.shape[1:]), value, np.float32)
+    model = quantized(golden, method, [batch])
+    assert all(np.isfinite(leaf).all() for leaf in leaves(model))
+    assert all(np.all(np.asarray(quantizer.scale) > 0) for quantizer in model.quantizers.values())
+    assert np.isfinite(forward(model.stages(), jnp.asarray(images(golden)[:4])).logits).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_model_is_refused(golden: Path, method: str) -> None:
+    model = made(golden, "fq-vit")
+    with pytest.raises(InputError, match=r"quantized already \(recipe evol-q\); give the float model"):
+        METHODS[method].quantize(model, [jnp.asarray(images(golden)[:4])], model.recipe, KEY)
+    pixels = np.zeros((4, 32, 32, 3), np.uint8)
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(model, images_from_arrays(pixels, preprocessing=SMALL.preprocessing), QuantizeConfig(method=method))  # type: ignore[arg-type]
