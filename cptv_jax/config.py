@@ -221,7 +221,6 @@ _RATES = (
     "reconstruction.rounding_rate",
     "reconstruction.weight_rate",
     "reconstruction.low_rank_rate",
-    "reconstruction.preference_rate",
 )
 _SHARES = ("reconstruction.float_input", "reconstruction.easy_first")
 _SEEDS = 2**32

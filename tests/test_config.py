@@ -69,7 +69,6 @@ TYPED: dict[str, tuple[str, Any]] = {
     "reconstruction.rounding_rate": ("2e-2", 2e-2),
     "reconstruction.weight_rate": ("1e-4", 1e-4),
     "reconstruction.low_rank_rate": ("0", 0.0),
-    "reconstruction.preference_rate": ("1", 1.0),
     "reconstruction.easy_first": ("0.5", 0.5),
     "reconstruction.float_input": ("0", 0.0),
     "reconstruction.importance": ("none", "none"),

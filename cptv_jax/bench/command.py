@@ -19,7 +19,8 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="METHOD",
-        help="NAME, NAME/PRESET, either +reconstruction, or YAML files (default: all, each with its own recipe)",
+        help="NAME, NAME/PRESET, either +reconstruction, or YAML files, whose widths, calibration, search and seed "
+        "do not count (default: all, each with its own recipe)",
     )
     methods.add_argument("--bits", nargs="+", metavar="WxAy", help="default: W8A8 W6A6 W4A4 W3A3 W4A8 W3A8")
     methods.add_argument("--calibration", type=int, default=128, metavar="N", help="images of a run (default: 128)")

@@ -23,8 +23,9 @@ class Options:
     """What `cptv bench methods` is asked.
 
     methods: names in METHODS or NAME/PRESET, each perhaps with +reconstruction (of its blocks, with the steps of
-    `config` or RECONSTRUCTION_STEPS), or YAML files of a configuration. bits: such as W4A8. calibration, batch:
-    images of a run, as in CalibrationConfig. held_out: further images that only the objective sees. seeds: None means
+    `config` or RECONSTRUCTION_STEPS), or YAML files of a configuration, of which everything counts but what the bench
+    says of all: widths, calibration, search and seed. bits: such as W4A8. calibration, batch: images of a run, as in
+    CalibrationConfig. held_out: further images that only the objective sees. seeds: None means
     the first of AUTO_SEEDS for all, and all of them for runs that are near another. search: on top of each base
     method. config: what all runs share, such as options of methods.
     """
@@ -75,6 +76,9 @@ def _runs(options: Options, seed: int) -> list[Run]:
     """The runs of one seed, by width and then by method. Raises InputError for what no run can use."""
     if options.batch > options.calibration:
         raise InputError(f"--batch is {options.batch}, but --calibration only {options.calibration} images; lower it")
+    for name, option in (("calibration", "calibration and --batch"), ("search", "search"), ("seed", "seeds")):
+        if getattr(options.config, name) != getattr(QuantizeConfig(), name):
+            raise InputError(f"--config sets {name}, which a bench has options of its own for; use --{option}")
     calibration = CalibrationConfig(options.calibration, options.batch)
     runs = []
     for bits in dict.fromkeys(options.bits):

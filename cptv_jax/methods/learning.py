@@ -28,6 +28,7 @@ from cptv_jax.quantizers import (
 from cptv_jax.recipe import SiteSpec
 
 _TERM = ("down", "up", "preference")  # what is learned of a low-rank term
+_PREFERENCE_RATE = 0.1  # of the preferences among ranks: steps of a logit
 _TINY = 1e-12  # relative errors of a target of zeros stay finite
 
 
@@ -40,7 +41,7 @@ class ReconstructionConfig:
     scale_rate: of the logarithm of scales. zero_point_rate: of zero points, in codes (they stay integers).
     rounding_rate: of quantized weights, in steps of their channel. weight_rate: of what stays in float (biases,
         LayerNorm), absolute.
-    low_rank_rate: of low-rank terms, absolute. preference_rate: of the preferences among ranks.
+    low_rank_rate: of low-rank terms, absolute.
     easy_first: fraction of the images, those with the least error, that a stage begins with; it grows to all of them
         in half of the steps. 1 takes all from the start; null means the base method's (most take all).
     float_input: probability that an element of a stage's input is the float model's instead of the quantized one's.
@@ -55,7 +56,6 @@ class ReconstructionConfig:
     rounding_rate: float = 3e-3
     weight_rate: float = 1e-3
     low_rank_rate: float = 1e-3
-    preference_rate: float = 0.1
     easy_first: float | None = None
     float_input: float = 0.5
     importance: Literal["fisher", "none"] = "fisher"
@@ -187,7 +187,7 @@ def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
         "start": config.zero_point_rate,
         "down": config.low_rank_rate,
         "up": config.low_rank_rate,
-        "preference": config.preference_rate,
+        "preference": _PREFERENCE_RATE,
     }
     groups = {
         name: optax.adam(optax.cosine_decay_schedule(rate, config.steps)) if rate else optax.set_to_zero()

@@ -10,10 +10,12 @@ import pytest
 from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
+from cptv_jax.bench import search as bench
 from cptv_jax.bench.row import measure
 from cptv_jax.bench.runs import Children, Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
+from cptv_jax.cli import main
 from cptv_jax.config import CalibrationConfig, to_mapping
 
 
@@ -116,3 +118,28 @@ def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> Non
         bench_search(replace(options, searches=("evolq",)))
     with pytest.raises(InputError, match="--passes has 0"):
         bench_search(replace(options, passes=(0, 1)))
+
+
+def test_the_command_line_says_what_the_options_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    lines = lines_of([cell("x", 0, 1.0, 2.0)])
+    monkeypatch.setattr(bench, "bench_search", lambda options: asked.append(options) or lines)
+    (tmp_path / "base.yaml").write_text("method: omse\n")
+    needed = ["bench", "search", "--weights", "w", "--images", "i", "--eval", "e", "--out", "o"]
+    given = [
+        *("--arch", "a", "--held-out", "7", "--jobs", "2", "--searches", "guided", "--objectives", "kl", "mse@both"),
+        *("--bits", "W2A8", "--passes", "3", "--seeds", "4", "5", "--config", str(tmp_path / "base.yaml")),
+    ]
+    for words in ([], given):
+        with pytest.raises(SystemExit) as ended:
+            main([*needed, *words])
+        assert ended.value.code == 0 and "| x |" in capsys.readouterr().out
+    assert asked == [
+        SearchOptions(Source("w", "i", "e"), Path("o")),
+        SearchOptions(
+            Source("w", "i", "e", "a", 7, 2), Path("o"), ("guided",), ("W2A8",), (3,), (4, 5),
+            QuantizeConfig(method="omse"), ("kl", "mse@both"),
+        ),
+    ]  # fmt: skip
