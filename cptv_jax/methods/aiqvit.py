@@ -125,7 +125,9 @@ def _focusings(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantiz
     return found
 
 
-def _started(model: Model, images: Array, recipe: Recipe, key: Array) -> QuantizedModel:
+def _started(
+    model: Model, images: Array, recipe: Recipe, key: Array, on_progress: Callable[[int, int], None]
+) -> QuantizedModel:
     """RepQ-ViT's model, with focusing quantizers where the recipe asks for them."""
     sites = {
         name: replace(spec, quantizer="log-sqrt2", per_head=False)
@@ -134,7 +136,7 @@ def _started(model: Model, images: Array, recipe: Recipe, key: Array) -> Quantiz
         for name, spec in recipe.sites.items()
     }
     options = repq_vit.RepqVitOptions(images.shape[0], round_zero_point=True)
-    start = repq_vit.quantize(model, [images], replace(recipe, sites=sites), key, options=options)
+    start = repq_vit.quantize(model, [images], replace(recipe, sites=sites), key, on_progress, options)
     focusings = _focusings(model, images, recipe)
     return replace(start, recipe=recipe, quantizers={**start.quantizers, **focusings})
 
@@ -179,14 +181,24 @@ def quantize(
 ) -> QuantizedModel:
     """A model with compensated weights and focusing attention quantizers, ready for block reconstruction.
 
-    batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts its steps.
+    batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts stages, and
+    then the steps of that search.
     Raises InputError as `check` does.
     """
     check(model.architecture, recipe, options)
-    started = _started(model, first_images(batches, options.images), recipe, key)
+    stages = len(model.stages())
+    steps = stages * options.search_steps * any(spec.low_rank for spec in recipe.sites.values())
+
+    def on_stage(done: int, total: int) -> None:
+        on_progress(done, stages + steps)
+
+    def on_step(done: int, total: int) -> None:
+        on_progress(stages + done, stages + steps)
+
+    started = _started(model, first_images(batches, options.images), recipe, key, on_stage)
     compensated = _compensated(started, options)
-    if options.search_steps and any(spec.low_rank for spec in recipe.sites.values()):
+    if steps:
         images = np.asarray(first_images(batches, options.search_images))
         config = ReconstructionConfig(options.search_steps, easy_first=1.0)
-        compensated = reconstruct(model, compensated, images, config, key, on_progress)
+        compensated = reconstruct(model, compensated, images, config, key, on_step)
     return replace(compensated, quantizers=_decided(compensated.quantizers))

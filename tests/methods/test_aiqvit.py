@@ -27,8 +27,9 @@ OPTIONS = AiqvitOptions(images=16, search_images=32, search_steps=6, ranks=(1, 2
 
 
 @lru_cache
-def made(folder: Path, search_steps: int = 0, **fields: Any) -> QuantizedModel:
-    options = replace(OPTIONS, search_steps=search_steps)
+def made(folder: Path, **fields: Any) -> QuantizedModel:
+    """With terms of the largest rank."""
+    options = replace(OPTIONS, search_steps=0)
     recipe = recipe_of(**{**BITS, **fields})
     return quantize(small_model(folder), [images(folder)[:32]], recipe, KEY, options=options)
 
@@ -101,12 +102,18 @@ def test_an_interval_has_the_least_error_of_the_product_of_all_that_are_tried(pe
 
 @pytest.mark.slow
 def test_ranks_are_chosen_among_the_candidates_and_follow_the_penalty(golden: Path) -> None:
-    model = made(golden, OPTIONS.search_steps)
+    counted: list[tuple[int, int]] = []
+    recipe = recipe_of(**BITS)
+    model = quantize(
+        small_model(golden), [images(golden)[:32]], recipe, KEY, lambda *count: counted.append(count), OPTIONS
+    )
+    stages = len(model.stages())
+    assert counted == [(n, 7 * stages) for n in range(1, 7 * stages + 1)]  # each stage once, and six steps of each
     terms = [q for q in model.quantizers.values() if isinstance(q, LowRank)]
     assert all(type(term) is LowRank and int(term.rank) in OPTIONS.ranks for term in terms)
     dear = quantize(
         small_model(golden), [images(golden)[:32]], recipe_of(**BITS), KEY,
-        options=replace(OPTIONS, search_steps=OPTIONS.search_steps, penalty=1e3),
+        options=replace(OPTIONS, penalty=1e3),
     )  # fmt: skip
     assert all(int(term.rank) == 1 for term in dear.quantizers.values() if isinstance(term, LowRank))
 
