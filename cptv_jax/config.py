@@ -49,8 +49,9 @@ class SearchConfig:
         the published code does.
     sites: name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
         attention's weights, as published, and for guided all weights.
-    offsets: also their zero points, the starts of focusing intervals, the factors of bias-corrected channels and the
-        biases of the weights' layers (guided only, and there unless set to false).
+    offsets: also their zero points, the starts of focusing intervals, the exponents of power-of-two factors, the
+        factors of bias-corrected channels and the biases of the weights' layers (guided only, and there unless set to
+        false).
     rounding: also which way each element of a searched weight rounds (guided only, and there unless set to false).
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass. children: a
         generation. Null means the strategy's: 10, 3 and 8, and for guided 1, 1 and 3.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform, grid, true_divide
+from cptv_jax.quantizers import LARGEST_EXPONENT, BiasCorrected, Log2, Quantizer, Uniform, grid, true_divide
 from cptv_jax.recipe import SiteSpec
 
 _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).eps)
@@ -15,7 +15,6 @@ _EMA_MOMENTUM = 0.01  # weight of the newest batch, for EMA and percentile
 _PERCENTILE = 0.99999
 _OMSE_CANDIDATES = 90
 _OMSE_STEP = 0.01
-_PTF_LARGEST_EXPONENT = 3
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +91,8 @@ def _power_of_two_factor(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     The zero point follows from the largest scale and the overall minimum and serves all four, as published.
     """
     whole = uniform_from_range(Range(jnp.min(found.minimum), jnp.max(found.maximum)), spec)
-    finest = whole.scale / 2**_PTF_LARGEST_EXPONENT
-    scales = [finest * 2**k for k in range(_PTF_LARGEST_EXPONENT + 1)]
+    finest = whole.scale / 2**LARGEST_EXPONENT
+    scales = [finest * 2**k for k in range(LARGEST_EXPONENT + 1)]
     errors = jnp.stack([_mean(_squared_errors(x, whole.with_scale(scale)), 0) for scale in scales])
     scale = jnp.stack(scales)[jnp.argmin(errors, 0)]
     return Uniform(scale, whole.zero_point, whole.low, whole.high)

@@ -17,6 +17,7 @@ from cptv_jax.quantizers import (
     BiasCorrected,
     Quantizer,
     Uniform,
+    exponents,
     innermost,
     moments,
     offsets,
@@ -29,9 +30,10 @@ from cptv_jax.stages import Stage
 
 _WEIGHT = ".weight"
 _BIAS = "bias"
+_EXPONENTS = "exponents"
 _BIAS_UNIT = np.float32(0.1)
 # Of what a candidate holds of a site, beside its scale: what a step is added to, and all.
-_SHIFTED = (".zero_point", ".start", ".rounding", f".{_BIAS}")
+_SHIFTED = (".zero_point", ".start", ".rounding", f".{_BIAS}", f".{_EXPONENTS}")
 _OFFSETS = (*_SHIFTED, ".factor")
 
 
@@ -126,8 +128,11 @@ def _candidate(
     for site, quantizer in quantizers.items():
         spec = recipe.sites[prefix + site]
         scale = jnp.asarray(quantizer.scale)
-        found[site] = jnp.min(scale) if spec.observer == "ptf" else scale  # power-of-two factors must stay such
+        powers = spec.observer == "ptf"
+        found[site] = jnp.min(scale) if powers else scale  # power-of-two factors must stay such
         if biases is not None:
+            if powers:
+                found[f"{site}.{_EXPONENTS}"] = exponents(quantizer)
             fixed = {"zero_point"} if spec.symmetric else set()
             found |= {f"{site}.{name}": value for name, value in offsets(quantizer).items() if name not in fixed}
             if site in biases:
@@ -284,8 +289,9 @@ class QuantizedModel:
     ) -> tuple[Stage, ...]:
         """The stages of the quantized forward pass.
 
-        searched: which sites' scales form the candidates. shifted: and their zero points, intervals' starts, factors of
-            channels, and biases of their layers. turned: with `shifted`, also the rounding of each weight's elements.
+        searched: which sites' scales form the candidates. shifted: and their zero points, intervals' starts, exponents
+            of power-of-two factors, factors of channels, and biases of their layers. turned: with `shifted`, also the
+            rounding of each weight's elements.
         rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
         all_tokens: compute also the tokens of the last block that the head does not read.
         arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with

@@ -6,13 +6,22 @@ from cptv_jax.quantizers.dual_uniform import DualUniform
 from cptv_jax.quantizers.focusing import Focusing
 from cptv_jax.quantizers.logarithmic import Log2, LogSqrt2
 from cptv_jax.quantizers.low_rank import LowRank, RankSearch
-from cptv_jax.quantizers.parameters import innermost, offsets, with_parameters, with_rounding, with_zero_point
+from cptv_jax.quantizers.parameters import (
+    LARGEST_EXPONENT,
+    exponents,
+    innermost,
+    offsets,
+    with_parameters,
+    with_rounding,
+    with_zero_point,
+)
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import round_through, straight_through
 from cptv_jax.quantizers.twin import TwinGelu, TwinSoftmax, twin_softmax
 from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Uniform, grid, spread
 
 __all__ = [
+    "LARGEST_EXPONENT",
     "BiasCorrected",
     "DualUniform",
     "Focusing",
@@ -27,6 +36,7 @@ __all__ = [
     "TwinGelu",
     "TwinSoftmax",
     "Uniform",
+    "exponents",
     "grid",
     "innermost",
     "moments",

@@ -5,6 +5,8 @@
 "factor": of a bias-corrected weight's channels.
 "rounding": of a weight's elements, in tenths of a step, as there are many of them and few images.
 "start": the lower end of a focusing interval, as a fraction of the interval's length.
+"exponents": of a quantizer's power-of-two factors (FQ-ViT, section 3.2), in units of 25 octaves, as one of them changes
+    much. They are rounded to whole ones from 0 to 3, and count from "scale", which is given with them.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,9 @@ from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import straight_through
 from cptv_jax.quantizers.uniform import FractionalUniform, Uniform
 
+LARGEST_EXPONENT = 3  # of power-of-two factors
 _ROUNDING_UNIT = 0.1
+_OCTAVES = 25.0  # a random step of one percent then moves one channel in twenty
 
 
 def innermost(quantizer: Quantizer) -> Any:
@@ -66,11 +70,24 @@ def offsets(quantizer: Quantizer) -> dict[str, Array]:
     return found
 
 
+def exponents(quantizer: Quantizer) -> Float[Array, " channels"]:
+    """The exponents of a quantizer whose scales are power-of-two multiples of the smallest."""
+    return true_divide(jnp.round(jnp.log2(true_divide(quantizer.scale, jnp.min(quantizer.scale)))), _OCTAVES)
+
+
+def _powers_of_two(values: Float[Array, " channels"]) -> Float[Array, " channels"]:
+    octaves = jnp.clip(values * _OCTAVES, 0, LARGEST_EXPONENT)
+    exact = jnp.ldexp(jnp.float32(1), jnp.round(octaves).astype(jnp.int32))  # exp2 need not be exact
+    return straight_through(exact, jnp.exp2(octaves))
+
+
 def with_parameters(quantizer: Quantizer, values: Mapping[str, Array]) -> Quantizer:
     """The quantizer with the named parameters; the others stay."""
     if "scale" in values:
         scale = values["scale"]
-        if jnp.ndim(scale) < jnp.ndim(quantizer.scale):  # powers of two, if that is what the factors were, stay such
+        if "exponents" in values:
+            scale = scale * _powers_of_two(values["exponents"])
+        elif jnp.ndim(scale) < jnp.ndim(quantizer.scale):  # powers of two, if that is what the factors were, stay such
             scale = scale * true_divide(quantizer.scale, jnp.min(quantizer.scale))
         quantizer = quantizer.with_scale(scale)
     if "zero_point" in values:

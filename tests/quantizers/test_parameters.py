@@ -1,13 +1,16 @@
 """What a search may change of a quantizer: placed back it is the same quantizer, and moved it keeps its form."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cptv_jax.quantizers import (
+    LARGEST_EXPONENT,
     BiasCorrected,
     DualUniform,
     Focusing,
@@ -15,6 +18,7 @@ from cptv_jax.quantizers import (
     LowRank,
     OffsetUniform,
     Uniform,
+    exponents,
     grid,
     innermost,
     offsets,
@@ -51,6 +55,29 @@ def test_one_scale_for_all_channels_keeps_their_powers_of_two() -> None:
     quantizer = with_parameters(uniform(3, 4), {"scale": jnp.float32(0.3) * factors})
     moved = with_parameters(quantizer, {"scale": jnp.float32(0.7)})
     np.testing.assert_array_equal(moved.scale, np.float32(0.7) * factors)
+
+
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3))
+def test_exponents_move_by_whole_octaves_within_their_range(octaves: list[int], moved: list[float]) -> None:
+    given = replace(uniform(3, 4), scale=jnp.asarray(0.37 * 2.0 ** np.asarray(octaves), jnp.float32))
+    smallest, units = jnp.min(given.scale), exponents(given)
+    again = with_parameters(given, {"scale": smallest, "exponents": units})
+    jax.tree.map(np.testing.assert_array_equal, again, given)
+    start = np.asarray(octaves) - min(octaves)
+    expected = np.clip(np.round(start + np.float32(moved) * 25), 0, LARGEST_EXPONENT)
+    assume(np.all(np.abs((np.float32(moved) * 25) % 1 - 0.5) > 1e-4))  # ties of float32 sums
+    other = with_parameters(given, {"scale": smallest, "exponents": units + jnp.asarray(moved, jnp.float32)})
+    np.testing.assert_array_equal(other.scale, np.float32(smallest) * 2 ** np.float32(expected))
+
+
+def test_the_derivative_by_an_exponent_is_that_of_an_unrounded_one() -> None:
+    factors = jnp.asarray([1.0, 8.0, 2.0])
+
+    def scales(units: jax.Array) -> jax.Array:
+        return jnp.sum(with_parameters(replace(uniform(3, 4), scale=factors), {"scale": 1.0, "exponents": units}).scale)
+
+    slope = jax.grad(scales)(jnp.asarray([0.3, 1.1, 1.4]) / 25)
+    np.testing.assert_allclose(slope, 25 * np.log(2) * 2 ** np.asarray([0.3, 1.1, 1.4]), rtol=1e-5)  # float32 exp2
 
 
 def test_a_focusing_interval_keeps_its_place_when_its_scale_grows() -> None:

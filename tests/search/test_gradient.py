@@ -69,6 +69,8 @@ def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_tw
     assert candidate["attn.qkv.weight"].shape == candidate["attn.qkv.weight.zero_point"].shape == (192,)
     np.testing.assert_array_equal(candidate["attn.qkv.weight.factor"], np.ones(192))
     assert candidate["residual1"].shape == ()
+    assert candidate["residual1.exponents"].shape == (64,)
+    assert np.any(candidate["residual1.exponents"]) and np.all(candidate["residual1.exponents"] <= 3 / 25)
 
 
 @pytest.mark.slow
