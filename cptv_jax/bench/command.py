@@ -46,7 +46,8 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         "--searches",
         nargs="+",
         metavar="SEARCH",
-        help="strategies, or YAML files with a search (default: evol-q generational guided)",
+        help="strategies, or YAML files with a search, either with passes of its own, as in guided:1 "
+        "(default: evol-q generational guided)",
     )
     search.add_argument(
         "--objectives",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cptv_jax import data
 from cptv_jax.checkpoint import load_float_model, write_atomically
-from cptv_jax.config import QuantizeConfig, from_mapping, to_mapping
+from cptv_jax.config import QuantizeConfig, from_mapping, gradient_steps, to_mapping
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import logits_of
 from cptv_jax.mesh import use_all_cores
@@ -141,6 +141,7 @@ def measure(task: Task) -> dict[str, Any]:
         "recipe": outcome.model.recipe.name,
         "scope": outcome.model.recipe.scope,
         "evaluations": max((record.get("evaluations", 0) for record in outcome.log), default=0),
+        "gradient_steps": gradient_steps(config.search),
         "images": {
             "base": len(plan.split.calibration) * batch,
             "search": plan.split.searched * batch if config.search.strategy != "none" else 0,

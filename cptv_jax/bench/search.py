@@ -15,7 +15,9 @@ from cptv_jax.suggest import did_you_mean
 DEFAULT_SEARCHES = ("evol-q", "generational", "guided")  # what needs no optional package
 DEFAULT_BITS = ("W4A8", "W3A8")
 DEFAULT_PASSES = (1, 2, 4)
-_HEADER = ("bits", "search", "evaluations", "seconds", "top-1 %", "gain", "infoNCE", "KL", "seeds", "remark")
+_HEADER = (
+    "bits", "search", "evaluations", "gradient steps", "seconds", "top-1 %", "gain", "infoNCE", "KL", "seeds", "remark",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class SearchOptions:
     """What `cptv bench search` is asked.
 
     source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
-    section counts. bits: such as W3A8. passes: the budgets. objectives: such as "kl" or "kl+cosine@features" (see
-    Objective; without @ on what the search has); none means the search's own. config: base method, recipe and
-    calibration of all runs.
+    section counts; either with passes of its own behind a colon. bits: such as W3A8. passes: the budgets of the others.
+    objectives: such as "kl" or "kl+cosine@features" (see Objective; without @ on what the search has); none means the
+    search's own. config: base method, recipe and calibration of all runs.
     """
 
     source: Source
@@ -36,6 +38,14 @@ class SearchOptions:
     seeds: tuple[int, ...] = AUTO_SEEDS
     config: QuantizeConfig = QuantizeConfig()  # noqa: RUF009 - frozen
     objectives: tuple[str, ...] = ()
+
+
+def _budget(word: str, passes: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """A word of --searches without its own number of passes, and its budgets."""
+    name, colon, number = word.rpartition(":")
+    if colon and number.isdecimal():
+        return name, (int(number),)
+    return word, tuple(dict.fromkeys(passes))
 
 
 def _search(word: str) -> tuple[str, SearchConfig]:
@@ -56,18 +66,20 @@ def _with_objective(label: str, search: SearchConfig, word: str) -> tuple[str, S
 def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
     """Labels and settings of the searches, at every budget."""
     found = []
-    for label, search in map(_search, dict.fromkeys(options.searches)):
+    for word in dict.fromkeys(options.searches):
+        name, budgets = _budget(word, options.passes)
+        if min(budgets) < 1:
+            raise InputError(f"a search of {min(budgets)} passes is asked for; give 1 or more")
+        label, search = _search(name)
         variants = [_with_objective(label, search, word) for word in dict.fromkeys(options.objectives)]
         for name, variant in variants or [(label, search)]:
-            for passes in dict.fromkeys(options.passes):
+            for passes in budgets:
                 found.append((f"{name}, {passes} pass{'es' * (passes > 1)}", replace(variant, passes=passes)))
     return found
 
 
 def _runs(options: SearchOptions, seed: int) -> list[Run]:
     """The runs of one seed, by width, strategy, objective and budget."""
-    if min(options.passes) < 1:
-        raise InputError(f"--passes has {min(options.passes)}; a search has at least 1")
     runs = []
     for bits in dict.fromkeys(options.bits):
         config = with_bits(replace(options.config, seed=seed), bits)
@@ -98,6 +110,7 @@ def _line(bits: str, label: str, seeds: list[int], found: list[Line], stage: str
         "search": label,
         "seeds": seeds,
         "evaluations": [one["evaluations"] if stage == "final" else 0 for one in found],
+        "gradient_steps": [one["gradient_steps"] if stage == "final" else 0 for one in found],
         "seconds": [one["phases"].get(phase, {}).get("seconds") for one in found],
         "top1": top1,
         "gain": [after - one["accuracy"]["base"]["top1"] for after, one in zip(top1, found, strict=True)],
@@ -125,6 +138,7 @@ def markdown(lines: Sequence[Line]) -> str:
                 line["bits"],
                 line["search"],
                 _mean(line["evaluations"], 0) if line["search"] != "base" else "",
+                _mean(line["gradient_steps"], 0) if any(line["gradient_steps"]) else "",
                 _mean(line["seconds"], 0),
                 _mean(line["top1"], 2),
                 _mean(line["gain"], 2) if line["search"] != "base" else "",

@@ -19,14 +19,15 @@ from cptv_jax.cli import main
 from cptv_jax.config import CalibrationConfig, to_mapping
 
 
-def cell(label: str, seed: int, base: float, final: float, evaluations: int = 7, bits: str = "W3A8") -> Cell:
+def cell(label: str, seed: int, base: float, final: float, steps: int = 60, bits: str = "W3A8") -> Cell:
     measured: dict[str, Any] = {
         "done": True,
         "accuracy": {"base": {"top1": base, "images": 500}, "final": {"top1": final, "images": 500}},
         "objective": {"base": 20.0, "final": 19.0 + seed},
         "kl": {"base": 1.0, "final": 0.5},
         "phases": {"base": {"seconds": 5.0}, "search": {"seconds": 10.0 * (seed + 1)}},
-        "evaluations": evaluations,
+        "evaluations": 7,
+        "gradient_steps": steps,
     }
     return Cell(bits, label, seed, "guided", measured)
 
@@ -39,11 +40,11 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
 def test_lines_have_means_and_deviations_and_gains_over_the_base_of_the_same_seed() -> None:
     base, search = rows([cell("guided, 1 pass", 0, 50.0, 60.0), cell("guided, 1 pass", 1, 54.0, 62.0)])
     assert base == [
-        "W3A8", "base", "", "5 ± 0", "52.00 ± 2.83", "", "20.0000 ± 0.0000", "1.0000 ± 0.0000",
+        "W3A8", "base", "", "", "5 ± 0", "52.00 ± 2.83", "", "20.0000 ± 0.0000", "1.0000 ± 0.0000",
         "0 1", "",
     ]  # fmt: skip
     assert search == [
-        "W3A8", "guided, 1 pass", "7 ± 0", "15 ± 7", "61.00 ± 1.41", "9.00 ± 1.41", "19.5000 ± 0.7071",
+        "W3A8", "guided, 1 pass", "7 ± 0", "60 ± 0", "15 ± 7", "61.00 ± 1.41", "9.00 ± 1.41", "19.5000 ± 0.7071",
         "0.5000 ± 0.0000", "0 1", "",
     ]  # fmt: skip
 
@@ -88,7 +89,7 @@ def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkey
 
     monkeypatch.setattr(Children, "run", here)
     base, one, two = bench_search(replace(options, seeds=(0,)), progress=False)
-    assert base["search"] == "base" and base["evaluations"] == [0]
+    assert base["search"] == "base" and base["evaluations"] == base["gradient_steps"] == [0]
     assert one["evaluations"] == [1 + 3] and two["evaluations"] == [1 + 2 * 3]  # the start, and three cycles a pass
     assert one["seconds"][0] > 0
     assert (options.out / "search.md").read_text().count("evol-q") == 2
@@ -116,8 +117,15 @@ def test_every_objective_is_a_run_with_the_output_that_it_names(options: SearchO
 def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> None:
     with pytest.raises(InputError, match="did you mean 'evol-q'"):
         bench_search(replace(options, searches=("evolq",)))
-    with pytest.raises(InputError, match="--passes has 0"):
-        bench_search(replace(options, passes=(0, 1)))
+    for change in ({"passes": (0, 1)}, {"searches": ("evol-q:0",)}):
+        with pytest.raises(InputError, match="a search of 0 passes is asked for; give 1 or more"):
+            bench_search(replace(options, **change))  # type: ignore[arg-type]
+
+
+def test_a_search_may_have_passes_of_its_own(options: SearchOptions) -> None:
+    found = _runs(replace(options, searches=("evol-q:7", "generational")), 0)
+    assert [run.label for run in found] == ["evol-q, 7 passes", "generational, 1 pass", "generational, 2 passes"]
+    assert [run.config.search.passes for run in found] == [7, 1, 2]
 
 
 def test_the_command_line_says_what_the_options_are(
