@@ -165,7 +165,7 @@ def main() -> None:
 
         def search(passes: int) -> SearchState:
             begin = initial_state(evaluator)
-            return run_search(evaluator, lambda name, direction: strategy, passes, jax.random.key(0), begin)
+            return run_search(evaluator, lambda *_: strategy, passes, jax.random.key(0), begin)
 
         search(1)  # compiles
         start = time.perf_counter()

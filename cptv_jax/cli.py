@@ -122,9 +122,12 @@ def _print_outcome(outcome: Any, out: Path) -> None:
         if name in outcome.results:
             result = outcome.results[name]
             print(f"{label:17s} top-1 {result['top1']:6.2f} %   top-5 {result['top5']:6.2f} %")
-    passes = [record for record in outcome.log if record["event"] != "accepted"]
+    passes = [record for record in outcome.log if record["event"] in ("start", "pass")]
     if passes:
-        print(f"{'objective':17s} {passes[0]['loss']:.5f} -> {passes[-1]['loss']:.5f}")
+        judged = all(record["held_out"] is not None for record in passes)
+        kept = min(passes, key=lambda record: record["held_out"]) if judged else passes[-1]
+        which = f"pass {kept['pass']}" if kept["event"] == "pass" else "the base, as held-out images refused the rest"
+        print(f"{'objective':17s} {passes[0]['loss']:.5f} -> {kept['loss']:.5f} ({which})")
     print(f"{'report':17s} {out / 'report.md'}")
 
 

@@ -127,11 +127,6 @@ def effort(search: SearchConfig) -> Effort:
     return Effort(*(own if value is None else value for value, own in zip(given, usual, strict=True)))
 
 
-def gradient_steps(search: SearchConfig) -> int:
-    """How many steps of an optimizer propose, over all passes."""
-    return search.gradient_steps * effort(search).passes if search.strategy == "guided" else 0
-
-
 def completed_search(search: SearchConfig) -> SearchConfig:
     """The search with what its strategy decides filled in, but for the number of images, which depends on the batch."""
     guided = search.strategy == "guided"

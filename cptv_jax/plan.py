@@ -96,10 +96,13 @@ def check_size(model: Model, images: Images) -> None:
 def searched_sites(recipe: Recipe, search: SearchConfig) -> frozenset[str]:
     """The quantized sites that match search.sites. Raises InputError where there are none, or some have no scale."""
     patterns = completed_search(search).sites or ()
+    for pattern in patterns if search.sites else ():
+        if not any(fnmatchcase(site, pattern) for site in recipe.sites):
+            near = did_you_mean(pattern, recipe.sites)
+            raise InputError(f"search.sites: no quantized site matches '{pattern}'{near}")
     sites = [site for site in recipe.sites if any(fnmatchcase(site, pattern) for pattern in patterns)]
     if not sites:
-        near = did_you_mean(patterns[0], recipe.sites)
-        raise InputError(f"search.sites {list(patterns)} match no quantized site{near}")
+        raise InputError(f"search.sites are {list(patterns)}, and none of them is quantized; name others")
     fixed = [site for site in sites if recipe.sites[site].quantizer == "log2"]
     if fixed:
         raise InputError(f"search.sites match {fixed[0]}, whose log2 quantizer has no scale to search; leave it out")
@@ -118,6 +121,15 @@ class Plan:
     recipe: Recipe
     split: Split
 
+    @property
+    def base_images(self) -> int:
+        """How many images the base method reads, reconstruction of its blocks included."""
+        given = sum(len(batch) for batch in self.split.calibration)
+        if not self.method.first_images:
+            return given
+        learned = self.config.reconstruction.images or given if self.config.reconstruction.steps else 0
+        return min(given, max(getattr(self.config, str(self.method.options)).images, learned))
+
 
 def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
     """Everything that can be settled before anything is computed. Raises InputError for what cannot work."""
@@ -134,6 +146,12 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
         check_population(config.search.population_devices)
     if config.search.strategy == "evosax":
         Evosax(config.search.algorithm, children=effort(config.search).children)
+    rewritten = method.rewrites_weights or config.reconstruction.steps
+    if config.search.teacher == "published" and config.search.strategy != "none" and rewritten:
+        raise InputError(
+            "search.teacher is published, the unrounded pass of the quantized model, but here its weights are not the "
+            "float model's; set --search.teacher float"
+        )
     if config.search.offsets and config.search.strategy != "guided":
         raise InputError(
             f"search.offsets is true, but the steps of {config.search.strategy} are for scales; "
@@ -144,4 +162,10 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
             "search.rounding is true, but search.offsets false, and roundings are among the offsets; "
             "set both, or --search.rounding false"
         )
-    return Plan(config, method, recipe, _split(images, config))
+    split = _split(images, config)
+    if config.search.patience is not None and config.search.strategy != "none" and not split.held_out:
+        raise InputError(
+            f"search.patience is {config.search.patience}, but no images are held out to judge passes by; "
+            "raise --search.holdout, lower --calibration.batch, or leave patience out"
+        )
+    return Plan(config, method, recipe, split)

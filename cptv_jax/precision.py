@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from cptv_jax.errors import InputError
-from cptv_jax.interpreters import quantize_weight
+from cptv_jax.interpreters import ArithmeticName, quantize_weight
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized import Model, QuantizedModel
 from cptv_jax.recipe import Recipe
@@ -76,11 +76,14 @@ class Widths:
         """The same width everywhere."""
         return dict.fromkeys(self.sites, index)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages of the widest model, whose candidates are genes, by site relative to the stage."""
+    def stages(self, arithmetic: ArithmeticName | None = None) -> tuple[Stage, ...]:
+        """The stages of the widest model, whose candidates are genes, by site relative to the stage.
+
+        arithmetic: as of QuantizedModel.stages.
+        """
         sites = set(self.sites)
         stages = []
-        for stage in self.models[-1].stages(lambda site: site in sites):
+        for stage in self.models[-1].stages(lambda site: site in sites, arithmetic=arithmetic):
             choices = {
                 name: jax.tree.map(
                     lambda *leaves: jnp.stack(leaves), *(m.quantizers[f"{stage.name}.{name}"] for m in self.models)

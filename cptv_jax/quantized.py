@@ -15,6 +15,7 @@ from cptv_jax.mesh import check_arithmetic, fastest_arithmetic
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
 from cptv_jax.quantizers import (
     BiasCorrected,
+    LowRank,
     Quantizer,
     Uniform,
     exponents,
@@ -199,7 +200,7 @@ def arithmetic_for(recipe: Recipe, name: ArithmeticName | None = None) -> Arithm
 
 def _steps_within_codes(quantizers: Iterable[Quantizer]) -> bool:
     """Whether every zero point is a code, so that steps are integers no larger than the largest code."""
-    bases = (quantizer.base if isinstance(quantizer, BiasCorrected) else quantizer for quantizer in quantizers)
+    bases = (each.base if isinstance(each, BiasCorrected | LowRank) else each for each in quantizers)
     points = jax.device_get([(grid.zero_point, grid.low, grid.high) for grid in bases if isinstance(grid, Uniform)])
     return all(np.all((point == np.round(point)) & (low <= point) & (point <= high)) for point, low, high in points)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from cptv_jax.errors import InputError
-from cptv_jax.sites import Site, layer_norm_readers
+from cptv_jax.sites import Site, keeps_channels, layer_norm_readers
 from cptv_jax.suggest import did_you_mean
 
 ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf", "method"]
@@ -138,6 +138,7 @@ class Preset:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+_OF_ATTENTION = ("log2", "log-sqrt2", "focusing", "twin-softmax")  # their levels are those of values from 0 to 1
 _OMSE: dict[str, Any] = {
     "scope": "matmuls",
     "weight_observer": "omse",
@@ -223,7 +224,8 @@ class Recipe:
 def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     """The recipe that `config` gives for the sites of an architecture.
 
-    Raises InputError for an unknown preset, observer or field, a width out of range, or a pattern that matches no site.
+    Raises InputError for an unknown preset, observer or field, a width out of range, a pattern that matches no site, or
+    what would have no effect or no meaning at a site.
     """
     preset_name = config.preset or DEFAULT_PRESET
     if preset_name not in PRESETS:
@@ -234,6 +236,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         chosen = getattr(config, name)
         return getattr(preset, name) if chosen is None else chosen
 
+    _check_flags(config, preset_name, choice("power_of_two_factor"))
     softmax_bits = choice("softmax_bits") or config.activation_bits
     factor, log_softmax = choice("power_of_two_factor"), choice("log_int_softmax")
     observer, weight_observer = choice("activation_observer"), choice("weight_observer")
@@ -294,9 +297,11 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
             specs[name] = dataclasses.replace(specs[name], **fields)
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
-    shapes = {site.name: site.shape for site in sites}
+    known = {site.name: site for site in sites}
     for name, spec in specs.items():
-        _check(name, spec, shapes[name])
+        _check(name, spec, known[name])
+        if spec.per_channel and not keeps_channels(known[name], sites):
+            raise InputError(f"{name}: its channels are not those of what reads it; set per_channel: false")
     integer_layer_norm = choice("integer_layer_norm") and factor
     return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope)
 
@@ -323,13 +328,32 @@ def _override(
             specs[name] = dataclasses.replace(specs.get(name, default), **change)
 
 
-def _check(name: str, spec: SiteSpec, shape: tuple[int, ...]) -> None:
+def _check_flags(config: RecipeConfig, preset: str, factor: bool) -> None:
+    """Raises InputError for flags that would have no effect."""
+    if PRESETS[preset].scope == "matmuls":
+        for name in ("power_of_two_factor", "integer_layer_norm", "log_int_softmax"):
+            if getattr(config, name):
+                raise InputError(
+                    f"recipe.{name} is true, but preset {preset} quantizes only what matmuls read; leave it out, or "
+                    "set --recipe.preset to one that quantizes the whole network"
+                )
+    if config.integer_layer_norm and not factor:
+        raise InputError(
+            "recipe.integer_layer_norm is true, but its arithmetic needs power-of-two factors; "
+            "set --recipe.power_of_two_factor true, or leave it out"
+        )
+
+
+def _check(name: str, spec: SiteSpec, site: Site) -> None:
+    shape = site.shape
     if not (isinstance(spec.bits, int) and MIN_BITS <= spec.bits <= MAX_BITS):
         raise InputError(f"{name}: {spec.bits} bits asked for; widths from {MIN_BITS} to {MAX_BITS} are supported")
     if spec.observer not in OBSERVERS:
         raise InputError(f"{name}: unknown observer '{spec.observer}'{did_you_mean(spec.observer, OBSERVERS)}")
     if spec.quantizer not in QUANTIZERS:
         raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, QUANTIZERS)}")
+    if spec.quantizer in _OF_ATTENTION and site.kind != "softmax":
+        raise InputError(f"{name}: a {spec.quantizer} quantizer is for attention maps; set another quantizer")
     if spec.observer == "ptf" and not spec.per_channel:
         raise InputError(f"{name}: observer 'ptf' needs per_channel: true")
     if spec.observer == "percentile" and spec.per_channel:

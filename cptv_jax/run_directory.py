@@ -115,6 +115,7 @@ class RunDirectory:
                     f"{path} holds a run with other settings ({different}); "
                     "choose another --out, or repeat the original command to continue it"
                 )
+            self._refuse_other_versions(known)
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
@@ -125,6 +126,19 @@ class RunDirectory:
             self.drop_reconstruction()
         else:
             self._drop(self._numbered("reconstruction")[:-1])
+
+    def _refuse_other_versions(self, known: Path) -> None:
+        """An unfinished run goes on with what it began with, or its result would be neither version's."""
+        begun, here = (
+            {name: number for name, number in found.items() if name != "python"}
+            for found in (json.loads(known.read_text(encoding="utf-8")).get("versions", {}), versions())
+        )
+        different = first_difference(begun, here) if begun else None
+        if different and not (self.path / "model").exists():
+            raise InputError(
+                f"{self.path} holds an unfinished run of other versions ({different}); "
+                "choose another --out, or continue it with those"
+            )
 
     def base(self) -> QuantizedModel | None:
         """The base method's model, if it was finished."""

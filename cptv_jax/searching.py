@@ -43,14 +43,17 @@ _VARIANCE_IMAGES = 100  # that the variances of the teacher's channels are taken
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
-def strategy_for(config: SearchConfig, weight_bits: int, direction: PyTree = None) -> Strategy:
+def strategy_for(
+    config: SearchConfig, weight_bits: int, direction: PyTree = None, sigma: float | None = None
+) -> Strategy:
     """The configured strategy for a stage whose searched weights have this width.
 
-    direction: of the pass's proposal there, for guided.
+    direction: of the pass's proposal there, for guided. sigma: what the stage before ended with, which guided goes on
+    with, as it visits a stage for a round or so.
     """
     _, rounds, children = effort(config)
     if config.strategy == "guided":
-        return Guided(direction, move_candidate, config.sigma, children, rounds)
+        return Guided(direction, move_candidate, config.sigma if sigma is None else sigma, children, rounds)
     if config.strategy == "evosax":
         return Evosax(config.algorithm, config.sigma, children, rounds)
     if config.strategy == "evol-q":
@@ -259,7 +262,7 @@ def improve(
 
         state = run_search(
             evaluator,
-            lambda name, direction: strategy_for(search, bits[name], direction),
+            lambda name, direction, sigma: strategy_for(search, bits[name], direction, sigma),
             passes,
             jax.random.key(config.seed),
             state,
@@ -271,5 +274,7 @@ def improve(
             search.patience,
             _IDLE_STAGES if guided else None,
         )
+    if state.best_pass == 0:
+        return base, state
     found = {f"{name}.{key}": value for name, values in state.best_scales.items() for key, value in values.items()}
     return base.with_parameters(found), state

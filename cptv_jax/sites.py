@@ -49,6 +49,23 @@ def products(sites: Iterable[Site]) -> tuple[Product, ...]:
     return tuple(found)
 
 
+def keeps_channels(site: Site, sites: Iterable[Site]) -> bool:
+    """Whether a scale for each channel of a tensor can be applied where the tensor is read: not where its channels are
+    cut into heads or patches, nor where a matmul of activations sums over them.
+    """
+    channels = site.shape[-1]
+    for reader in sites:
+        if reader.source == site.name and reader.shape[-1] != channels:
+            return False
+        if reader.kind == "weight" and site.name in reader.reads and reader.shape[0] != channels:
+            return False
+        if reader.kind == "matmul" and site.name in reader.reads:
+            first, second = reader.reads
+            if site.name == first or (site.name == second and reader.shape[-1] != channels):
+                return False
+    return True
+
+
 def layer_norm_readers(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
     """By LayerNorm inside the network, the weights of the linear layers that read it.
 

@@ -23,6 +23,7 @@ from tiny_vit import TINY
 
 from cptv_jax import (
     CalibrationConfig,
+    InputError,
     Model,
     Quantization,
     QuantizeConfig,
@@ -36,6 +37,7 @@ from cptv_jax import (
 )
 from cptv_jax.checkpoint import METADATA, restore_tree
 from cptv_jax.methods import METHODS
+from cptv_jax.search import gradient
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("CPTV_KILLS", "6"))  # 20 before a release: each is a process that starts and compiles
@@ -205,6 +207,48 @@ def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
     ):
         assert step in steps, sorted(steps)
     assert_same(tmp_path / "killed", expected)
+
+
+@pytest.mark.slow
+def test_a_guided_run_goes_on_from_within_a_proposal(
+    model: Model, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient, "_SAVED_EVERY", 2)
+    searching = SearchConfig(strategy="guided", passes=2, gradient_steps=5, gradient_batch=4, sites=("*",))
+    images = load_images(str(folders[0]), DEEPER.preprocessing, labels=False, progress=False)
+
+    def call(out: Path) -> Quantization:
+        return quantize(model, images, replace(CONFIG, search=searching), out=out)
+
+    outcome = call(tmp_path / "whole")
+    taken = [record["fraction"] for record in outcome.log if record["event"] == "proposal"]
+    assert any(taken) and len(taken) == 3  # an opening, and a proposal a pass
+    saboteur = Saboteur(tmp_path / "killed", monkeypatch, only="state/")
+    for _ in range(100):
+        saboteur.armed = True
+        try:
+            call(tmp_path / "killed")
+            break
+        except Killed:
+            pass
+    # Two states within each proposal, beside the start, its end and the stages.
+    assert sum(label.startswith("save state/") for label in saboteur.done) >= 1 + 2 * (2 + 1 + 4)
+    assert_same(tmp_path / "killed", outcome_of(tmp_path / "whole"))
+
+
+def test_an_unfinished_run_is_not_continued_with_other_versions(
+    call: Callable[[Path], Quantization], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(tmp_path / "run")
+    known = tmp_path / "run" / "run.json"
+    begun = json.loads(known.read_text())
+    known.write_text(json.dumps({**begun, "versions": {**begun["versions"], "jax": "0.1.2", "python": "3.1"}}))
+    call(tmp_path / "run")  # what is finished stays so
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(InputError, match=r"unfinished run of other versions \(jax: 0\.1\.2 there, .* here\)"):
+        call(tmp_path / "run")
+    known.write_text(json.dumps(begun))
+    call(tmp_path / "run")
 
 
 def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantization], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, with_bits
+from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import lines_of, markdown, near
 from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig, load_config, to_mapping
 from cptv_jax.errors import InputError
@@ -16,6 +16,15 @@ DEFAULT_SEARCH = SearchConfig(strategy="guided", gradient_steps=60)
 NEAR_POINTS = 1.5
 RECONSTRUCTION_STEPS = 60  # a stage, as AIQViT's own
 _RECONSTRUCTION = "reconstruction"
+_OWN_OPTIONS = {
+    "method": "methods",
+    "recipe.preset": "methods NAME/PRESET",
+    "recipe.weight_bits": "bits",
+    "recipe.activation_bits": "bits",
+    "calibration": "calibration and --batch",
+    "search": "search",
+    "seed": "seeds",
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,13 @@ def search_from(text: str | None) -> SearchConfig:
     return SearchConfig(strategy="none") if text == "none" else load_config(text).search
 
 
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
 def _with_method(config: QuantizeConfig, word: str) -> tuple[str, QuantizeConfig]:
     """The label and the configuration of a method as --methods names it."""
-    if word.endswith((".yaml", ".yml")):
+    if _is_file(word):
         return Path(word).stem, load_config(word)
     word, plus, addition = word.partition("+")
     name, _, preset = word.partition("/")
@@ -76,9 +89,9 @@ def _runs(options: Options, seed: int) -> list[Run]:
     """The runs of one seed, by width and then by method. Raises InputError for what no run can use."""
     if options.batch > options.calibration:
         raise InputError(f"--batch is {options.batch}, but --calibration only {options.calibration} images; lower it")
-    for name, option in (("calibration", "calibration and --batch"), ("search", "search"), ("seed", "seeds")):
-        if getattr(options.config, name) != getattr(QuantizeConfig(), name):
-            raise InputError(f"--config sets {name}, which a bench has options of its own for; use --{option}")
+    refuse_set(options.config, _OWN_OPTIONS)
+    if options.config != QuantizeConfig() and any(map(_is_file, options.methods)):
+        raise InputError("--config does not reach a method of a YAML file; write what it shall share into that file")
     calibration = CalibrationConfig(options.calibration, options.batch)
     runs = []
     for bits in dict.fromkeys(options.bits):

@@ -13,7 +13,7 @@ from cptv_jax import data
 from cptv_jax.bench.runs import KIND, Line, Source, check_identity
 from cptv_jax.bench.table import rows_of
 from cptv_jax.checkpoint import load_float_model, save_model, write_atomically
-from cptv_jax.config import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels, evaluate
@@ -44,7 +44,8 @@ _COLUMNS = ("uniform top-1 %", "mixed top-1 %", "uniform objective", "mixed obje
 class PrecisionOptions:
     """What `cptv bench precision` is asked.
 
-    bits: the widths a site may have. images: calibration images that judge genes, of those of `config`. generations,
+    bits: the widths a site may have. images: calibration images that judge genes, of those of `config`, in whole
+    batches. generations,
     children: of the evolution at every budget. config: base method, recipe (its weight_bits are replaced), calibration,
     objective (null means KL) and seed. genes: what has a width of its own, "weights" or "all" that products read;
     other activations have the recipe's. budget: what mixed widths may cost as much of as uniform ones, a key of
@@ -104,11 +105,17 @@ def _models(model: Model, plans: dict[int, Plan], progress: bool) -> Widths:
 
 
 class _Kept:
-    """Measurements by name, in a JSON file that is rewritten after each: an interrupted bench goes on."""
+    """Measurements by name, in a JSON file that is rewritten after each: an interrupted bench goes on.
+
+    Raises InputError where that file is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            raise InputError(f"{path} is damaged; remove it, and the same command measures again") from None
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         if name not in self.found:
@@ -133,15 +140,20 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     if options.genes == "all" and options.budget == "bytes":
         raise InputError("the widths of activations cost no bytes; set --budget bit-operations, or --genes weights")
     source, config = options.source, options.config
-    for flag, number, least in (
-        ("judges", options.images, 1),
-        ("generations", options.generations, 0),
-        ("children", options.children, 1),
-    ):
+    for flag, number, least in (("generations", options.generations, 0), ("children", options.children, 1)):
         if number < least:
             raise InputError(f"--{flag} is {number}; it must be at least {least}")
-    search = config.search
-    objective = Objective(search.objective or OBJECTIVE, search.on, search.temperature)
+    objective = Objective(config.search.objective or OBJECTIVE, config.search.on, config.search.temperature)
+    search = replace(config.search, objective=objective.name)
+    check(replace(config, search=search))
+    for field, unused in (("race", search.race), ("teacher", search.teacher != "float")):
+        if unused:
+            raise InputError(f"search.{field} is {getattr(search, field)}, which has no meaning here; leave it out")
+    if not config.calibration.batch <= options.images <= config.calibration.images:
+        raise InputError(
+            f"--judges is {options.images}; it must lie between calibration.batch, {config.calibration.batch}, and "
+            f"calibration.images, {config.calibration.images}"
+        )
     refuse_foreign(options.out, KIND)
     model = load_float_model(source.weights, source.arch)
     wanted, batch = config.calibration.images, config.calibration.batch
@@ -152,7 +164,7 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     check_labels(model.stages(), evaluation)
     plans = _plans(model, given, options, widths)
     _check_base(plans[widths[0]])
-    batches = plans[widths[0]].split.calibration[: max(1, options.images // batch)]
+    batches = plans[widths[0]].split.calibration[: options.images // batch]
     identity = {
         "weights": digest(model.weights),
         "images": digest(given.pixels),
@@ -169,8 +181,9 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
         check_identity(options.out, identity)
         kept = _Kept(options.out / f"{NAME}-measured.json")
         models = _models(model, plans, progress)
-        teacher = outputs_of(model.stages(), batches, config.search, progress, "teacher outputs")
-        judge = evaluator_of(models.stages(), batches, teacher, objective, config.search, 1, make_mesh())
+        teacher = outputs_of(model.stages(), batches, search, progress, "teacher outputs")
+        stages = models.stages(search.arithmetic)
+        judge = evaluator_of(stages, batches, teacher, objective, search, 1, make_mesh())
         return _measured(options, models, judge, kept, lambda q: evaluate(q.stages(), evaluation).top1, progress)
 
 
@@ -205,11 +218,13 @@ def _measured(
             if index + 1 < len(widths):
                 rng = np.random.default_rng([options.config.seed, bits])
 
-                def mixed(budget: float = line["cost"], rng: np.random.Generator = rng) -> dict[str, Any]:
-                    start = allocate(losses, costs, budget)
+                def mixed(
+                    budget: float = line["cost"], rng: np.random.Generator = rng, genes: Genes = genes
+                ) -> dict[str, Any]:
+                    starts = [allocate(losses, costs, budget), genes]
                     evolved = evolve_genes(
                         partial(loss_of_genes, judge),
-                        start,
+                        starts,
                         costs,
                         budget,
                         rng,

@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from cptv_jax import data
 from cptv_jax.checkpoint import load_float_model, write_atomically
-from cptv_jax.config import QuantizeConfig, from_mapping, gradient_steps, to_mapping
+from cptv_jax.config import QuantizeConfig, SearchConfig, from_mapping, to_mapping
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import logits_of
 from cptv_jax.mesh import use_all_cores
@@ -141,15 +142,21 @@ def measure(task: Task) -> dict[str, Any]:
         "recipe": outcome.model.recipe.name,
         "scope": outcome.model.recipe.scope,
         "evaluations": max((record.get("evaluations", 0) for record in outcome.log), default=0),
-        "gradient_steps": gradient_steps(config.search),
+        "gradient_steps": _gradient_steps(config.search, outcome.log),
         "images": {
-            "base": len(plan.split.calibration) * batch,
+            "base": plan.base_images,
             "search": plan.split.searched * batch if config.search.strategy != "none" else 0,
             "held_out": len(plan.split.held_out) * batch,
         },
         "config": to_mapping(task.config),
         "done": True,
     }
+
+
+def _gradient_steps(search: SearchConfig, log: Sequence[dict[str, Any]]) -> int:
+    """How many an optimizer took to propose, in the passes that were begun."""
+    passes = {record["pass"] for record in log if record["event"] == "proposal"}
+    return search.gradient_steps * len(passes)
 
 
 def _end_with_parent() -> None:

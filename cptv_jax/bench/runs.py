@@ -18,7 +18,7 @@ from cptv_jax import data
 from cptv_jax.bench.row import Task, read_measured
 from cptv_jax.bench.table import Cell
 from cptv_jax.checkpoint import load_float_model, write_atomically
-from cptv_jax.config import QuantizeConfig, to_mapping
+from cptv_jax.config import QuantizeConfig, flatten, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels
@@ -93,6 +93,15 @@ def with_bits(config: QuantizeConfig, bits: str) -> QuantizeConfig:
             f"--bits has {bits}; write W and A with widths from {MIN_BITS} to {MAX_BITS} bits, such as W4A8"
         )
     return replace(config, recipe=replace(config.recipe, weight_bits=int(parts[1]), activation_bits=int(parts[2])))
+
+
+def refuse_set(config: QuantizeConfig, options: Mapping[str, str]) -> None:
+    """Raises InputError where a bench's --config sets what its other options are for, by dotted name of the field."""
+    given, usual = flatten(config), flatten(QuantizeConfig())
+    for prefix, option in options.items():
+        for name in given:
+            if f"{name}.".startswith(f"{prefix}.") and given[name] != usual[name]:
+                raise InputError(f"--config sets {name}, which a bench has an option of its own for; use --{option}")
 
 
 class Bench:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, with_bits
+from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import Cell, rows_of
 from cptv_jax.config import QuantizeConfig, SearchConfig, load_config, to_mapping
 from cptv_jax.errors import InputError
@@ -25,7 +25,8 @@ class SearchOptions:
     """What `cptv bench search` is asked.
 
     source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
-    section counts; either with passes of its own behind a colon. bits: such as W3A8. passes: the budgets of the others.
+    section counts; either with passes of its own, behind a colon or in the file. bits: such as W3A8. passes: the
+    budgets of the others.
     objectives: such as "kl" or "kl+cosine@features" (see Objective; without @ on what the search has); none means the
     search's own. config: base method, recipe and calibration of all runs.
     """
@@ -40,12 +41,10 @@ class SearchOptions:
     objectives: tuple[str, ...] = ()
 
 
-def _budget(word: str, passes: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """A word of --searches without its own number of passes, and its budgets."""
+def _budget(word: str) -> tuple[str, int | None]:
+    """A word of --searches without its own number of passes, and that number."""
     name, colon, number = word.rpartition(":")
-    if colon and number.isdecimal():
-        return name, (int(number),)
-    return word, tuple(dict.fromkeys(passes))
+    return (name, int(number)) if colon and number.isdecimal() else (word, None)
 
 
 def _search(word: str) -> tuple[str, SearchConfig]:
@@ -67,10 +66,12 @@ def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
     """Labels and settings of the searches, at every budget."""
     found = []
     for word in dict.fromkeys(options.searches):
-        name, budgets = _budget(word, options.passes)
+        name, own = _budget(word)
+        label, search = _search(name)
+        own = search.passes if own is None else own
+        budgets = tuple(dict.fromkeys(options.passes)) if own is None else (own,)
         if min(budgets) < 1:
             raise InputError(f"a search of {min(budgets)} passes is asked for; give 1 or more")
-        label, search = _search(name)
         variants = [_with_objective(label, search, word) for word in dict.fromkeys(options.objectives)]
         for name, variant in variants or [(label, search)]:
             for passes in budgets:
@@ -80,6 +81,7 @@ def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
 
 def _runs(options: SearchOptions, seed: int) -> list[Run]:
     """The runs of one seed, by width, strategy, objective and budget."""
+    refuse_set(options.config, {"search": "searches", "seed": "seeds"})
     runs = []
     for bits in dict.fromkeys(options.bits):
         config = with_bits(replace(options.config, seed=seed), bits)
@@ -112,6 +114,7 @@ def _line(bits: str, label: str, seeds: list[int], found: list[Line], stage: str
         "evaluations": [one["evaluations"] if stage == "final" else 0 for one in found],
         "gradient_steps": [one["gradient_steps"] if stage == "final" else 0 for one in found],
         "seconds": [one["phases"].get(phase, {}).get("seconds") for one in found],
+        "resumed": any(one["phases"].get(phase, {}).get("resumed", False) for one in found),
         "top1": top1,
         "gain": [after - one["accuracy"]["base"]["top1"] for after, one in zip(top1, found, strict=True)],
         "objective": [one["objective"].get(stage) for one in found],
@@ -139,7 +142,7 @@ def markdown(lines: Sequence[Line]) -> str:
                 line["search"],
                 _mean(line["evaluations"], 0) if line["search"] != "base" else "",
                 _mean(line["gradient_steps"], 0) if any(line["gradient_steps"]) else "",
-                _mean(line["seconds"], 0),
+                ("at least " if line["resumed"] else "") + _mean(line["seconds"], 0),
                 _mean(line["top1"], 2),
                 _mean(line["gain"], 2) if line["search"] != "base" else "",
                 _mean(line["objective"], 4),

@@ -21,6 +21,7 @@ class Method:
     presets: the recipes that are its own to carry out; the first is the default.
     options: the field of QuantizeConfig with its options, if it has any.
     abilities: what recipes may say; null means anything.
+    first_images: it reads the first calibration images alone, as many as its options say.
     rewrites_weights: the quantized model has other weights than the float one.
     check: (architecture, recipe, options) raises InputError for what is wrong beside that.
     reconstruction: what null fields of QuantizeConfig's reconstruction mean.
@@ -31,6 +32,7 @@ class Method:
     options: str | None = None
     abilities: Abilities | None = None
     reconstruction: ReconstructionConfig = NO_RECONSTRUCTION
+    first_images: bool = False
     rewrites_weights: bool = False
     check: Callable[[Architecture, Recipe, Any], None] = lambda architecture, recipe, options: None
 
@@ -65,6 +67,7 @@ METHODS: dict[str, Method] = {
         ("ptq4vit", "base-ptq"),
         "ptq4vit",
         Abilities(tensors=("uniform", "twin-softmax", "twin-gelu"), observers=("method",)),
+        first_images=True,
         check=ptq4vit.check,
     ),
     "repq-vit": Method(
@@ -72,6 +75,7 @@ METHODS: dict[str, Method] = {
         ("repq-vit",),
         "repq_vit",
         Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True, grouped=()),
+        first_images=True,
         rewrites_weights=True,
     ),
     "erq": Method(

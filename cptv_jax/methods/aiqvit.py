@@ -6,8 +6,9 @@ There is no public code. What the paper leaves open is chosen here:
 * A compensating term starts as the best one of its rank for the weight's rounding error (its truncated singular value
   decomposition), and may have one of `ranks` columns.
 * Ranks are chosen by a short block reconstruction in which every layer mixes all its candidates by a softmax of learned
-  preferences, on one level: terms and preferences learn from the same images. `penalty` makes a term's size a part of
-  the loss, as more columns never fit worse. The preferred candidate stays, with what it has learned.
+  preferences, on one level: terms and preferences, and nothing else, learn from the same images. `penalty` makes a
+  term's size a part of the loss, as more columns never fit worse. The preferred candidate stays, with what it has
+  learned.
 * Every head's attention map has an interval of its own. It starts as the one, of a grid, with the least squared error
   of the map's product with the values.
 * Then follows block reconstruction, easy images first: methods/reconstruction.py, with the defaults that
@@ -163,11 +164,8 @@ def _decided(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
 
 
 def check(architecture: Architecture, recipe: Recipe, options: AiqvitOptions) -> None:
-    """Raises InputError for ranks below 1, and for a focusing quantizer of anything but an attention map."""
-    for site in sites_of(architecture):
-        if site.kind != "softmax" and site.name in recipe.sites and recipe.sites[site.name].quantizer == "focusing":
-            raise InputError(f"{site.name}: a focusing quantizer is for attention maps; set another quantizer")
-    if min(options.ranks) < 1:
+    """Raises InputError for ranks below 1."""
+    if not options.ranks or min(options.ranks) < 1:
         raise InputError(f"aiqvit.ranks are {list(options.ranks)}; each must be at least 1")
 
 
@@ -199,6 +197,8 @@ def quantize(
     compensated = _compensated(started, options)
     if steps:
         images = np.asarray(first_images(batches, options.search_images))
-        config = ReconstructionConfig(options.search_steps, easy_first=1.0)
+        config = ReconstructionConfig(
+            options.search_steps, scale_rate=0, zero_point_rate=0, rounding_rate=0, weight_rate=0, easy_first=1.0
+        )
         compensated = reconstruct(model, compensated, images, config, key, on_step)
     return replace(compensated, quantizers=_decided(compensated.quantizers))

@@ -20,19 +20,20 @@ def _pulled_back(function: StageFunction, state: PyTree, x: Tensor, gradient: Ar
     return pullback(gradient)[0]
 
 
-def output_importance(teacher: Model, images: np.ndarray, chunk: int, seed: int = 0) -> dict[str, Float[Array, "..."]]:
+def output_importance(teacher: Model, images: np.ndarray, chunk: int, key: Array) -> dict[str, Float[Array, "..."]]:
     """Mean squared gradient of the teacher's loss by each element of a stage's output, over the images, mean 1.
 
     This is the diagonal of the Fisher information (BRECQ, Li et al. 2021, equation 10), with labels drawn from the
     teacher's own predictions, as the true Fisher information has it, averaged over images. By stage name, without the
-    last stage. images: normalised, [images, height, width, channels]; so many at a time as `chunk` says.
+    last stage. images: normalised, [images, height, width, channels]; so many at a time as `chunk` says. key: of the
+    labels.
     """
     stages = teacher.stages()
     totals: dict[str, Array] = {}
     for number, start in enumerate(range(0, len(images), chunk)):
         inputs = stage_inputs(stages, Tensor(jnp.asarray(images[start : start + chunk])))
         logits = array_of(inputs[-1])
-        labels = jax.random.categorical(jax.random.fold_in(jax.random.key(seed), number), logits)
+        labels = jax.random.categorical(jax.random.fold_in(key, number), logits)
         gradient = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])
         for stage, previous, x in zip(stages[:0:-1], stages[-2::-1], inputs[-2:0:-1], strict=True):
             gradient = _pulled_back(stage.function, stage.state, x, gradient)

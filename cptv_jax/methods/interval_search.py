@@ -22,6 +22,7 @@ Choice = Int[np.ndarray, "*groups"]  # of a candidate for every group, in the sh
 
 _EPSILON = 1e-8  # smallest product of norms in a cosine
 _BLOCK = 5  # candidates a call, between which hopeless ones are dropped
+_SLACK = 1e-5  # relative; float32 sums of some thousand squares
 
 
 def _squares(output: Array, samples: Samples) -> Array:
@@ -182,15 +183,16 @@ class LayerSearch:
     def best(self, side: Side, choices: Sequence[Choice | None]) -> Choice:
         """The first candidate with the least loss, for every group: the first minimum of `losses`.
 
-        After the first chunk of images the best candidate so far is run to the end. One whose loss exceeds that total
-        can only grow, so it is dropped without running on further chunks.
+        After the first chunk of images the best candidate so far is run to the end. One whose loss exceeds that total,
+        by more than the rounding of sums that XLA orders by a candidate's place in its block, can only grow, so it is
+        dropped without running on further chunks.
         """
         candidates, run = self._runner(side, choices)
         samples = self.layer.samples
         count = candidates.scale.shape[0]
         totals = run(np.arange(count), samples[0])
         leaders = np.unique(np.argmin(totals, 0))
-        bound = np.min(totals[leaders] + sum(run(leaders, chunk) for chunk in samples[1:]), 0)
+        bound = np.min(totals[leaders] + sum(run(leaders, chunk) for chunk in samples[1:]), 0) * (1 + _SLACK)
         alive = totals <= bound
         for chunk in samples[1:]:
             running = np.flatnonzero(alive.reshape(count, -1).any(-1))

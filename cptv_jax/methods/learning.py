@@ -203,6 +203,12 @@ def relative_error(
     return jnp.mean(importance * (output - target) ** 2), jnp.mean(importance * target**2) + _TINY
 
 
+def price(quantizers: Mapping[str, Quantizer]) -> Float[Array, ""]:
+    """What the terms cost whose ranks are being chosen, relative to the stage's output; 0 where there are none."""
+    searched = [quantizer for quantizer in quantizers.values() if isinstance(quantizer, RankSearch)]
+    return sum((quantizer.price for quantizer in searched), jnp.zeros(()))
+
+
 def mixed(x: Tensor, other: Float[Array, "..."], probability: float, key: Array) -> Tensor:
     """x with elements replaced, each with a probability, by those of the float model (QDrop, Wei et al. 2022)."""
     steps = other if x.scale is None else other / x.scale
@@ -233,8 +239,7 @@ def _train_step(
     def loss_of(parameters: PyTree) -> Array:
         learned = bound(state, parameters)
         error, power = relative_error(differentiable_outputs(function, learned, x), target, importance)
-        searched = [quantizer for quantizer in learned["quantizers"].values() if isinstance(quantizer, RankSearch)]
-        return error / power + sum((quantizer.price for quantizer in searched), jnp.zeros(()))
+        return error / power + price(learned["quantizers"])
 
     gradients = jax.grad(loss_of)(parameters)
     updates, optimizer_state = optimizer_of(config).update(gradients, optimizer_state)

@@ -27,6 +27,7 @@ from cptv_jax.methods.learning import (
     initial_parameters,
     integral,
     optimizer_of,
+    price,
     relative_error,
     stage_state,
     train_step_program,
@@ -117,8 +118,8 @@ def reconstruct(
     teacher: the float model, as the base method got it. images: normalised calibration images, float32 [images, height,
     width, channels], of which the first `config.images` are used.
     on_progress(done, total) counts optimizer steps. on_stage(index, model so far, error before, after) follows each
-    stage; errors are squared, relative to the target, over all images. start: first stage to learn, where `model` has
-    the others already; the result is the same bits.
+    stage; errors are squared, relative to the target, over all images, plus the price of ranks that are being chosen.
+    start: first stage to learn, where `model` has the others already; the result is the same bits.
 
     Host memory holds four activations of one stage for every image; device memory those of a batch, whose images are
     divided among this process's devices. The same key gives the same result on as many devices. A stage that training
@@ -131,7 +132,8 @@ def reconstruct(
     images = images[: config.images]
     model = replace(model, quantizers={site: integral(quantizer) for site, quantizer in model.quantizers.items()})
     targets = floats = inputs = Examples(images)
-    importance = output_importance(teacher, images, config.batch) if config.importance == "fisher" else {}
+    label_key = jax.random.fold_in(key, len(teacher.stages()))  # stages fold in their indices
+    importance = output_importance(teacher, images, config.batch, label_key) if config.importance == "fisher" else {}
     float_stages = teacher.stages()
     for index, float_stage in enumerate(float_stages):
         name = float_stage.name
@@ -141,8 +143,8 @@ def reconstruct(
         outputs = _outputs(stage, inputs, config.batch, mesh)
         if index >= start:
             errors = _errors(outputs, targets.stored, weighting, config.batch, mesh)
-            before = _relative(errors)
             state = place(mesh, stage_state(model, name))
+            before = _relative(errors) + float(price(state["quantizers"]))
             parameters = place(mesh, initial_parameters(state, model.recipe.of_stage(name)))
             optimizer_state = place(mesh, optimizer_of(config).init(parameters))
             order_key, mixing_key = jax.random.split(jax.random.fold_in(key, index))
@@ -163,6 +165,7 @@ def reconstruct(
             learned = with_stage_state(model, name, _on_host(_bound(state, parameters)))
             learned_outputs = _outputs(learned.stages(arithmetic=arithmetic)[index], inputs, config.batch, mesh)
             after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
+            after += float(price(stage_state(learned, name)["quantizers"]))
             if after < before:
                 model, outputs = learned, learned_outputs
             on_stage(index, model, before, min(after, before))

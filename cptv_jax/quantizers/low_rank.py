@@ -81,7 +81,8 @@ class RankSearch(LowRank):
         return self.penalty * jnp.sum(self.gates) * (inputs + outputs) / (inputs * outputs)
 
     def chosen(self) -> LowRank:
-        """The quantizer with the preferred rank alone."""
-        kept = jnp.arange(self.down.shape[1]) < self.ranks[jnp.argmax(self.preference)]
+        """The quantizer with the preferred rank alone; of equals, the largest."""
+        preferred = len(self.ranks) - 1 - jnp.argmax(self.preference[::-1])
+        kept = jnp.arange(self.down.shape[1]) < self.ranks[preferred]
         down, up = self.factors
         return LowRank(self.base, jnp.where(kept, down, 0.0), jnp.where(kept[:, None], up, 0.0))

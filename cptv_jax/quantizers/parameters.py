@@ -34,9 +34,13 @@ def innermost(quantizer: Quantizer) -> Any:
 
 
 def with_zero_point(quantizer: Any, zero_point: Float[Array, "..."]) -> Any:
-    """The quantizer with another zero point, in codes, rounded and clipped to a code; its derivative is 1."""
+    """The quantizer with another zero point, in codes, rounded and clipped to a code; its derivative is 1.
+
+    One that lies beyond the codes, as that of a range beside zero does, may stay there.
+    """
     grid = innermost(quantizer)
-    exact = jnp.clip(jnp.round(zero_point), grid.low, grid.high)
+    low, high = jnp.minimum(grid.low, grid.zero_point), jnp.maximum(grid.high, grid.zero_point)
+    exact = jnp.clip(jnp.round(zero_point), low, high)
     return _with_grid(quantizer, zero_point=straight_through(exact, zero_point))
 
 

@@ -1,7 +1,7 @@
 """Genes under a budget: a first allocation from sensitivities, then evolution judged by the true loss."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,7 +127,7 @@ class Evolved:
 
 def evolve_genes(
     loss_of: Callable[[Genes], float],
-    start: Genes,
+    starts: Sequence[Genes],
     costs: Costs,
     budget: float,
     rng: np.random.Generator,
@@ -135,16 +135,19 @@ def evolve_genes(
     children: int = 4,
     on_child: Callable[[float], None] = lambda best: None,
 ) -> Evolved:
-    """A (1 + children) evolution of genes within a budget; the start is kept unless a child's true loss is lower."""
-    best, loss = start, loss_of(start)
+    """A (1 + children) evolution of genes within a budget, from the start of the least true loss; that is kept unless
+    a child's is lower.
+    """
+    best, loss = min(((start, loss_of(start)) for start in starts), key=lambda found: found[1])
     losses = [loss]
     for _ in range(generations):
         parent = best
         for _ in range(children):
             child = exchanged(parent, costs, budget, rng, sites=int(rng.integers(1, 4)))
-            value = loss_of(child)
-            if value < loss:
-                best, loss = child, value
+            if child != parent:  # at the least budget nothing can be exchanged
+                value = loss_of(child)
+                if value < loss:
+                    best, loss = child, value
             on_child(loss)
         losses.append(loss)
     return Evolved(best, loss, tuple(losses))

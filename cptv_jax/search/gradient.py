@@ -30,8 +30,8 @@ class Descent:
     """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
 
     steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
-    step, rounded to what is computed at once. passes: how many passes share the schedule; each begins with fresh
-    moments, so that nothing of the optimizer outlives a pass.
+    step, which the devices share: where they cannot in equal parts, as many as they can. passes: how many passes share
+    the schedule; each begins with fresh moments, so that nothing of the optimizer outlives a pass.
     """
 
     steps: int
@@ -103,6 +103,12 @@ def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarr
         order = order[size:]
 
 
+def _at_once(batch: int, limit: int, devices: int) -> int:
+    """How many images of a batch are computed at once: as many as the limit and the devices allow, in equal parts."""
+    most = max(1, min(limit, batch) // devices) * devices
+    return next((size for size in range(most, 0, -devices) if batch % size == 0), most)
+
+
 class GradientProposer:
     """Proposes steps for the candidates of all stages at once.
 
@@ -127,8 +133,7 @@ class GradientProposer:
         self._candidates = [stage.candidate for stage in stages]
         self._states = place(mesh, self._stacked([stage.state for stage in stages]))
         self.read, self.count, self.loss, self.descent, self.mesh = read, count, loss, descent, mesh
-        devices = mesh.shape[DATA]
-        self.at_once = max(1, min(at_once, descent.batch, self.count) // devices) * devices
+        self.at_once = _at_once(min(descent.batch, count), at_once, mesh.shape[DATA])
 
     def _stacked(self, trees: Sequence[PyTree]) -> list[PyTree]:
         """Trees of all stages, by run."""

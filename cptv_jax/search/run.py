@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PyTree
@@ -28,6 +28,7 @@ class SearchState:
     loss: of the present scales on the search batches (None before the first evaluation). evaluations: candidates
     evaluated so far.
     best_pass: 0 is the start; best_held_out: its loss on the held-out batches; best_scales: its scales.
+    sigma: the deviation of random steps that the last stage ended with, of strategies that have one.
     log: a record of every accepted step and finished pass.
     """
 
@@ -42,6 +43,7 @@ class SearchState:
     best_pass: int = 0
     best_held_out: float | None = None
     best_scales: Scales = field(default_factory=dict)
+    sigma: float | None = None
     log: tuple[dict[str, Any], ...] = ()
 
 
@@ -51,6 +53,18 @@ def initial_state(evaluator: Evaluator) -> SearchState:
     return SearchState(scales, best_scales=scales)
 
 
+class Evolution(NamedTuple):
+    """What came of a strategy at one stage.
+
+    accepted: (round, loss) for each round that improved on all before it. sigma: see SearchState.
+    """
+
+    candidate: PyTree
+    loss: float
+    accepted: list[tuple[int, float]]
+    sigma: float | None
+
+
 def evolve_stage(
     evaluator: Evaluator,
     index: int,
@@ -58,10 +72,9 @@ def evolve_stage(
     loss: float,
     key: Array,
     on_round: Callable[[int, float], None] = lambda evaluated, best: None,
-) -> tuple[PyTree, float, list[tuple[int, float]]]:
+) -> Evolution:
     """Runs a strategy at one stage.
 
-    Returns the best candidate, its loss, and (round, loss) for each round that improved on all before it.
     on_round(candidates evaluated, best loss) is called after every round.
     """
     candidate = evaluator.stages[index].candidate
@@ -76,7 +89,7 @@ def evolve_stage(
             best = value
             accepted.append((round_index, best))
         on_round(len(losses), best)
-    return candidate, best, accepted
+    return Evolution(candidate, best, accepted, getattr(state, "sigma", None))
 
 
 def _placed(evaluator: Evaluator, order: Sequence[int], scales: Scales) -> None:
@@ -121,7 +134,7 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, dir
 
 def run_search(
     evaluator: Evaluator,
-    strategy_of: Callable[[str, PyTree], Strategy],
+    strategy_of: Callable[[str, PyTree, float | None], Strategy],
     passes: int,
     key: Array,
     state: SearchState,
@@ -135,7 +148,8 @@ def run_search(
 ) -> SearchState:
     """Continues a search from `state` to its end (CPT-V, section 3.3: blocks from last to first, `passes` times).
 
-    strategy_of: the strategy for a stage, by its name and the direction of the pass's proposal there (None without).
+    strategy_of: the strategy for a stage, by its name, the direction of the pass's proposal there (None without) and
+    the sigma that the stage before ended with.
     key: of the whole search; each pass, stage and round folds in its index, so that a resumed search draws what an
     uninterrupted one would.
     held_out_loss: loss of a list of stages on images that the search does not see; it picks the best among the start
@@ -179,18 +193,19 @@ def run_search(
             on_round(name, candidates, best)
 
         assert state.loss is not None
-        strategy = strategy_of(name, state.direction.get(name))
-        candidate, loss, accepted = evolve_stage(evaluator, index, strategy, state.loss, stage_key, count)
-        evaluator.accept(index, candidate)
+        strategy = strategy_of(name, state.direction.get(name), state.sigma)
+        found = evolve_stage(evaluator, index, strategy, state.loss, stage_key, count)
+        evaluator.accept(index, found.candidate)
         records = [
             {"event": "accepted", "pass": state.pass_index + 1, "stage": name, "round": round_index + 1, "loss": value}
-            for round_index, value in accepted
+            for round_index, value in found.accepted
         ]
         state = replace(
             state,
             scales={**state.scales, name: evaluator.stages[index].candidate},
             position=state.position + 1,
-            loss=loss,
+            loss=found.loss,
+            sigma=found.sigma,
             evaluations=state.evaluations + evaluated,
             log=(*state.log, *records),
         )

@@ -241,7 +241,11 @@ BAD: dict[str, tuple[str, str, str]] = {
     "held out": ("--held-out 1", "--held-out is 1", "2 or more"),
     "images too few": ("--calibration 290 --held-out 100", "holds 300 images but 390", "ask for fewer"),
     "no batch to contrast": ("--batch 1 --search {configs}/evol-q_w4a8.yaml", "calibration.batch is 1", "at least 2"),
-    "configuration with a search": ("--config {configs}/evol-q_w4a8.yaml", "--config sets search", "use --search"),
+    "configuration with a search": (
+        "--config {configs}/evol-q_w4a8.yaml",
+        "--config sets recipe.weight_bits",
+        "use --bits",
+    ),
     "search file": ("--search none.yaml", "no configuration file none.yaml", "check"),
     "evaluation": ("--eval digits:tst", "'tst'", "choose one of"),
     "out": ("--out {weights}", "is not empty and not a bench", "choose another directory"),

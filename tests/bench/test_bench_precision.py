@@ -52,7 +52,7 @@ def test_mixed_widths_are_no_larger_and_no_worse_by_the_objective(
     assert [line["bits"] for line in lines] == [2, 3, 8] and "mixed" not in lines[-1]
     test = load_images("digits:test", TINY.preprocessing, labels=True)
     for line in lines[:-1]:
-        assert line["mixed"]["objective"] <= line["mixed"]["start"]
+        assert line["mixed"]["objective"] <= line["mixed"]["start"] <= line["uniform"]["objective"]
         saved = load_model(str(options.out / f"mixed-{line['bits']}"))
         sizes = [
             saved.model.layer(site.removesuffix(".weight"))["kernel"].size * spec.bits / 8
@@ -123,22 +123,22 @@ def test_bounds_on_memory_change_no_result(options: PrecisionOptions, monkeypatc
 
 
 def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> None:
-    for field, number in (("images", 0), ("generations", -1), ("children", 0)):
+    for judges in (7, 17):
+        with pytest.raises(InputError, match=r"--judges is \d+; it must lie between calibration.batch, 8, and .*, 16"):
+            bench_precision(replace(options, images=judges))
+    for field, number in (("generations", -1), ("children", 0)):
         with pytest.raises(InputError, match=f"is {number}; it must be at least"):
             bench_precision(replace(options, **{field: number}))  # type: ignore[arg-type]
-    for config, message in (
-        (replace(options.config, search=SearchConfig(objective="kll")), "search.objective is 'kll'.*'kl'"),
-        (
-            replace(options.config, method="erq"),
-            "method erq makes other weights at every width; .*fq-vit or omse or pt",
-        ),
-        (
-            replace(options.config, reconstruction=ReconstructionConfig(steps=5)),
-            r"reconstruction\.steps is 5.*leave it",
-        ),
+    for change, message in (
+        ({"search": SearchConfig(objective="kll")}, "search.objective is 'kll'.*'kl'"),
+        ({"search": SearchConfig(race=True)}, "search.race is True, which has no meaning here"),
+        ({"search": SearchConfig(images_at_once=-1)}, "search.images_at_once is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"method": "erq"}, "method erq makes other weights at every width; .*fq-vit or omse or ptq4vit"),
+        ({"reconstruction": ReconstructionConfig(steps=5)}, r"reconstruction\.steps is 5.*leave it out"),
     ):
         with pytest.raises(InputError, match=message):
-            bench_precision(replace(options, config=config))
+            bench_precision(replace(options, config=replace(options.config, **change)))  # type: ignore[arg-type]
     assert not options.out.exists()
     with pytest.raises(InputError, match=r"--budget is 'bit-operation'.*bit-operations"):
         bench_precision(replace(options, budget="bit-operation"))

@@ -111,6 +111,7 @@ def test_ranks_are_chosen_among_the_candidates_and_follow_the_penalty(golden: Pa
     assert counted == [(n, 7 * stages) for n in range(1, 7 * stages + 1)]  # each stage once, and six steps of each
     terms = [q for q in model.quantizers.values() if isinstance(q, LowRank)]
     assert all(type(term) is LowRank and int(term.rank) in OPTIONS.ranks for term in terms)
+    assert any(int(term.rank) > 1 for term in terms)
     dear = quantize(
         small_model(golden), [images(golden)[:32]], recipe_of(**BITS), KEY,
         options=replace(OPTIONS, penalty=1e3),

@@ -1,7 +1,9 @@
 """What holds for every base method: images decide, odd images do no harm, and a quantized model is refused."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +11,31 @@ import numpy as np
 import pytest
 from test_calibration import SMALL, images, recipe_of, small_model
 
-from cptv_jax import InputError, QuantizeConfig, images_from_arrays, quantize
+from cptv_jax import (
+    CalibrationConfig,
+    InputError,
+    QuantizeConfig,
+    RecipeConfig,
+    SearchConfig,
+    images_from_arrays,
+    load_model,
+    quantize,
+)
 from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
 from cptv_jax.methods.aiqvit import AiqvitOptions
+from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions
 from cptv_jax.quantized import QuantizedModel
 
 KEY = jax.random.key(0)
-SHORT = {  # of methods that search for long, ranks among the rest
+SHORT: dict[str, Any] = {  # of methods that search for long, ranks among the rest
     "ptq4vit": Ptq4VitOptions(candidates=12, alpha=0.5, rounds=1),
     "aiqvit": AiqvitOptions(search_steps=2),
 }
+
+
+SHORT_CONFIG = {"ptq4vit": {"ptq4vit": SHORT["ptq4vit"]}, "aiqvit": {"aiqvit": SHORT["aiqvit"]}}
 
 
 def quantized(folder: Path, method: str, batches: list[np.ndarray]) -> QuantizedModel:
@@ -70,6 +85,32 @@ def test_images_without_variation_give_a_finite_model(golden: Path, method: str,
     assert all(np.isfinite(leaf).all() for leaf in leaves(model))
     assert all(np.all(np.asarray(quantizer.scale) > 0) for quantizer in model.quantizers.values())
     assert np.isfinite(forward(model.stages(), jnp.asarray(images(golden)[:4])).logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_searched_saved_continued_and_reported(golden: Path, method: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
+    given = images_from_arrays(pixels[:16], preprocessing=SMALL.preprocessing)
+    test = images_from_arrays(pixels[16:], np.arange(8), preprocessing=SMALL.preprocessing)
+    config = replace(
+        QuantizeConfig(method=method),
+        recipe=RecipeConfig(weight_bits=4, activation_bits=6),
+        calibration=CalibrationConfig(16, 8),
+        reconstruction=ReconstructionConfig(steps=2, batch=4),
+        search=SearchConfig(strategy="guided", gradient_steps=2, gradient_batch=4, children=2, sites=("*",)),
+        **SHORT_CONFIG.get(method, {}),
+    )
+    first = quantize(small_model(golden), given, config, out=tmp_path, evaluation=test)
+    assert set(first.results) == {"float", "base", "final"} and first.log[-1]["event"] == "pass"
+    assert min(record["loss"] for record in first.log) == first.log[-1]["loss"] <= first.log[0]["loss"]
+    assert f"recipe {first.model.recipe.name}" in (tmp_path / "report.md").read_text()
+    again = quantize(small_model(golden), given, config, out=tmp_path, evaluation=test)
+    saved = load_model(str(tmp_path))
+    assert isinstance(saved, QuantizedModel)
+    for other in (again.model, saved):
+        assert all(np.array_equal(a, b) for a, b in zip(leaves(first.model), leaves(other), strict=True))
+    assert again.results == first.results
 
 
 @pytest.mark.parametrize("method", METHODS)

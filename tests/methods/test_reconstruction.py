@@ -287,11 +287,11 @@ def test_a_mixed_input_holds_elements_of_both_in_the_unit_of_its_steps() -> None
 @pytest.mark.slow
 def test_importance_is_the_mean_squared_gradient_of_the_loss(golden: Path) -> None:
     model, some = small_model(golden), images(golden)[:8]
-    found = output_importance(model, some, 8)
+    found = output_importance(model, some, 8, KEY)
     assert list(found) == ["blocks.2", "blocks.1", "blocks.0", "embed"]
     stages = model.stages()
     inputs = stage_inputs(stages, Tensor(jnp.asarray(some)))
-    labels = jax.random.categorical(jax.random.fold_in(jax.random.key(0), 0), inputs[-1].logits)
+    labels = jax.random.categorical(jax.random.fold_in(KEY, 0), inputs[-1].logits)
 
     def loss(values: jax.Array) -> jax.Array:
         x: Any = Tensor(values)

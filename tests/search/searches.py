@@ -33,7 +33,7 @@ def search(
     begin = initial_state(evaluator) if state is None else state
     return run_search(
         evaluator,
-        lambda name, direction: STRATEGIES[strategy],
+        lambda *_: STRATEGIES[strategy],
         passes,
         jax.random.key(seed),
         begin,

@@ -85,8 +85,10 @@ def test_evolution_finds_a_better_exchange_and_never_a_worse_one() -> None:
         return float(sum(abs(genes[site] - wanted[site]) for site in genes))
 
     start = {"a": 0, "b": 1, "c": 2}
-    found = evolve_genes(loss_of, start, COSTS, cost_of(start), np.random.default_rng(0), generations=20)
+    found = evolve_genes(
+        loss_of, [{"a": 0, "b": 0, "c": 2}, start], COSTS, cost_of(start), np.random.default_rng(0), generations=20
+    )
     assert found.genes == wanted and found.loss == 0.0
     assert list(found.losses) == sorted(found.losses, reverse=True) and found.losses[0] == loss_of(start)
-    stuck = evolve_genes(lambda genes: 1.0, start, COSTS, cost_of(start), np.random.default_rng(0), generations=5)
+    stuck = evolve_genes(lambda genes: 1.0, [start], COSTS, cost_of(start), np.random.default_rng(0), generations=5)
     assert stuck.genes == start

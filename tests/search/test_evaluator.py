@@ -248,7 +248,7 @@ def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
     programs = []
     for strategy in (EvolQ(rounds=2), Generational(children=3, rounds=2)):
         for passes in (1, 2):
-            run_search(cached, lambda name, direction, s=strategy: s, passes, jax.random.key(0), initial_state(cached))
+            run_search(cached, lambda *_, s=strategy: s, passes, jax.random.key(0), initial_state(cached))
             assert cached.compile_counts() == once
             programs.append(_program()._cache_size())
     assert programs == [programs[0]] * 4  # a later pass refreshes its cache with the programs that are there
@@ -258,7 +258,5 @@ def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
 def test_unlike_stages_have_a_program_each(toy: Subject) -> None:
     cached = evaluator(toy, 12, 6, Objective(), width=2)
     for passes in (1, 2):
-        run_search(
-            cached, lambda name, direction: Generational(children=3), passes, jax.random.key(0), initial_state(cached)
-        )
+        run_search(cached, lambda *_: Generational(children=3), passes, jax.random.key(0), initial_state(cached))
         assert cached.compile_counts() == {"generation": 3, "losses": 1}

@@ -26,24 +26,35 @@ def guided(**options: Any) -> Guided:
     return Guided(DIRECTION, scaled, children=CHILDREN, **options)
 
 
-def test_a_third_of_the_children_go_further_or_back_along_the_direction() -> None:
-    along = steps_of(guided())[::3] / np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
+def test_a_fifth_of_the_children_go_further_or_back_along_the_direction() -> None:
+    along = steps_of(guided())[::5] / np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
     np.testing.assert_allclose(along, along[:, :1] * np.ones((1, 5)), rtol=1e-4)  # exp and log of float32
     assert along.min() < 0 < along.max() and len(set(along[:, 0])) == len(along)
 
 
-def test_a_third_takes_back_a_random_part_of_the_direction() -> None:
-    back = steps_of(guided())[1::3] / np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
+def test_a_fifth_takes_back_a_random_part_of_the_direction() -> None:
+    back = steps_of(guided())[1::5] / np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
     taken = np.round(back)
     np.testing.assert_allclose(back, taken, atol=1e-4)  # exp and log of float32
     assert set(np.unique(taken)) == {-1.0, 0.0}
     assert 0.2 < -taken.mean() < 0.8
 
 
-def test_a_third_takes_random_steps_of_the_deviation_asked_for() -> None:
-    random = np.concatenate([steps_of(guided(sigma=0.02), seed)[2::3] for seed in range(10)])
+def test_a_fifth_takes_random_steps_of_the_deviation_asked_for() -> None:
+    random = np.concatenate([steps_of(guided(sigma=0.02), seed)[2::5] for seed in range(17)])
     assert random.std() == pytest.approx(0.02, rel=0.1)  # of 500 numbers: their deviation is known to 3 percent
     assert abs(random.mean()) < 0.003
+
+
+def test_a_fifth_goes_along_by_a_length_of_its_own_for_each_parameter_and_a_fifth_takes_some_back_whole() -> None:
+    direction = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(DIRECTION)])
+    along, back = (steps_of(guided())[kind::5] / direction for kind in (3, 4))
+    one, weight = along[:, :1], along[:, 1:]  # the leaves: "input", and "weight" with four elements
+    np.testing.assert_allclose(weight, weight[:, :1] * np.ones((1, 4)), rtol=1e-4)  # exp and log of float32
+    assert not np.any(np.isclose(one, weight, rtol=1e-2))
+    many = np.concatenate([back, *(steps_of(guided(), seed)[4::5] / direction for seed in range(1, 5))])
+    whole = {tuple(row) for row in np.abs(np.round(many)).astype(int)}
+    assert whole == {(0, 0, 0, 0, 0), (0, 1, 1, 1, 1), (1, 0, 0, 0, 0), (1, 1, 1, 1, 1)}
 
 
 def test_the_elder_survives_a_tie_and_the_best_child_a_loss() -> None:
@@ -65,7 +76,7 @@ def test_random_steps_grow_while_they_succeed_and_shrink_while_they_fail() -> No
     state = strategy.init(PARENT, 1.0)
     population = strategy.ask(state, jax.random.key(0))
     worse, better = np.full(CHILDREN, 2.0), np.full(CHILDREN, 2.0)
-    better[2::3] = 0.5
+    better[2::5] = 0.5
     assert strategy.tell(state, population, worse).sigma < state.sigma < strategy.tell(state, population, better).sigma
 
 

@@ -74,7 +74,7 @@ def test_equal_losses_survive_so_that_the_present_scales_have_a_loss(toy: Subjec
 @pytest.mark.parametrize("strategy", [EvolQ(step=0.02), Generational(children=4, sigma=0.1)])
 def test_a_search_with_a_race_never_gets_worse_and_knows_its_loss(toy: Subject, strategy: Any) -> None:
     whole, racing = pair(toy)
-    state = run_search(racing, lambda name, direction: strategy, 2, jax.random.key(0), initial_state(racing))
+    state = run_search(racing, lambda *_: strategy, 2, jax.random.key(0), initial_state(racing))
     assert state.loss is not None and state.loss <= state.log[0]["loss"]
     for index, stage in enumerate(toy.stages):
         whole.accept(index, state.scales[stage.name])

@@ -113,7 +113,7 @@ def test_every_stage_round_and_pass_draws_anew(make_evaluator: Callable[..., Eva
 
     strategy = Recording(children=3, rounds=2)
     evaluator = make_evaluator()
-    run_search(evaluator, lambda name, direction: strategy, 2, jax.random.key(0), initial_state(evaluator))
+    run_search(evaluator, lambda *_: strategy, 2, jax.random.key(0), initial_state(evaluator))
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 3
 
 
@@ -228,12 +228,13 @@ def test_one_stage_reports_its_improving_rounds(make_evaluator: Callable[..., Ev
     start = evaluator.loss_of(1, evaluator.stages[1].candidate)
     rounds: list[float] = []
     strategy = Generational(sigma=0.1, children=3, rounds=6)
-    candidate, loss, accepted = evolve_stage(
+    candidate, loss, accepted, sigma = evolve_stage(
         evaluator, 1, strategy, start, jax.random.key(0), lambda evaluated, best: rounds.append(best)
     )
     assert evaluator.loss_of(1, candidate) == loss == rounds[-1] < start
     improving = [i for i in range(6) if rounds[i] < ([start, *rounds])[i]]
     assert accepted == [(i, rounds[i]) for i in improving]
+    assert sigma is not None and sigma != 0.1
     # It proposes only: the stage keeps its scales until they are accepted.
     assert evaluator.loss_of(1, evaluator.stages[1].candidate) == start
 
@@ -247,10 +248,28 @@ def test_patience_ends_a_search_that_no_longer_improves(make_evaluator: Callable
     assert_same(search(make_evaluator(), passes=4, state=ended, patience=2), ended)
 
 
+def test_a_stage_is_told_what_deviation_the_one_before_ended_with(make_evaluator: Callable[..., Evaluator]) -> None:
+    told: list[float | None] = []
+
+    def strategy_of(name: str, direction: Any, sigma: float | None) -> Strategy:
+        told.append(sigma)
+        return Generational(sigma=0.1 if sigma is None else sigma, children=3, rounds=1)
+
+    def run(state: SearchState, passes: int) -> SearchState:
+        evaluator = make_evaluator()
+        return run_search(evaluator, strategy_of, passes, jax.random.key(0), state)
+
+    whole = run(initial_state(make_evaluator()), 2)
+    assert told[0] is None and len(told) == 6 and None not in told[1:] and len(set(told)) > 2
+    expected, told[:] = list(told), []
+    assert_same(run(run(initial_state(make_evaluator()), 1), 2), whole)
+    assert told == expected
+
+
 def test_a_pass_ends_after_stages_in_a_row_that_gain_nothing(make_evaluator: Callable[..., Evaluator]) -> None:
     visited: list[str] = []
 
-    def strategy_of(name: str, direction: Any) -> Strategy:
+    def strategy_of(name: str, direction: Any, sigma: float | None) -> Strategy:
         visited.append(name)
         return Generational(sigma=0.0, children=2, rounds=1)  # children that are their parent
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.search.strategies.generational import TARGET_SUCCESS
 
-_KINDS = 3  # of children: along the direction, crossover with its start, random
+_KINDS = 5  # of children: along the direction, crossover with its start, random; the first two by parameters
+_RANDOM = 2
 _STRIDE = 0.5  # deviation of how far a child goes along the direction, in lengths of it
 
 Move = Callable[[PyTree, PyTree], PyTree]
@@ -38,7 +39,9 @@ def _children(move: Move, parent: PyTree, direction: PyTree, sigma: Float[Array,
         for leaf, leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
             back = -leaf * jax.random.bernoulli(leaf_key, 0.5, leaf.shape)
             noise = sigma * jax.random.normal(leaf_key, leaf.shape)
-            steps.append(jnp.stack([stride * leaf, back, noise])[index % _KINDS])
+            own = _STRIDE * jax.random.normal(leaf_key) * leaf
+            whole = -leaf * jax.random.bernoulli(leaf_key)
+            steps.append(jnp.stack([stride * leaf, back, noise, own, whole])[index % _KINDS])
         return move(parent, jax.tree.unflatten(structure, steps))
 
     return jax.vmap(child)(jnp.arange(count), jax.random.split(key, count))
@@ -48,11 +51,13 @@ def _children(move: Move, parent: PyTree, direction: PyTree, sigma: Float[Array,
 class Guided:
     """A (1 + children) evolution strategy around a proposed direction.
 
-    Of every three children one goes further or back along the direction, one takes back a random half of it (crossover
-    with the candidate that the proposal started from), and one takes a random step. sigma follows the success of the
-    random ones (one-fifth rule).
+    Of every five children one goes further or back along the direction, one takes back a random half of it (crossover
+    with the candidate that the proposal started from), and one takes a random step; the fourth goes along the direction
+    by a length of its own for each parameter of each site, and the fifth takes some of these back whole. sigma follows
+    the success of the random ones (one-fifth rule).
 
-    direction: steps of the candidate's structure, which led to it. move: the stage's.
+    direction: steps of the candidate's structure, which led to it. move: the stage's. sigma: the deviation to start
+    with, such as the last stage's.
     """
 
     direction: PyTree
@@ -68,7 +73,7 @@ class Guided:
         return _children(self.move, state.parent, self.direction, jnp.float32(state.sigma), key, self.children)
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
-        random = losses[_KINDS - 1 :: _KINDS]
+        random = losses[_RANDOM::_KINDS]
         success = float(np.mean(random < state.loss)) if len(random) else TARGET_SUCCESS
         state = replace(state, sigma=state.sigma * math.exp((success - TARGET_SUCCESS) / 2))
         winner = int(np.argmin(losses))
