@@ -29,8 +29,9 @@ SEARCH = "1 search, each step from the recorded choices before it"
 
 GRADIENT_RELATIVE = 1e-4  # of the largest of the layer
 # Two candidates whose recorded similarities are so close, relative to the similarity, are the same to float32 sums over
-# all images with single codes flipped: measured up to 4e-3 on the recordings (l2, hessian), 3e-6 (cosine).
+# all images with single codes flipped.
 _TIES = {"hessian": 1e-3, "l2": 1e-3, "cosine": 1e-6}
+_TIED = 0.01  # of the choices that may be ties: the recordings have one in some hundreds
 _PRESETS = {"ptq4vit": "ptq4vit", "base": "base-ptq"}
 _INTERVALS = {"input": "a_interval", "weight": "w_interval", "A": "A_interval", "B": "B_interval"}
 
@@ -84,6 +85,9 @@ def compare_ptq4vit(recording: Recording) -> list[Check]:
     found = subject.float_checks(recording) + of_gradients
     found += checks.parameter_checks(INITIAL, _intervals(recording, "init", initial, operands))
     found += [done.check for done in replays if done.check is not None]
+    count, tied = sum(done.count for done in replays), sum(done.tied for done in replays)
+    if count:
+        found.append(Check(SEARCH, "ties", float(tied), max(1.0, _TIED * count), f"of {count} choices"))
     found += checks.parameter_checks(PARAMETERS, _intervals(recording, "param", quantizers, operands))
     found += weight_checks(recording, subject, weight_names(subject.model.architecture))
     found += block_checks(recording, subject)
@@ -111,12 +115,15 @@ def _gradient_check(recording: Recording, key: str, layer: Layer) -> Check:
 class Replay:
     """One layer's search beside the recorded one.
 
-    initial, quantizers: by site. check: of all choices; None where no similarities are recorded.
+    initial, quantizers: by site. check: of all choices, `count` of which `tied` are ties; None where no similarities
+    are recorded.
     """
 
     initial: dict[str, Quantizer]
     quantizers: dict[str, Quantizer]
-    check: Check | None
+    check: Check | None = None
+    count: int = 0
+    tied: int = 0
 
 
 def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) -> Replay:
@@ -130,8 +137,8 @@ def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) 
         site: each.initial for site, each in zip(sites, search.operands, strict=True) if each.initial is not None
     }
     if not recording.under(f"search/{module}/"):
-        found = search.search(rounds)
-        return Replay(initial, {site: q for site, q in zip(sites, found, strict=True) if q is not None}, None)
+        fitted = search.search(rounds)
+        return Replay(initial, {site: q for site, q in zip(sites, fitted, strict=True) if q is not None})
 
     path: list[Choice | None] = [None, None]  # the recorded choices
     final: list[Choice | None] = [None, None]
@@ -168,7 +175,8 @@ def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) 
         1 - (wrong + tied) / count,
         f"{tied} ties" if tied else "",
     )
-    return Replay(initial, {site: q for site, q in zip(sites, quantizers, strict=True) if q is not None}, check)
+    found = {site: q for site, q in zip(sites, quantizers, strict=True) if q is not None}
+    return Replay(initial, found, check, count, tied)
 
 
 def _intervals(

@@ -37,6 +37,7 @@ def test_each_step_can_fail(golden: Path, tmp_path: Path) -> None:
         arrays["search/blocks.1.mlp.fc1/5"] = np.roll(arrays["search/blocks.1.mlp.fc1/5"], 3)  # another best candidate
         arrays["param/blocks.0.attn.matmul1/B_interval"][0, 1] *= np.float32(1.01)
         arrays["qweight/blocks.0.attn.qkv"][:8] *= np.float32(1.05)
+        arrays["block_out/2"][..., ::8] += np.float32(0.1)
         arrays["q_logits"] = np.roll(arrays["q_logits"], 1, -1)
         arrays["q_top1"] = arrays["q_top1"] - np.float32(5)
 
@@ -48,6 +49,7 @@ def test_each_step_can_fail(golden: Path, tmp_path: Path) -> None:
         # The changed one, and the activation that our own choice differs from the changed table's in.
         ("1 quantizer parameters", "all"),
         ("2 dequantized weights", "all"),
+        ("3 blocks alone", "block_out/2"),
         ("4 quantized logits", "mean difference"),
         ("4 quantized logits", "predictions that differ"),
         ("4 quantized logits", "top-1"),
