@@ -29,7 +29,8 @@ Batch = Float[Array, "batch height width channels"]
 
 @dataclass(frozen=True)
 class ErqOptions:
-    """images: how many calibration images, the first ones, the activations' quantizers are fitted on (published: 32).
+    """images: how many calibration images, the first ones, the activations' quantizers are fitted on (published: 32);
+        memory holds what one stage computes for all of them, while the weights' errors are reduced batch by batch.
     coe: the coefficient of the published code that sets the ridge terms; null scales its 20,000, which belongs to
         1,024 images, with what a layer reads, since the Gram matrix that a ridge term is added to is a sum over that.
     flips: at most so many roundings of each output channel are reconsidered in each half of the inputs.

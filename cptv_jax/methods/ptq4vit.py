@@ -49,7 +49,8 @@ class Ptq4VitOptions:
     rounds: turns over both operands (3 or 1).
     softmax_form: of the twin quantizer after softmax; "piecewise", or "published", which adds an offset that is
         there for parity with the published code.
-    images_at_once, candidates_at_once: bound the memory; null lets the device decide.
+    images_at_once, candidates_at_once: bound what a candidate's evaluation takes; null lets the device decide. Beside
+        it, the inputs of every stage and those of one layer, with their gradients, are held for all `images`.
     """
 
     images: int = 32

@@ -20,7 +20,8 @@ from cptv_jax.recipe import Recipe
 
 @dataclass(frozen=True)
 class RepqVitOptions:
-    """images: how many calibration images, the first ones, quantizers are fitted on (published: 32).
+    """images: how many calibration images, the first ones, quantizers are fitted on (published: 32); memory holds what
+    one stage computes for all of them.
     round_zero_point: round the zero points that reparameterization makes, for integer deployment; the published code
     leaves them fractional.
     """

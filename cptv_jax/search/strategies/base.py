@@ -10,7 +10,8 @@ from jaxtyping import PyTree
 class Strategy(Protocol):
     """Evolution of one stage's candidate. All methods are pure; the state is an opaque pytree.
 
-    A candidate is a pytree of positive scales.
+    A candidate is a pytree of positive scales. Guided, which moves candidates by their stage's own steps, also takes
+    what else a stage may have in it: zero points, biases, roundings.
     """
 
     @property
