@@ -43,9 +43,9 @@ _STARTS = (0.0, 0.1, 0.2, 0.3, 0.5)  # quantiles, tried as its lower end
 
 @dataclass(frozen=True)
 class AiqvitOptions:
-    """images: how many calibration images, the first ones, quantizers are fitted on; memory holds what one stage computes
-    for all of them. search_images: how many ranks are chosen on. ranks: the candidates. penalty: loss, relative to a
-    stage's output, of a term as large as its weight.
+    """images: how many calibration images, the first ones, quantizers are fitted on; memory holds what one stage
+    computes for all of them. search_images: how many ranks are chosen on. ranks: the candidates. penalty: loss,
+    relative to a stage's output, of a term as large as its weight.
     search_steps: optimizer steps a stage to choose ranks in; 0 gives every layer the largest.
     """
 
