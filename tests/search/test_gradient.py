@@ -117,6 +117,30 @@ def test_loops_and_checkpoints_leave_the_gradient_as_it_is(vit_model: tuple[Quan
     np.testing.assert_allclose(flat(found), flat(expected), rtol=2e-3, atol=1e-4 * np.abs(flat(expected)).max())
 
 
+@pytest.mark.slow
+def test_more_pieces_take_memory_for_their_stage_inputs_alone(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
+    """What is computed within a stage is there for one piece at a time: elsewise a piece takes ten times as much."""
+    model, images = vit_model
+    stages = paired_stages(model, images)
+    runs, home = runs_of(stages)
+    members = [[i for i, (run, _) in enumerate(home) if run == number] for number in range(len(runs))]
+    zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
+    states, candidates, steps = (
+        [stacked([trees[i] for i in run]) for run in members]
+        for trees in ([s.state for s in stages], [s.candidate for s in stages], zeros)
+    )
+
+    def temporaries(pieces: int) -> int:
+        x = jnp.zeros((pieces, 5, *images.shape[1:]))
+        gradient = jax.jit(jax.grad(_loss, 4), static_argnums=(0, 1))
+        compiled = gradient.lower(tuple(runs), PAIR_LOSS, states, candidates, steps, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    tokens = 5 * 17 * 64 * 4  # bytes of a stage's input, five images
+    kept = 2 * len(stages) * tokens  # the student's and the teacher's
+    assert (temporaries(12) - temporaries(4)) / 8 < 3 * kept
+
+
 def test_a_proposal_lowers_the_true_loss(
     vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
