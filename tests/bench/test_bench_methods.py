@@ -243,8 +243,8 @@ BAD: dict[str, tuple[str, str, str]] = {
     "no batch to contrast": ("--batch 1 --search {configs}/evol-q_w4a8.yaml", "calibration.batch is 1", "at least 2"),
     "configuration with a search": (
         "--config {configs}/evol-q_w4a8.yaml",
-        "--config sets recipe.weight_bits",
-        "use --bits",
+        "--config sets recipe.preset",
+        "use --methods NAME/PRESET",
     ),
     "search file": ("--search none.yaml", "no configuration file none.yaml", "check"),
     "evaluation": ("--eval digits:tst", "'tst'", "choose one of"),
