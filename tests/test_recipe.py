@@ -296,3 +296,37 @@ def test_a_softmax_width_that_is_no_integer_from_2_to_8_is_refused(bits: Any) ->
 def test_observers_that_do_not_fit_the_granularity_are_refused() -> None:
     assert "'ptf' needs per_channel" in refusal(activation_observer="ptf")
     assert "'percentile' works per tensor" in refusal(weight_observer="percentile")
+
+
+@pytest.mark.parametrize("site", ["embed.input", "*.attn.qkv", "*.query", "*.key", "*.softmax", "*.context"])
+def test_channels_that_are_cut_or_summed_over_can_have_no_scales_of_their_own(site: str) -> None:
+    with pytest.raises(InputError, match=r"its channels are not those of what reads it; set per_channel: false"):
+        make(overrides={site: {"per_channel": True}})
+
+
+def test_channels_that_a_layer_or_a_sum_reads_as_they_are_can_have_scales_of_their_own() -> None:
+    recipe = make(overrides={site: {"per_channel": True} for site in ("*.norm1", "*.gelu", "*.value", "*.attn.proj")})
+    assert recipe.sites["blocks.1.attn.value"].per_channel and recipe.sites["blocks.0.norm1"].per_channel
+
+
+@pytest.mark.parametrize("quantizer", ["log2", "log-sqrt2", "focusing", "twin-softmax"])
+def test_quantizers_of_attention_maps_are_for_nothing_else(quantizer: str) -> None:
+    change = {"quantizer": quantizer, "observer": "method"}
+    assert make(overrides={"*.softmax": change}).sites["blocks.0.attn.softmax"].quantizer == quantizer
+    for site in ("blocks.0.norm1", "blocks.1.mlp.gelu", "head.fc.weight"):
+        with pytest.raises(InputError, match=f"{site}: a {quantizer} quantizer is for attention maps"):
+            make(overrides={site: change})
+
+
+@pytest.mark.parametrize("flag", ["power_of_two_factor", "integer_layer_norm", "log_int_softmax"])
+def test_flags_without_effect_are_refused(flag: str) -> None:
+    assert make(preset="evol-q", **{flag: True}).scope == "full"
+    assert make(preset="omse", **{flag: False}).scope == "matmuls"
+    with pytest.raises(InputError, match=f"recipe.{flag} is true, but preset omse quantizes only what matmuls read"):
+        make(preset="omse", **{flag: True})
+
+
+def test_an_integer_layer_norm_without_its_factors_is_refused() -> None:
+    assert not make(power_of_two_factor=False).integer_layer_norm
+    with pytest.raises(InputError, match=r"needs power-of-two factors; set --recipe\.power_of_two_factor true"):
+        make(power_of_two_factor=False, integer_layer_norm=True)
