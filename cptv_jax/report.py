@@ -75,13 +75,18 @@ def _search_summary(outcome: "Quantization") -> str:
 
 
 def write_report(directory: Path, outcome: "Quantization") -> Path:
-    """Writes report.md, and loss.png where there was a search; returns the path of report.md."""
+    """Writes report.md, and loss.png where there was a search (and proposals.png where gradients proposed); returns the
+    path of report.md.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     recipe, teacher = outcome.model.recipe, outcome.teacher
     curve = ""
     if outcome.log:
         plot_losses(directory / "loss.png", outcome.log)
         curve = "\n![Loss of accepted steps](loss.png)\n"
+        if any(record.get("batch_losses") for record in outcome.log):
+            plot_proposals(directory / "proposals.png", outcome.log)
+            curve += "\n![What the gradients lowered](proposals.png)\n"
     environment = ", ".join(f"{name} {number}" for name, number in versions().items())
     reconstructed = ", blocks reconstructed" if outcome.config.reconstruction.steps else ""
     text = f"""# {teacher.architecture.name}, {outcome.config.method}{reconstructed}, recipe {recipe.name}
@@ -114,6 +119,17 @@ LayerNorm runs in {"integer" if recipe.integer_layer_norm else "float"} arithmet
     path = directory / "report.md"
     write_atomically(path, text)
     return path
+
+
+def plot_proposals(path: Path, log: tuple[dict[str, Any], ...]) -> None:
+    """What proposals minimized, batch after batch, as a PNG; each point is a mean over some batches."""
+    with plotted(path, (7, 4)) as axes:
+        begin = 0
+        for record in (record for record in log if record.get("batch_losses")):
+            end = begin + len(record["batch_losses"])
+            axes.plot(range(begin, end), record["batch_losses"], label=f"pass {record['pass']}")
+            begin = end
+        axes.set(xlabel="gradient steps / 25", ylabel="loss of a batch")
 
 
 def plot_losses(path: Path, log: tuple[dict[str, Any], ...]) -> None:

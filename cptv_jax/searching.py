@@ -34,7 +34,7 @@ from cptv_jax.search import (
     channel_variances,
     paired,
 )
-from cptv_jax.search.run import Progress, Scales, SearchState, initial_state, run_search
+from cptv_jax.search.run import Progress, Proposal, Scales, SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
@@ -256,7 +256,7 @@ def improve(
 
         def propose(
             scales: Scales, pass_index: int, key: jax.Array, progress: Progress, on_progress: Callable[[Progress], None]
-        ) -> Scales:
+        ) -> Proposal:
             assert proposer is not None
             return proposer.propose(scales, pass_index, key, on_step, progress, on_progress)
 

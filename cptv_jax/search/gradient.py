@@ -16,12 +16,12 @@ from jaxtyping import Array, PyTree
 from cptv_jax.finite import finite_gradients
 from cptv_jax.mesh import DATA, compiler_options, place
 from cptv_jax.search.matching import TEACHER
-from cptv_jax.search.run import Progress
+from cptv_jax.search.run import Progress, Proposal
 from cptv_jax.search.runs import Run, runs_of, stacked
 from cptv_jax.stages import Stage
 
 Loss = Callable[[PyTree], Array]
-_SAVED_EVERY = 50  # steps
+_SAVED_EVERY, _LOGGED_EVERY = 50, 25  # steps
 _KEPT = jax.checkpoint_policies.save_only_these_names(TEACHER)
 
 
@@ -151,8 +151,9 @@ class GradientProposer:
         on_step: Callable[[float], None] = lambda loss: None,
         progress: Progress | None = None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> dict[str, PyTree]:
-        """Steps by stage name, away from the candidates `scales`, that a pass of descent arrives at.
+    ) -> Proposal:
+        """Steps by stage name, away from the candidates `scales`, that a pass of descent arrives at, and the mean loss
+        of every 25 batches on the way.
 
         on_step(loss): called after every step with the loss of its batch before it. progress: what on_progress was last
         called with, to go on from there as if nothing had been between.
@@ -161,9 +162,9 @@ class GradientProposer:
         candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
         steps = jax.tree.map(jnp.zeros_like, candidates)
         moments = place(self.mesh, _ADAM.init(steps))
-        begin = 0
+        begin, losses = 0, []
         if progress:
-            begin = int(progress["done"])
+            begin, losses = int(progress["done"]), [float(loss) for loss in progress["losses"]]
             leaves, structure = jax.tree.flatten((steps, moments))
             saved = [jnp.asarray(progress[f"{i:05d}"]) for i in range(len(leaves))]
             steps, moments = place(self.mesh, jax.tree.unflatten(structure, saved))
@@ -174,19 +175,23 @@ class GradientProposer:
                 continue
             if number > begin and number % _SAVED_EVERY == 0:
                 leaves = jax.tree.leaves((steps, moments))
-                on_progress({"done": np.int32(number), **{f"{i:05d}": np.asarray(x) for i, x in enumerate(leaves)}})
+                saved_leaves = {f"{i:05d}": np.asarray(x) for i, x in enumerate(leaves)}
+                on_progress({"done": np.int32(number), "losses": np.asarray(losses, np.float32), **saved_leaves})
             rate = self.descent.rate_at(pass_index * self.descent.steps + number)
             images = self.read(rows)
             x = place(self.mesh, images.reshape(pieces, -1, *images.shape[1:]), DATA, 1)
             steps, moments, value = _descend_program()(
                 self._runs, self.loss, self._states, candidates, steps, moments, rate, x
             )
-            on_step(float(value))
-        return {
+            losses.append(float(value))
+            on_step(losses[-1])
+        found = {
             name: self._member(steps, home, place_in_run)
             for name, (home, place_in_run) in zip(self._names, self._home, strict=True)
             if name in scales
         }
+        means = [float(np.mean(losses[i : i + _LOGGED_EVERY])) for i in range(0, len(losses), _LOGGED_EVERY)]
+        return Proposal(found, tuple(means))
 
     def _member(self, trees: Sequence[PyTree], home: int, index: int) -> PyTree:
         if self._runs[home].length == 1:

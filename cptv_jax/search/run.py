@@ -12,10 +12,22 @@ from cptv_jax.search.strategies import Strategy
 
 Scales = dict[str, PyTree]  # candidates, or steps that move them, by stage name
 Progress = dict[str, PyTree]  # of a proposal that is not finished, as its proposer has it
-# Steps for all stages at the start of a pass: of the scales, the pass, a key, the progress of an interrupted proposal
-# (empty at its beginning), and whom to tell of progress.
-Propose = Callable[[Scales, int, Array, Progress, Callable[[Progress], None]], Scales]
 FRACTIONS = (0.5, 1.0)  # of a proposal that are tried; the likeliest last, as it then stands in the evaluator
+
+
+class Proposal(NamedTuple):
+    """Steps for all stages at the start of a pass.
+
+    losses: of the batches that it was made from, in order, for the log.
+    """
+
+    steps: Scales
+    losses: tuple[float, ...] = ()
+
+
+# Of the scales, the pass, a key, the progress of an interrupted proposal (empty at its beginning), and whom to tell of
+# progress.
+Propose = Callable[[Scales, int, Array, Progress, Callable[[Progress], None]], Proposal]
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,13 @@ def _placed(evaluator: Evaluator, order: Sequence[int], scales: Scales) -> None:
         evaluator.accept(index, scales[evaluator.stages[index].name])
 
 
-def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, direction: Scales) -> SearchState:
+def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, proposal: Proposal) -> SearchState:
     """The state after a proposal for all stages: it, or a fraction of it, is taken if it lowers the loss.
 
-    order: indices of the searched stages. direction: steps from the present scales, by stage.
+    order: indices of the searched stages.
     """
     assert state.loss is not None
+    direction = proposal.steps
     moves = {evaluator.stages[index].name: evaluator.stages[index].move for index in order}
     best, taken, scales = state.loss, 0.0, state.scales
     for fraction in FRACTIONS:
@@ -117,7 +130,7 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, dir
     # Evolution takes random parts of the direction back; of one that was not taken, these parts are then tried.
     length = taken or -FRACTIONS[0]
     record = {"event": "proposal", "pass": state.pass_index + 1, "fraction": taken, "loss": best}
-    records = [record]
+    records = [record | {"batch_losses": list(proposal.losses)}] if proposal.losses else [record]
     if taken:
         records.append({"event": "accepted", "pass": state.pass_index + 1, "stage": "all", "round": 0, "loss": best})
     return replace(
@@ -173,14 +186,14 @@ def run_search(
         pass_key = jax.random.fold_in(key, state.pass_index)
         if propose and not state.proposed:
             for direction in openings if state.pass_index == 0 and not state.progress else ():
-                state = consider(evaluator, order, state, direction)
+                state = consider(evaluator, order, state, Proposal(direction))
             proposal_key = jax.random.fold_in(pass_key, len(evaluator.stages))
 
             def save(progress: Progress, state: SearchState = state) -> None:
                 on_stage(replace(state, proposed=False, progress=progress))
 
-            direction = propose(state.scales, state.pass_index, proposal_key, state.progress, save)
-            state = consider(evaluator, order, state, direction)
+            proposal = propose(state.scales, state.pass_index, proposal_key, state.progress, save)
+            state = consider(evaluator, order, state, proposal)
             on_stage(state)
         index = order[state.position]
         name = evaluator.stages[index].name

@@ -78,7 +78,7 @@ def test_it_differentiates_the_numbers_that_the_evaluator_computes(
     vit_model: tuple[QuantizedModel, np.ndarray], proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
     model, images = vit_model
-    direction = proposer.propose(scales, 0, jax.random.key(0))
+    direction = proposer.propose(scales, 0, jax.random.key(0)).steps
     smooth = forward(moved(stages_of(model, differentiable=True), direction), jnp.asarray(images))
     exact = forward(moved(stages_of(model), direction), images)
     # Sums of float32 in another order: not one step of the logits is off.
@@ -146,8 +146,9 @@ def test_a_proposal_lowers_the_true_loss(
 ) -> None:
     model, images = vit_model
     losses: list[float] = []
-    direction = proposer.propose(scales, 0, jax.random.key(0), losses.append)
+    direction, means = proposer.propose(scales, 0, jax.random.key(0), losses.append)
     assert len(losses) == STEPS and set(direction) == set(scales)
+    assert means == (np.mean(losses),)  # fewer than 25
     evaluator = Evaluator(stages_of(model), [images], [teacher], LOSS, 25)
     last = max(i for i, stage in enumerate(evaluator.stages) if stage.searchable)
     before = evaluator.loss_of(last, evaluator.stages[last].candidate)
@@ -172,7 +173,7 @@ def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
 
 
 def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[str, Any]) -> None:
-    one, same, other = (flat(proposer.propose(scales, 0, jax.random.key(seed))) for seed in (0, 0, 1))
+    one, same, other = (flat(proposer.propose(scales, 0, jax.random.key(seed)).steps) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
 
@@ -180,7 +181,7 @@ def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[s
 def test_later_passes_take_smaller_steps_with_the_same_program(
     proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
-    first, second = (flat(proposer.propose(scales, number, jax.random.key(0))) for number in (0, 1))
+    first, second = (flat(proposer.propose(scales, number, jax.random.key(0)).steps) for number in (0, 1))
     assert np.abs(second).mean() < 0.5 * np.abs(first).mean()
     assert _descend_program()._cache_size() == 1
 

@@ -11,11 +11,11 @@ from searches import Subject, assert_same, search, true_held_out
 
 from cptv_jax.run_directory import RunDirectory
 from cptv_jax.search import Evaluator
-from cptv_jax.search.run import SearchState
+from cptv_jax.search.run import Proposal, SearchState
 from cptv_jax.stages import Stage
 
 
-def towards(stages: Sequence[Stage], step: float) -> Callable[..., dict[str, Any]]:
+def towards(stages: Sequence[Stage], step: float) -> Callable[..., Proposal]:
     """A proposal that moves every parameter by the same step, whatever it is asked, in two halves of work."""
     steps = {s.name: jax.tree.map(lambda leaf: np.full(np.shape(leaf), step, np.float32), s.candidate) for s in stages}
 
@@ -24,7 +24,7 @@ def towards(stages: Sequence[Stage], step: float) -> Callable[..., dict[str, Any
             on_progress({"done": np.int32(1), "half": np.float32(step / 2)})
         else:
             assert (progress["done"], progress["half"]) == (1, np.float32(step / 2))
-        return steps
+        return Proposal(steps, (0.5, 0.25))
 
     return propose
 
@@ -44,6 +44,7 @@ def test_a_proposal_that_lowers_the_loss_is_taken(toy: Subject, make_evaluator: 
     found = search(evaluator, passes=1, propose=good)
     (proposal,), start = records(found, "proposal"), records(found, "start")[0]
     assert proposal["fraction"] > 0 and proposal["loss"] < start["loss"]
+    assert proposal["batch_losses"] == [0.5, 0.25]
     assert records(found, "accepted")[0]["stage"] == "all"
     assert found.direction["merge"]["input"] == pytest.approx(proposal["fraction"] * -0.4)
     for stage in evaluator.stages:
@@ -73,13 +74,14 @@ def test_openings_are_tried_once_before_the_first_proposal(
         seen.append(scales)
         return bad(scales, *rest)
 
-    opening = good(None, 0, None, {}, lambda progress: None)
+    opening = good(None, 0, None, {}, lambda progress: None).steps
     found = search(make_evaluator(), propose=propose, openings=[opening])
     assert [record["fraction"] > 0 for record in records(found, "proposal")] == [True, False, False]
     alone = search(make_evaluator(), passes=1, propose=good)
     # What the first proposal starts from is what the opening led to.
-    assert records(found, "proposal")[0] == records(alone, "proposal")[0]
-    fraction = records(found, "proposal")[0]["fraction"]
+    first = records(found, "proposal")[0]
+    assert {**first, "batch_losses": [0.5, 0.25]} == records(alone, "proposal")[0]
+    fraction = first["fraction"]
     for stage in toy.stages:
         steps = jax.tree.map(lambda step: fraction * step, opening[stage.name])
         jax.tree.map(np.testing.assert_array_equal, stage.move(stage.candidate, steps), seen[0][stage.name])
@@ -89,7 +91,7 @@ def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
     toy: Subject, make_evaluator: Callable[..., Evaluator], tmp_path: Path
 ) -> None:
     good, bad = finer_and_coarser(toy)
-    held_out, opening = true_held_out(toy), bad(None, 0, None, {"done": 1, "half": np.float32(0.75)}, None)
+    held_out, opening = true_held_out(toy), bad(None, 0, None, {"done": 1, "half": np.float32(0.75)}, None).steps
     states: list[SearchState] = []
     options = {"held_out": held_out, "propose": good, "openings": [opening]}
     whole = search(make_evaluator(), on_stage=states.append, **options)
