@@ -194,6 +194,21 @@ CASES: dict[str, tuple[str, str, str]] = {
     "seed too large": (SEARCH + " --seed 4294967296", "seed is 4294967296", "at least 0 and below 2^32"),
     "search images too many": (SEARCH + " --search.images 6", "search.images is 6", "it must lie between 2"),
     "searched sites match nothing": (SEARCH + " --search.sites blocks.*.wieght", "search.sites", "did you mean"),
+    "one searched pattern matches nothing": (
+        SEARCH + " --search.sites '[blocks.*.attn.qkv.weight, blocks.*.atn.proj.weight]'",
+        "no quantized site matches 'blocks.*.atn.proj.weight'",
+        "did you mean",
+    ),
+    "patience without held-out images": (
+        SEARCH + " --search.holdout 0 --search.patience 2",
+        "search.patience is 2",
+        "raise --search.holdout",
+    ),
+    "published teacher of rewritten weights": (
+        SEARCH + " --method erq --search.teacher published",
+        "search.teacher is published",
+        "set --search.teacher float",
+    ),
     "searched sites have no scale": (
         SEARCH + " --recipe.preset fq-vit --search.sites *.softmax",
         "blocks.0.attn.softmax",

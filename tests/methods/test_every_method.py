@@ -26,6 +26,8 @@ from cptv_jax.methods import METHODS
 from cptv_jax.methods.aiqvit import AiqvitOptions
 from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions
+from cptv_jax.methods.repq_vit import RepqVitOptions
+from cptv_jax.plan import planned
 from cptv_jax.quantized import QuantizedModel
 
 KEY = jax.random.key(0)
@@ -111,6 +113,25 @@ def test_a_run_is_searched_saved_continued_and_reported(golden: Path, method: st
     for other in (again.model, saved):
         assert all(np.array_equal(a, b) for a, b in zip(leaves(first.model), leaves(other), strict=True))
     assert again.results == first.results
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "read"),
+    [
+        ("fq-vit", 0, 16),
+        ("erq", 0, 16),
+        ("ptq4vit", 0, 5),
+        ("repq-vit", 0, 5),
+        ("repq-vit", 2, 16),
+        ("aiqvit", None, 16),
+    ],
+)
+def test_the_plan_says_how_many_images_a_method_reads(golden: Path, method: str, steps: int | None, read: int) -> None:
+    config = QuantizeConfig(method=method, calibration=CalibrationConfig(16, 8), search=SearchConfig(strategy="none"))
+    config = replace(config, ptq4vit=Ptq4VitOptions(images=5), repq_vit=RepqVitOptions(images=5))
+    config = replace(config, reconstruction=ReconstructionConfig(steps=steps))
+    given = images_from_arrays(np.zeros((16, 32, 32, 3), np.uint8), preprocessing=SMALL.preprocessing)
+    assert planned(small_model(golden), given, config).base_images == read
 
 
 @pytest.mark.parametrize("method", METHODS)
