@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_MANY_MAPS = 30_000
 
 # Set before any test imports jax. Environment variables, not jax.config: child processes (the command line, notebooks,
 # pytest-xdist workers) inherit them, and whoever runs the tests can override each one. Workers may share the cache:
@@ -22,6 +23,15 @@ import jax  # noqa: E402
 # The first example of a test compiles, which takes as long as the machine is busy.
 hypothesis.settings.register_profile("cptv", deadline=None)
 hypothesis.settings.load_profile("cptv")
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Compiled programs are dropped before the kernel refuses their pieces of memory: Linux allows a process 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")
