@@ -196,8 +196,8 @@ def _measured(
     progress: bool,
 ) -> list[Line]:
     costs, widths = models.bytes_of_weights() if options.budget == "bytes" else models.bit_operations(), models.bits
-    per_budget = 1 + options.generations * options.children
-    total = len(models.sites) * len(widths) + 2 * len(widths) + (len(widths) - 1) * per_budget
+    children = options.generations * options.children * (len(widths) - 1)
+    total = len(models.sites) * len(widths) + 2 * len(widths) + children
     lines: list[Line] = []
     with bar(f"bench {NAME}", total, progress) as shown:
 
