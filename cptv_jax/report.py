@@ -129,7 +129,7 @@ def plot_proposals(path: Path, log: tuple[dict[str, Any], ...]) -> None:
             end = begin + len(record["batch_losses"])
             axes.plot(range(begin, end), record["batch_losses"], label=f"pass {record['pass']}")
             begin = end
-        axes.set(xlabel="gradient steps / 25", ylabel="loss of a batch")
+        axes.set(xlabel="groups of optimizer steps", ylabel="mean loss of a batch")
 
 
 def plot_losses(path: Path, log: tuple[dict[str, Any], ...]) -> None:

@@ -26,9 +26,8 @@ class SearchOptions:
 
     source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
     section counts; either with passes of its own, behind a colon or in the file. bits: such as W3A8. passes: the
-    budgets of the others.
-    objectives: such as "kl" or "kl+cosine@features" (see Objective; without @ on what the search has); none means the
-    search's own. config: base method, recipe and calibration of all runs.
+    budgets of the others. objectives: such as "kl" or "kl+cosine@features" (see Objective; without @ on what the
+    search has); none means the search's own. config: base method, recipe and calibration of all runs.
     """
 
     source: Source

@@ -37,9 +37,6 @@ SHORT: dict[str, Any] = {  # of methods that search for long, ranks among the re
 }
 
 
-SHORT_CONFIG = {"ptq4vit": {"ptq4vit": SHORT["ptq4vit"]}, "aiqvit": {"aiqvit": SHORT["aiqvit"]}}
-
-
 def quantized(folder: Path, method: str, batches: list[np.ndarray]) -> QuantizedModel:
     recipe = recipe_of(preset=METHODS[method].presets[0], weight_bits=4, activation_bits=4)
     options = {"options": SHORT[method]} if method in SHORT else {}
@@ -72,6 +69,11 @@ def test_calibration_images_determine_the_model(golden: Path, method: str) -> No
     plain = small_model(golden)
     kept = jax.tree.map(np.array_equal, plain.weights, first.model.weights)
     assert all(jax.tree.leaves(kept)) != METHODS[method].rewrites_weights
+    for layer in ("blocks.0.attn.qkv", "blocks.2.mlp.fc1") if METHODS[method].rewrites_weights else ():
+        kernels = [np.asarray(model.layer(layer)["kernel"]) for model in (plain, first.model, other.model)]
+        assert not any(np.array_equal(kernels[i], kernels[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    if method in ("repq-vit", "erq"):
+        assert same & activations <= {"embed.input"}
     x = jnp.asarray(images(golden)[:8])
     logits = [np.asarray(forward(model.stages(), x).logits) for model in (plain, first, other)]
     assert not any(np.allclose(logits[i], logits[j], atol=1e-3) for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -79,7 +81,7 @@ def test_calibration_images_determine_the_model(golden: Path, method: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("value", [0.0, -1.0, None], ids=["zeros", "black", "one image repeated"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, None], ids=["zeros", "ones", "black", "one image repeated"])
 def test_images_without_variation_give_a_finite_model(golden: Path, method: str, value: float | None) -> None:
     one = images(golden)[:1]
     batch = np.repeat(one, 8, 0) if value is None else np.full((8, *one.shape[1:]), value, np.float32)
@@ -101,7 +103,7 @@ def test_a_run_is_searched_saved_continued_and_reported(golden: Path, method: st
         calibration=CalibrationConfig(16, 8),
         reconstruction=ReconstructionConfig(steps=2, batch=4),
         search=SearchConfig(strategy="guided", gradient_steps=2, gradient_batch=4, children=2, sites=("*",)),
-        **SHORT_CONFIG.get(method, {}),
+        **SHORT,
     )
     first = quantize(small_model(golden), given, config, out=tmp_path, evaluation=test)
     assert set(first.results) == {"float", "base", "final"} and first.log[-1]["event"] == "pass"

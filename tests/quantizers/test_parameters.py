@@ -50,6 +50,15 @@ def test_a_zero_point_is_rounded_and_stays_a_code() -> None:
     np.testing.assert_array_equal(slope, 1)
 
 
+def test_a_zero_point_beyond_the_codes_stays_until_it_is_moved() -> None:
+    beyond = replace(uniform(3, 4), zero_point=jnp.asarray([-5.0, 3.0, 22.0]))
+    for quantizer in (beyond, BiasCorrected(beyond)):
+        again = with_parameters(quantizer, {"scale": SCALES, **offsets(quantizer)})
+        jax.tree.map(np.testing.assert_array_equal, again, quantizer)
+    moved = with_zero_point(beyond, beyond.zero_point + jnp.asarray([2.0, -9.0, 9.0]))
+    np.testing.assert_array_equal(moved.zero_point, [-3, 0, 22])
+
+
 def test_one_scale_for_all_channels_keeps_their_powers_of_two() -> None:
     factors = np.float32([1, 8, 2])
     quantizer = with_parameters(uniform(3, 4), {"scale": jnp.float32(0.3) * factors})

@@ -13,7 +13,7 @@ from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import make_mesh
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
-from cptv_jax.search.gradient import _descend_program, _loss
+from cptv_jax.search.gradient import _at_once, _descend_program, _loss
 from cptv_jax.search.runs import runs_of, stacked
 from cptv_jax.stages import Output, Stage
 
@@ -170,6 +170,16 @@ def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
         again = proposer.propose(scales, 1, jax.random.key(3), steps.append, progress)
         assert len(steps) == STEPS - int(progress["done"])
         np.testing.assert_array_equal(flat(again), flat(whole))
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "devices", "size"),
+    [(25, 10, 2, 10), (20, 15, 2, 10), (15, 10, 1, 5), (10, 100, 8, 8), (7, 3, 1, 1)],
+)
+def test_a_batch_is_computed_in_equal_parts_where_the_devices_allow(
+    batch: int, limit: int, devices: int, size: int
+) -> None:
+    assert _at_once(batch, limit, devices) == size
 
 
 def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[str, Any]) -> None:

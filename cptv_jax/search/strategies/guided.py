@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.search.strategies.generational import TARGET_SUCCESS
 
-_KINDS = 5  # of children: along the direction, crossover with its start, random; the first two by parameters
+_KINDS = 5  # of children: along the direction, elements taken back, random, along by parameter, parameters taken back
 _RANDOM = 2
 _STRIDE = 0.5  # deviation of how far a child goes along the direction, in lengths of it
 
