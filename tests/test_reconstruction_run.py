@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_kill_and_resume import CONFIG, TINY, Killed, Saboteur, assert_same, outcome_of, tiny_model
+from stopped_runs import CONFIG, Killed, Saboteur, assert_same, outcome_of, tiny_model
+from tiny_vit import TINY
 
 from cptv_jax import (
     InputError,
