@@ -141,31 +141,37 @@ def planned(model: Model, images: Images, config: QuantizeConfig) -> Plan:
     if method.abilities is not None:
         method.abilities.check(config.method, recipe)
     method.check(model.architecture, recipe, method.options and getattr(config, method.options))
-    if config.search.strategy != "none":
-        searched_sites(recipe, config.search)
-        check_population(config.search.population_devices)
-    if config.search.strategy == "evosax":
-        Evosax(config.search.algorithm, children=effort(config.search).children)
-    rewritten = method.rewrites_weights or config.reconstruction.steps
-    if config.search.teacher == "published" and config.search.strategy != "none" and rewritten:
+    plan = Plan(config, method, recipe, _split(images, config))
+    _check_search(plan)
+    return plan
+
+
+def _check_search(plan: Plan) -> None:
+    """Raises InputError for a search that this base, or the images held out, leave without a meaning."""
+    config, search = plan.config, plan.config.search
+    if search.offsets and search.strategy != "guided":
         raise InputError(
-            "search.teacher is published, the unrounded pass of the quantized model, but here its weights are not the "
-            "float model's; set --search.teacher float"
-        )
-    if config.search.offsets and config.search.strategy != "guided":
-        raise InputError(
-            f"search.offsets is true, but the steps of {config.search.strategy} are for scales; "
+            f"search.offsets is true, but the steps of {search.strategy} are for scales; "
             "set --search.strategy guided, or --search.offsets false"
         )
-    if config.search.rounding and not config.search.offsets:
+    if search.rounding and not search.offsets:
         raise InputError(
             "search.rounding is true, but search.offsets false, and roundings are among the offsets; "
             "set both, or --search.rounding false"
         )
-    split = _split(images, config)
-    if config.search.patience is not None and config.search.strategy != "none" and not split.held_out:
+    if search.strategy == "none":
+        return
+    searched_sites(plan.recipe, search)
+    check_population(search.population_devices)
+    if search.strategy == "evosax":
+        Evosax(search.algorithm, children=effort(search).children)
+    if search.teacher == "published" and (plan.method.rewrites_weights or config.reconstruction.steps):
         raise InputError(
-            f"search.patience is {config.search.patience}, but no images are held out to judge passes by; "
+            "search.teacher is published, the unrounded pass of the quantized model, but here its weights are not the "
+            "float model's; set --search.teacher float"
+        )
+    if search.patience is not None and not plan.split.held_out:
+        raise InputError(
+            f"search.patience is {search.patience}, but no images are held out to judge passes by; "
             "raise --search.holdout, lower --calibration.batch, or leave patience out"
         )
-    return Plan(config, method, recipe, split)

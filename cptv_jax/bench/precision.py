@@ -80,6 +80,30 @@ def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequ
     return {bits: planned(model, images, _at_width(config, bits, activations)) for bits in widths}
 
 
+def _check_options(options: PrecisionOptions, widths: Sequence[int], search: SearchConfig) -> None:
+    """Raises InputError for options that cannot work, whatever the model and the images are."""
+    if len(widths) < 2:
+        raise InputError(f"--bits are {list(widths)}; mixed precision needs 2 widths or more")
+    for flag, word, known in (("genes", options.genes, GENES), ("budget", options.budget, BUDGETS)):
+        if word not in known:
+            raise InputError(f"--{flag} is '{word}'{did_you_mean(word, known)}")
+    if options.genes == "all" and options.budget == "bytes":
+        raise InputError("the widths of activations cost no bytes; set --budget bit-operations, or --genes weights")
+    for flag, number, least in (("generations", options.generations, 0), ("children", options.children, 1)):
+        if number < least:
+            raise InputError(f"--{flag} is {number}; it must be at least {least}")
+    check(replace(options.config, search=search))
+    for field, unused in (("race", search.race), ("teacher", search.teacher != "float")):
+        if unused:
+            raise InputError(f"search.{field} is {getattr(search, field)}, which has no meaning here; leave it out")
+    calibration = options.config.calibration
+    if not calibration.batch <= options.images <= calibration.images:
+        raise InputError(
+            f"--judges is {options.images}; it must lie between calibration.batch, {calibration.batch}, and "
+            f"calibration.images, {calibration.images}"
+        )
+
+
 def _check_base(plan: Plan) -> None:
     """Raises InputError for a base method whose models differ in more than their widths."""
     if plan.method.rewrites_weights:
@@ -131,29 +155,11 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     Genes are chosen by the objective on calibration images; evaluation images only fill the table.
     Raises InputError for settings that cannot work, and for an `out` that is something else than this bench.
     """
-    widths = tuple(sorted(set(options.bits)))
-    if len(widths) < 2:
-        raise InputError(f"--bits are {list(widths)}; mixed precision needs 2 widths or more")
-    for flag, word, known in (("genes", options.genes, GENES), ("budget", options.budget, BUDGETS)):
-        if word not in known:
-            raise InputError(f"--{flag} is '{word}'{did_you_mean(word, known)}")
-    if options.genes == "all" and options.budget == "bytes":
-        raise InputError("the widths of activations cost no bytes; set --budget bit-operations, or --genes weights")
     source, config = options.source, options.config
-    for flag, number, least in (("generations", options.generations, 0), ("children", options.children, 1)):
-        if number < least:
-            raise InputError(f"--{flag} is {number}; it must be at least {least}")
+    widths = tuple(sorted(set(options.bits)))
     objective = Objective(config.search.objective or OBJECTIVE, config.search.on, config.search.temperature)
     search = replace(config.search, objective=objective.name)
-    check(replace(config, search=search))
-    for field, unused in (("race", search.race), ("teacher", search.teacher != "float")):
-        if unused:
-            raise InputError(f"search.{field} is {getattr(search, field)}, which has no meaning here; leave it out")
-    if not config.calibration.batch <= options.images <= config.calibration.images:
-        raise InputError(
-            f"--judges is {options.images}; it must lie between calibration.batch, {config.calibration.batch}, and "
-            f"calibration.images, {config.calibration.images}"
-        )
+    _check_options(options, widths, search)
     refuse_foreign(options.out, KIND)
     model = load_float_model(source.weights, source.arch)
     wanted, batch = config.calibration.images, config.calibration.batch

@@ -1,6 +1,7 @@
 """Recordings of PTQ4ViT and its baseline: gradients, intervals, the search step by step, weights, blocks and logits."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -85,9 +86,7 @@ def compare_ptq4vit(recording: Recording) -> list[Check]:
     found = subject.float_checks(recording) + of_gradients
     found += checks.parameter_checks(INITIAL, _intervals(recording, "init", initial, operands))
     found += [done.check for done in replays if done.check is not None]
-    count, tied = sum(done.count for done in replays), sum(done.tied for done in replays)
-    if count:
-        found.append(Check(SEARCH, "ties", float(tied), max(1.0, _TIED * count), f"of {count} choices"))
+    found += ties(replays)
     found += checks.parameter_checks(PARAMETERS, _intervals(recording, "param", quantizers, operands))
     found += weight_checks(recording, subject, weight_names(subject.model.architecture))
     found += block_checks(recording, subject)
@@ -177,6 +176,12 @@ def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) 
     )
     found = {site: q for site, q in zip(sites, quantizers, strict=True) if q is not None}
     return Replay(initial, found, check, count, tied)
+
+
+def ties(replays: Sequence[Replay]) -> list[Check]:
+    """That no more choices pass as ties than float noise makes; nothing where no similarities are recorded."""
+    count, tied = sum(done.count for done in replays), sum(done.tied for done in replays)
+    return [Check(SEARCH, "ties", float(tied), max(1.0, _TIED * count), f"of {count} choices")] if count else []
 
 
 def _intervals(

@@ -225,6 +225,13 @@ def test_reconstruction_is_asked_for_by_name_with_the_steps_of_the_configuration
     assert with_it.config.reconstruction.steps == 7
 
 
+def test_what_all_runs_share_cannot_stand_beside_a_method_of_a_file(options: Options) -> None:
+    shared = replace(options.config, reconstruction=ReconstructionConfig(steps=7))
+    methods_of_both = ("fq-vit", str(ROOT / "configs" / "omse.yaml"))
+    with pytest.raises(InputError, match=r"--config does not reach a method of a YAML file; write .* into that file"):
+        bench_methods(replace(options, methods=methods_of_both, config=shared), progress=False)
+
+
 # Bad input
 
 

@@ -12,7 +12,6 @@ from cptv_jax import InputError, Model, QuantizeConfig, evaluate, load_images, l
 from cptv_jax.bench import precision as bench
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
 from cptv_jax.bench.runs import Source
-from cptv_jax.cli import main
 from cptv_jax.config import CalibrationConfig, SearchConfig
 from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.search import Objective
@@ -153,24 +152,9 @@ def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> Non
         bench_precision(replace(options, bits=(3, 8)), progress=False)
 
 
-def test_the_command_line_says_what_the_options_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = []
-    line = {"bits": 4, "budget": "bytes", "cost": 2.0**20, "uniform": {"top1": 50.0, "objective": 0.5}}
-    monkeypatch.setattr(bench, "bench_precision", lambda options: asked.append(options) or [line])
-    (tmp_path / "base.yaml").write_text("method: omse\n")
-    needed = ["bench", "precision", "--weights", "w", "--images", "i", "--eval", "e", "--out", "o"]
-    given = [
-        *("--arch", "a", "--bits", "2", "5", "--judges", "9", "--generations", "1", "--children", "3"),
-        *("--genes", "all", "--budget", "bit-operations", "--config", str(tmp_path / "base.yaml")),
-    ]
-    for words in ([], given):
-        with pytest.raises(SystemExit) as ended:
-            main([*needed, *words])
-        assert ended.value.code == 0 and "| 4 bits | 1.00 | 50.0 |" in capsys.readouterr().out
-    config = QuantizeConfig(method="omse")
-    assert asked == [
-        PrecisionOptions(Source("w", "i", "e"), Path("o")),
-        PrecisionOptions(Source("w", "i", "e", "a"), Path("o"), (2, 5), 9, 1, 3, config, "all", "bit-operations"),
-    ]
+def test_damaged_measurements_are_named_with_the_remedy(options: PrecisionOptions) -> None:
+    bench_precision(replace(options, bits=(2, 8), generations=0), progress=False)
+    path = options.out / "precision-measured.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(InputError, match=r"precision-measured\.json is damaged; remove it, and the same command"):
+        bench_precision(replace(options, bits=(2, 8), generations=0), progress=False)

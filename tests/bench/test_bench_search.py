@@ -10,12 +10,10 @@ import pytest
 from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
-from cptv_jax.bench import search as bench
 from cptv_jax.bench.row import measure
 from cptv_jax.bench.runs import Children, Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
-from cptv_jax.cli import main
 from cptv_jax.config import CalibrationConfig, to_mapping
 
 
@@ -57,6 +55,13 @@ def test_a_width_has_its_base_once_and_a_run_that_failed_says_why() -> None:
         ["W4A8", "base"], ["W4A8", "guided, 1 pass"],
     ]  # fmt: skip
     assert found[2][-1] == "seed 0: failed: no room"
+
+
+def test_seconds_of_a_resumed_run_are_a_lower_bound() -> None:
+    resumed = cell("guided, 1 pass", 0, 50.0, 60.0)
+    resumed.measured["phases"]["search"]["resumed"] = True
+    base, search = rows([resumed])
+    assert base[4] == "5" and search[4] == "at least 10"
 
 
 @pytest.fixture
@@ -126,28 +131,3 @@ def test_a_search_may_have_passes_of_its_own(options: SearchOptions) -> None:
     found = _runs(replace(options, searches=("evol-q:7", "generational")), 0)
     assert [run.label for run in found] == ["evol-q, 7 passes", "generational, 1 pass", "generational, 2 passes"]
     assert [run.config.search.passes for run in found] == [7, 1, 2]
-
-
-def test_the_command_line_says_what_the_options_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = []
-    lines = lines_of([cell("x", 0, 1.0, 2.0)])
-    monkeypatch.setattr(bench, "bench_search", lambda options: asked.append(options) or lines)
-    (tmp_path / "base.yaml").write_text("method: omse\n")
-    needed = ["bench", "search", "--weights", "w", "--images", "i", "--eval", "e", "--out", "o"]
-    given = [
-        *("--arch", "a", "--held-out", "7", "--jobs", "2", "--searches", "guided", "--objectives", "kl", "mse@both"),
-        *("--bits", "W2A8", "--passes", "3", "--seeds", "4", "5", "--config", str(tmp_path / "base.yaml")),
-    ]
-    for words in ([], given):
-        with pytest.raises(SystemExit) as ended:
-            main([*needed, *words])
-        assert ended.value.code == 0 and "| x |" in capsys.readouterr().out
-    assert asked == [
-        SearchOptions(Source("w", "i", "e"), Path("o")),
-        SearchOptions(
-            Source("w", "i", "e", "a", 7, 2), Path("o"), ("guided",), ("W2A8",), (3,), (4, 5),
-            QuantizeConfig(method="omse"), ("kl", "mse@both"),
-        ),
-    ]  # fmt: skip
