@@ -9,6 +9,7 @@ from cptv_jax.checkpoint import write_atomically
 from cptv_jax.config import to_mapping
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.plot import plotted
+from cptv_jax.quantizers import LowRank, Quantizer
 from cptv_jax.recipe import SiteSpec
 from cptv_jax.run_directory import versions
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _ROWS = (("float", "full precision"), ("base", "base method"), ("final", "after the search"))
 
 
-def _describe(spec: SiteSpec) -> str:
+def _describe(spec: SiteSpec, quantizer: Quantizer) -> str:
     grid = f"{'signed ' if spec.signed else 'unsigned '}{'symmetric' if spec.symmetric else 'asymmetric'}"
     granularity = "per channel" if spec.per_channel else "per head" if spec.per_head else "per tensor"
     if spec.parts > 1:
@@ -30,7 +31,8 @@ def _describe(spec: SiteSpec) -> str:
         return f"| log-sqrt2 | {spec.bits} | per tensor | {spec.observer} |"
     if spec.quantizer == "focusing":
         return f"| focusing (one interval) | {spec.bits} | {granularity} | {spec.observer} |"
-    correction += ", low-rank float term" if spec.low_rank else ""
+    if isinstance(quantizer, LowRank):
+        correction += f", float term of rank {int(quantizer.rank)}"
     if spec.quantizer in ("twin-softmax", "twin-gelu"):
         return f"| {spec.quantizer} | {spec.bits} | {granularity} | {spec.observer} |"
     return f"| {spec.quantizer} {grid} | {spec.bits} | {granularity} | {spec.observer}{correction} |"
@@ -39,10 +41,10 @@ def _describe(spec: SiteSpec) -> str:
 def site_table(outcome: "Quantization") -> str:
     """Markdown table of every site of the architecture: quantized how, or in float."""
     lines = ["| site | quantizer | bits | granularity | parameters from |", "|---|---|---|---|---|"]
-    specs = outcome.model.recipe.sites
+    specs, quantizers = outcome.model.recipe.sites, outcome.model.quantizers
     for site in sites_of(outcome.teacher.architecture):
         if site.name in specs:
-            lines.append(f"| `{site.name}` {_describe(specs[site.name])}")
+            lines.append(f"| `{site.name}` {_describe(specs[site.name], quantizers[site.name])}")
         elif site.kind != "operand":  # an operand is a part of a tensor that has its own row
             lines.append(f"| `{site.name}` | float | | | |")
     return "\n".join(lines)

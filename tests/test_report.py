@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from cptv_jax import (
 )
 from cptv_jax.config import completed_search, from_mapping
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantizers import LowRank
 from cptv_jax.recipe import SiteSpec
 from cptv_jax.report import plot_losses, site_table
 
@@ -76,6 +78,15 @@ def test_a_row_says_all_of_a_specification(outcome: Quantization) -> None:
     table = rows(site_table(replace(outcome, model=replace(outcome.model, recipe=recipe))))
     assert table["head.fc.weight"] == ["uniform unsigned asymmetric", "3", "per channel", "omse, bias correction"]
     assert table["blocks.0.norm1"][0] == "float"
+
+
+def test_a_float_term_beside_a_weight_stands_in_its_row_with_its_rank(outcome: Quantization) -> None:
+    site, model = "blocks.0.attn.qkv.weight", outcome.model
+    inputs, outputs = model.model.layer("blocks.0.attn.qkv")["kernel"].shape
+    down = jnp.zeros((inputs, 4)).at[:, :3].set(1.0)  # the last column is padding
+    term = LowRank(model.quantizers[site], down, jnp.ones((4, outputs)))
+    changed = replace(outcome, model=replace(model, quantizers={**model.quantizers, site: term}))
+    assert rows(site_table(changed))[site][-1] == "minmax, float term of rank 3"
 
 
 def test_the_accuracies_are_those_measured(text: str, outcome: Quantization) -> None:

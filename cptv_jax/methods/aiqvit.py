@@ -1,6 +1,7 @@
 """AIQViT (arXiv 2502.04628): low-rank compensation of quantized weights, and a quantizer that focuses on an interval.
 
-There is no public code. What the paper leaves open is chosen here:
+There is no public code. What the paper leaves open is chosen here, and measured against other choices in
+docs/results.md, "AIQViT's constants":
 
 * Quantizers start as RepQ-ViT's: percentile search and reparameterized LayerNorms, with integral zero points.
 * A compensating term starts as the best one of its rank for the weight's rounding error (its truncated singular value
