@@ -8,21 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import CONFIG, DEEPER, Killed, Saboteur, assert_same, outcome_of, tiny_model, write_digits
+from stopped_runs import CONFIG, DEEPER, Killed, Saboteur, assert_same, outcome_of
 
 from cptv_jax import InputError, Model, Quantization, SearchConfig, load_images, pipeline, quantize, searching
 from cptv_jax.methods import METHODS
 from cptv_jax.search import gradient
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny_model()
 
 
 @pytest.fixture
