@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from cptv_jax.errors import InputError
+from cptv_jax.interrupts import interrupts_deferred
 from cptv_jax.models.architecture import FAMILIES, Architecture, abstract_weights
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
@@ -94,10 +94,9 @@ def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     arrays = jax.tree.map(np.asarray, tree)
-    with ocp.PyTreeCheckpointer() as checkpointer, ThreadPoolExecutor(1) as pool:
-        # In a thread of its own, which an interrupt waits for: one that unwound Orbax halfway would leave threads
-        # behind that print tracebacks as the process ends.
-        pool.submit(checkpointer.save, (temporary / _ARRAYS).absolute(), arrays).result()
+    # An interrupt that unwound Orbax halfway would leave threads behind that print tracebacks as the process ends.
+    with interrupts_deferred(), ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -145,7 +144,7 @@ def restore_tree(path: Path) -> tuple[PyTree, dict[str, Any]]:
             raise InputError(f"{path / _ARRAYS / name} is {state}; import or quantize again")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata["tree"])
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with interrupts_deferred(), ocp.PyTreeCheckpointer() as checkpointer:  # as in save_tree
             tree = checkpointer.restore((path / _ARRAYS).absolute(), restore_args=as_numpy)
     except Exception as error:  # Orbax raises many types for missing and damaged files
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
