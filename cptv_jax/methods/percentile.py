@@ -39,13 +39,12 @@ def _order_statistics(x: Float[Array, "rows count"], places: list[int]) -> Float
 def quantiles(x: Float[Array, "rows count"], shares: Sequence[float]) -> Float[Array, "quantiles rows"]:
     """Quantiles of each row, linearly interpolated as torch.quantile does."""
     ranks = [_rank(share, x.shape[-1]) for share in shares]
-    ends = _order_statistics(x, [end for rank in ranks for end in (math.floor(rank), math.ceil(rank))])
-    found = []
-    for rank, low, high in zip(ranks, ends[::2], ends[1::2], strict=True):
-        weight = rank - math.floor(rank)
-        # torch's lerp starts from the nearer end.
-        found.append(low + weight * (high - low) if weight < 0.5 else high - (high - low) * (1.0 - weight))
-    return jnp.stack(found)
+    ends = _order_statistics(x, [math.floor(rank) for rank in ranks] + [math.ceil(rank) for rank in ranks])
+    low, high = ends[: len(ranks)], ends[len(ranks) :]
+    weight = np.array([[rank - math.floor(rank)] for rank in ranks])
+    upper = (1.0 - weight).astype(np.float32)
+    # torch's lerp starts from the nearer end.
+    return jnp.where(weight < 0.5, low + weight.astype(np.float32) * (high - low), high - (high - low) * upper)
 
 
 def _mean_squares(errors: Float[Array, "rows count"]) -> Float[Array, " rows"]:
@@ -79,7 +78,7 @@ def _search_uniform(
         grid = OffsetUniform(scale[:, None], zero_point[:, None], jnp.float32(0), jnp.float32(levels))
         return jnp.where(scale > 0, _mean_squares(grid.values(grid.codes(x)) - x), jnp.inf)
 
-    scores = jnp.stack([score(scales[i], zero_points[i]) for i in range(len(percentiles))])
+    scores = jax.lax.map(lambda grid: score(*grid), (scales, zero_points))  # unrolled, it takes longer to compile
     scale, zero_point = _least(scores, scales), _least(scores, zero_points)
 
     smallest, largest = jnp.min(x, -1), jnp.max(x, -1)
@@ -103,7 +102,7 @@ def _search_log_sqrt2(x: Float[Array, "..."], bits: int, percentiles: Sequence[f
         return jnp.where(scale > 0, _mean_squares(quantizer.values(quantizer.codes(flat)) - flat)[0], jnp.inf)
 
     scales = quantiles(flat, percentiles)[:, 0]
-    scores = jnp.stack([score(scale) for scale in scales])
+    scores = jax.lax.map(score, scales)
     found = scales[jnp.argmin(scores)]
     return LogSqrt2(jnp.where(found > 0, found, jnp.maximum(jnp.max(flat), _SMALLEST_SCALE)), high)
 
