@@ -107,6 +107,22 @@ class Saboteur:
 
         monkeypatch.setattr(owner, name, step)
 
+    def go_on_until_done(self, call: Callable[[], Any]) -> None:
+        """Calls again after every kill."""
+        for _ in range(100):
+            self.armed = True
+            try:
+                call()
+                return
+            except Killed:
+                pass
+        raise AssertionError(f"killed again and again: {self.done}")
+
+    def assert_struck(self, *steps: str) -> None:
+        """Every one of these steps was a moment of a kill, whatever had been written before."""
+        struck = {label.partition(" after ")[0] for label in self.done}
+        assert struck.issuperset(steps), (sorted(set(steps) - struck), sorted(struck))
+
     def moment(self) -> str:
         """Tells apart the times at which one file is written anew."""
         results = self.root / "results.json"

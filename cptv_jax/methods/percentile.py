@@ -42,9 +42,9 @@ def quantiles(x: Float[Array, "rows count"], shares: Sequence[float]) -> Float[A
     ends = _order_statistics(x, [math.floor(rank) for rank in ranks] + [math.ceil(rank) for rank in ranks])
     low, high = ends[: len(ranks)], ends[len(ranks) :]
     weight = np.array([[rank - math.floor(rank)] for rank in ranks])
-    upper = (1.0 - weight).astype(np.float32)
+    from_low, from_high = weight.astype(np.float32), (1.0 - weight).astype(np.float32)
     # torch's lerp starts from the nearer end.
-    return jnp.where(weight < 0.5, low + weight.astype(np.float32) * (high - low), high - (high - low) * upper)
+    return jnp.where(weight < 0.5, low + from_low * (high - low), high - from_high * (high - low))
 
 
 def _mean_squares(errors: Float[Array, "rows count"]) -> Float[Array, " rows"]:
@@ -78,7 +78,9 @@ def _search_uniform(
         grid = OffsetUniform(scale[:, None], zero_point[:, None], jnp.float32(0), jnp.float32(levels))
         return jnp.where(scale > 0, _mean_squares(grid.values(grid.codes(x)) - x), jnp.inf)
 
-    scores = jax.lax.map(lambda grid: score(*grid), (scales, zero_points))  # unrolled, it takes longer to compile
+    scores = jax.lax.map(
+        lambda candidate: score(*candidate), (scales, zero_points)
+    )  # unrolled, it takes longer to compile
     scale, zero_point = _least(scores, scales), _least(scores, zero_points)
 
     smallest, largest = jnp.min(x, -1), jnp.max(x, -1)
