@@ -95,8 +95,8 @@ class MovableBias(NamedTuple):
         return self.start + rounded_product(steps, self.unit)
 
 
-def _biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
-    """By weight site, of layers that have a bias. On the host: the same numbers for every program."""
+def movable_biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
+    """Biases that can move, by weight site. On the host: the same numbers for every program."""
     layers = {site: _at(weights, _path_of(site)) for site in sites if site.endswith(_WEIGHT)}
     return {
         site: MovableBias(layer[_BIAS], jnp.asarray(_BIAS_UNIT * np.linalg.norm(np.asarray(layer["kernel"]), axis=0)))
@@ -314,7 +314,7 @@ class QuantizedModel:
             if turned:
                 quantizers = _with_roundings(quantizers, weights, [s for s in quantizers if searched(prefix + s)])
             chosen = {site: quantizer for site, quantizer in quantizers.items() if searched(prefix + site)}
-            biases = _biases(weights, chosen) if shifted else None
+            biases = movable_biases(weights, chosen) if shifted else None
             candidate = _candidate(chosen, self.recipe, prefix, biases)
             function = ModelStageFunction(
                 graph,
@@ -341,7 +341,7 @@ class QuantizedModel:
         for site, found in _by_site(jax.tree.map(jnp.asarray, dict(parameters))).items():
             if _BIAS in found:
                 stage, path = model._path(site)
-                (bias,) = _biases(model.weights[stage], [".".join(path)]).values()
+                (bias,) = movable_biases(model.weights[stage], [".".join(path)]).values()
                 model = model.with_layers({site.removesuffix(_WEIGHT): {_BIAS: bias.moved(found.pop(_BIAS))}})
             changed[site] = with_parameters(self.quantizers[site], found)
         return replace(self, model=model, quantizers={**self.quantizers, **changed})

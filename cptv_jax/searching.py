@@ -1,7 +1,9 @@
 """The search phase of a run: what a configuration comes to in evaluators, strategies and proposals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,10 @@ from cptv_jax.config import QuantizeConfig, SearchConfig, effort, objectives
 from cptv_jax.data import Images
 from cptv_jax.forward import activation_bytes, array_of, outputs
 from cptv_jax.mesh import gradient_arithmetic, make_mesh, pieces_at_once
-from cptv_jax.observers import fit, update
+from cptv_jax.openings import steps_to_least_error, steps_to_least_output_error
 from cptv_jax.plan import Split, searched_sites
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model, QuantizedModel, move_candidate
-from cptv_jax.quantizers import offsets
 from cptv_jax.run_directory import RunDirectory
 from cptv_jax.search import (
     Descent,
@@ -34,12 +35,13 @@ from cptv_jax.search import (
     channel_variances,
     paired,
 )
-from cptv_jax.search.run import Progress, Proposal, Scales, SearchState, initial_state, run_search
+from cptv_jax.search.run import Opening, Progress, Proposal, Scales, SearchState, initial_state, run_search
 from cptv_jax.search.strategies.evol_q import published_step
 from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
 _VARIANCE_IMAGES = 100  # that the variances of the teacher's channels are taken from
+_MOMENT_IMAGES, _MOMENT_BATCH = 200, 25  # that roundings in closed form are fitted on, and how many at once
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
@@ -191,26 +193,19 @@ def _proposer(
     )
 
 
-def steps_to_least_error(base: QuantizedModel, scales: Scales) -> Scales:
-    """Steps, by stage, from the candidates `scales` to grids of least squared error (OMSE), a channel at a time.
+def _openings(base: QuantizedModel, split: Split, search: SearchConfig) -> list[Opening]:
+    """What is tried before the first gradient: grids of least error, then roundings that keep what layers give."""
 
-    They need no data, and are zero for what has no uniform grid a channel.
-    """
-    steps = {}
-    for stage, candidate in scales.items():
-        steps[stage] = {key: jnp.zeros_like(value) for key, value in candidate.items()}
-        for site in (key for key in candidate if key.endswith(".weight")):
-            name = f"{stage}.{site}"
-            spec = replace(base.recipe.sites[name], observer="omse", per_channel=False)
-            kernel = base.model.layer(name.removesuffix(".weight"))["kernel"]
-            if spec.quantizer != "uniform" or np.shape(candidate[site]) != kernel.shape[1:]:
-                continue
-            fitted = jax.vmap(lambda x, spec=spec: fit(spec, update(spec, None, x), x), 1)(kernel)
-            steps[stage][site] = jnp.log(fitted.scale / candidate[site])
-            for offset, value in offsets(fitted).items():
-                if f"{site}.{offset}" in candidate:
-                    steps[stage][f"{site}.{offset}"] = value - candidate[f"{site}.{offset}"]
-    return steps
+    def parts() -> Iterator[jax.Array]:
+        for batch in split.calibration:
+            for start in range(0, len(batch), _MOMENT_BATCH):
+                yield jnp.asarray(batch.normalized(start, min(start + _MOMENT_BATCH, len(batch))))
+
+    def rounded_anew(scales: Scales) -> Scales:
+        return steps_to_least_output_error(base, scales, islice(parts(), _MOMENT_IMAGES // _MOMENT_BATCH))
+
+    grids = partial(steps_to_least_error, base)
+    return [grids, rounded_anew] if search.rounding else [grids]
 
 
 def _stage_bits(base: QuantizedModel, stage: str, sites: Sequence[str]) -> int:
@@ -238,7 +233,6 @@ def improve(
     bits = {name: _stage_bits(base, name, searched) for name in state.scales}
     guided = search.strategy == "guided"
     proposer = _proposer(teacher, base, split, search, judges) if guided else None
-    openings = [steps_to_least_error(base, state.scales)] if guided else []
     passes, rounds, _ = effort(search)
     per_pass = len(bits) * rounds * _children(search) + guided * search.gradient_steps
     done = state.pass_index * per_pass + state.position * rounds * _children(search)
@@ -270,7 +264,7 @@ def improve(
             on_round,
             run.save_state if run else lambda state: None,
             propose if guided else None,
-            openings,
+            _openings(base, split, search) if guided else (),
             search.patience,
             _IDLE_STAGES if guided else None,
         )

@@ -18,8 +18,9 @@ from cptv_jax.compare.reparameterized import (
 )
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
-from cptv_jax.methods.erq import ErqOptions, Moments, collect_moments, layers_of, penalties, rewrite
+from cptv_jax.methods.erq import ErqOptions, penalties, rewrite
 from cptv_jax.methods.initialization import initialize, reparameterize, reparameterized
+from cptv_jax.methods.moments import Moments, collect_moments, layers_of
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.quantizers import DualUniform, Quantizer

@@ -2,7 +2,7 @@
 
 from cptv_jax.interpreters.arithmetic import ARITHMETICS, Arithmetic, ArithmeticName
 from cptv_jax.interpreters.capturing import Capturing
-from cptv_jax.interpreters.fake_quant import FakeQuant, Float, Weight, quantize_weight
+from cptv_jax.interpreters.fake_quant import FakeQuant, Float, Weight, effective_weight, quantize_weight
 from cptv_jax.interpreters.initializing import Initializing
 from cptv_jax.interpreters.observing import Observing
 from cptv_jax.interpreters.operations import Operations
@@ -23,6 +23,7 @@ __all__ = [
     "StraightThrough",
     "Tensor",
     "Weight",
+    "effective_weight",
     "list_sites",
     "quantize_weight",
 ]

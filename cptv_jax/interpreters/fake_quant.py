@@ -93,6 +93,18 @@ def quantize_weight(
     return Weight(quantized(quantizer, kernel))
 
 
+def effective_weight(weight: Weight) -> Array:
+    """What a linear layer multiplies its input with, all in all, [inputs, outputs]."""
+    kernel = weight.kernel.steps if weight.kernel.scale is None else weight.kernel.steps * weight.kernel.scale
+    if weight.gain is not None:
+        kernel = kernel * weight.gain
+    if weight.shift is not None:
+        kernel = kernel + weight.shift
+    if weight.low_rank is not None:
+        kernel = kernel + jnp.matmul(*weight.low_rank, precision=PRECISION)
+    return kernel
+
+
 class FakeQuant:
     """Runs the operations with every site in `quantizers` quantized and all other sites in float32.
 

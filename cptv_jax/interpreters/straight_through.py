@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.interpreters.arithmetic import PRECISION, rounded_bf16
-from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, quantize_weight, quantized
+from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, effective_weight, quantize_weight, quantized
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Quantizer, spread, straight_through
 
@@ -50,18 +50,6 @@ def _traced(exact: Tensor, quantizer: Quantizer, values: Array) -> Traced:
 def _exact(x: Tensor) -> Tensor:
     """A tensor as FakeQuant has it."""
     return jax.lax.stop_gradient(Tensor(x.stored, x.scale, x.zero))
-
-
-def _effective(weight: Weight) -> Float[Array, "inputs outputs"]:
-    """What a linear layer multiplies its input with, all in all."""
-    kernel = weight.kernel.steps if weight.kernel.scale is None else weight.kernel.steps * weight.kernel.scale
-    if weight.gain is not None:
-        kernel = kernel * weight.gain
-    if weight.shift is not None:
-        kernel = kernel + weight.shift
-    if weight.low_rank is not None:
-        kernel = kernel + jnp.matmul(*weight.low_rank, precision=PRECISION)
-    return kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -112,7 +100,7 @@ class StraightThrough(FakeQuant):
         exact = super().linear_values(site, *jax.lax.stop_gradient((kernel, bias)), _exact(x))
         quantizer = self.quantizers.get(f"{site}.weight")
         weight = Weight(Tensor(kernel)) if quantizer is None else quantize_weight(quantizer, kernel, None, _in_steps)
-        smooth = _product(x.values, _effective(weight), self._dtype)
+        smooth = _product(x.values, effective_weight(weight), self._dtype)
         return straight_through(exact, smooth if bias is None else smooth + bias)
 
     def weight(self, site: str, kernel: Array) -> Weight:

@@ -1,4 +1,7 @@
-"""Weight quantization that makes up for its own error: rounding refined by halves, the rest adjusted by ridge."""
+"""Weight quantization that makes up for its own error: rounding refined by halves, the rest adjusted by ridge; or one
+input after the other, the rest adjusted each time."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from cptv_jax.quantizers import DualUniform, OffsetUniform
 
 _SMALLEST_HALF = 32  # smaller ones are padded to it, so that one program serves them all
+_BLOCK = 64  # inputs
 
 
 def ridge(
@@ -108,3 +112,36 @@ def quantize_by_halves(
         weights[now] += nearest
         weights[left] -= ridge(gram[np.ix_(left, left)], gram[np.ix_(left, now)] @ nearest, penalty)
     return jnp.asarray(weights[:inputs]), None if bias is None else jnp.asarray(weights[inputs])
+
+
+def adjust_by_column(
+    kernel: Float[np.ndarray, "inputs outputs"],
+    nearest: Callable[[Float[np.ndarray, " outputs"]], Float[np.ndarray, " outputs"]],
+    moment: Float[np.ndarray, "inputs inputs"],
+    damping: float = 0.01,
+) -> Float[np.ndarray, "inputs outputs"]:
+    """A weight of which every element rounds to the nearest so that the layer's output keeps what it can of its own
+    (GPTQ, Frantar et al. 2022, algorithm 1).
+
+    One input after the other is rounded, those that are read most first, and those that are left take up the error.
+    nearest: values on the grid for the weights of one input. moment: sum or mean of x x^T over what the layer reads.
+    damping: added to its diagonal, as a fraction of the diagonal's mean.
+    """
+    moment = np.asarray(moment, np.float64)
+    order = np.argsort(-np.diag(moment), kind="stable")
+    regular = moment[np.ix_(order, order)]
+    regular = regular + damping * max(np.trace(regular) / len(regular), np.finfo(np.float32).tiny) * np.eye(
+        len(regular)
+    )
+    feedback = np.linalg.cholesky(np.linalg.inv(regular)).T
+    adjusted = np.asarray(kernel, np.float64)[order]
+    errors = np.empty_like(adjusted)
+    for start in range(0, len(adjusted), _BLOCK):  # what lies beyond a block takes up its errors all at once
+        stop = min(start + _BLOCK, len(adjusted))
+        for row in range(start, stop):
+            errors[row] = (adjusted[row] - nearest(adjusted[row])) / feedback[row, row]
+            adjusted[row + 1 : stop] -= np.outer(feedback[row, row + 1 : stop], errors[row])
+        adjusted[stop:] -= feedback[start:stop, stop:].T @ errors[start:stop]
+    found = np.empty_like(adjusted)
+    found[order] = adjusted
+    return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from cptv_jax.search.evaluator import Evaluator
@@ -28,6 +29,9 @@ class Proposal(NamedTuple):
 # Of the scales, the pass, a key, the progress of an interrupted proposal (empty at its beginning), and whom to tell of
 # progress.
 Propose = Callable[[Scales, int, Array, Progress, Callable[[Progress], None]], Proposal]
+
+
+Opening = Callable[[Scales], Scales]
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def run_search(
     on_round: Callable[[str, int, float], None] = lambda stage, evaluated, best: None,
     on_stage: Callable[[SearchState], None] = lambda state: None,
     propose: Propose | None = None,
-    openings: Sequence[Scales] = (),
+    openings: Sequence[Opening] = (),
     patience: int | None = None,
     idle_stages: int | None = None,
 ) -> SearchState:
@@ -168,8 +172,8 @@ def run_search(
     held_out_loss: loss of a list of stages on images that the search does not see; it picks the best among the start
     and the passes. Without it the last pass is the best.
     on_stage: called with the state after every stage, for saving; the scales in it may be saved as float32.
-    propose: gives steps for all stages at the start of a pass, which the true loss then judges. openings: such steps
-    that are tried before the first.
+    propose: gives steps for all stages at the start of a pass, which the true loss then judges. openings: give steps
+    from the scales of the moment, which are tried one after the other before the first, if they move anything.
     patience: end after so many passes in a row that did not lower the held-out loss. idle_stages: end a pass after so
     many stages in a row that did not lower the loss.
     """
@@ -185,8 +189,10 @@ def run_search(
     while state.pass_index < passes and (patience is None or state.pass_index - state.best_pass < patience):
         pass_key = jax.random.fold_in(key, state.pass_index)
         if propose and not state.proposed:
-            for direction in openings if state.pass_index == 0 and not state.progress else ():
-                state = consider(evaluator, order, state, Proposal(direction))
+            for opening in openings if state.pass_index == 0 and not state.progress else ():
+                steps = opening(state.scales)
+                if any(np.any(step) for step in jax.tree.leaves(steps)):
+                    state = consider(evaluator, order, state, Proposal(steps))
             proposal_key = jax.random.fold_in(pass_key, len(evaluator.stages))
 
             def save(progress: Progress, state: SearchState = state) -> None:

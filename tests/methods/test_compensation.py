@@ -1,4 +1,4 @@
-"""ERQ's two closed-form pieces: refined rounding and ridge regression."""
+"""Closed-form pieces: ERQ's refined rounding and ridge regression, GPTQ's rounding one input after the other."""
 
 from itertools import product
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.methods.compensation import quantize_by_halves, refine_rounding, ridge
+from cptv_jax.methods.compensation import adjust_by_column, quantize_by_halves, refine_rounding, ridge
 from cptv_jax.quantizers import OffsetUniform
 
 GENERATOR = np.random.default_rng(0)
@@ -103,3 +103,40 @@ def test_a_weight_quantized_by_halves_lies_on_the_grid_and_errs_less(inputs: int
     plain = np.mean((output(nearest, bias) - output(kernel, bias)) ** 2)
     assert (moved is None) == (bias is None)
     assert error < plain if biased or inputs > 1 else error <= plain * (1 + 1e-6)
+
+
+def round_one_input_at_a_time(kernel: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """Each input rounded, and all that are left solved for anew: what GPTQ's recursion computes without solving."""
+    order = np.argsort(-np.diag(moment), kind="stable")
+    weights = kernel.copy()
+    for done in range(len(order)):
+        now, left = order[: done + 1], order[done + 1 :]
+        weights[order[done]] = np.round(weights[order[done]])
+        error = (weights - kernel)[now]
+        weights[left] = kernel[left] - np.linalg.solve(moment[np.ix_(left, left)], moment[np.ix_(left, now)] @ error)
+    return weights
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 100])  # the last in two blocks
+def test_columns_are_rounded_as_if_the_rest_were_solved_for_each_time(inputs: int) -> None:
+    kernel = GENERATOR.normal(0, 2, (inputs, 5))
+    rows = GENERATOR.normal(size=(4 * inputs, inputs)) @ mixing(inputs)
+    moment = rows.T @ rows
+    adjusted = adjust_by_column(kernel, np.round, moment, damping=1e-12)
+    np.testing.assert_array_equal(np.round(adjusted), round_one_input_at_a_time(kernel, moment))
+
+
+def test_rounding_by_columns_loses_less_of_the_output_than_rounding_to_the_nearest() -> None:
+    kernel = GENERATOR.normal(0, 2, (64, 20))
+    rows = GENERATOR.normal(size=(300, 64)) @ mixing(64) + 1
+    moment = rows.T @ rows
+    adjusted = adjust_by_column(kernel, np.round, moment)
+    found, nearest = ((np.round(weights) - kernel).T for weights in (adjusted, kernel))
+    assert objective(found, moment).sum() < 0.7 * objective(nearest, moment).sum()
+
+
+def test_inputs_that_are_never_read_are_rounded_to_the_nearest() -> None:
+    kernel = GENERATOR.normal(0, 2, (6, 3))
+    moment = np.diag([1.0, 0.0, 2.0, 0.0, 3.0, 1.0])
+    np.testing.assert_allclose(adjust_by_column(kernel, np.round, moment), kernel, rtol=1e-12)
+    np.testing.assert_allclose(adjust_by_column(kernel, np.round, np.zeros((6, 6))), kernel, rtol=1e-12)

@@ -24,8 +24,9 @@ from cptv_jax import (
 from cptv_jax.checkpoint import save_model
 from cptv_jax.forward import forward
 from cptv_jax.methods import METHODS
-from cptv_jax.methods.erq import WEIGHT_PERCENTILES, ErqOptions, collect_moments, layers_of, penalties
+from cptv_jax.methods.erq import WEIGHT_PERCENTILES, ErqOptions, penalties
 from cptv_jax.methods.initialization import initialize, reparameterize, reparameterized
+from cptv_jax.methods.moments import collect_moments, layers_of
 from cptv_jax.methods.percentile import fit_weight
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.quantized import QuantizedModel

@@ -75,7 +75,8 @@ def test_openings_are_tried_once_before_the_first_proposal(
         return bad(scales, *rest)
 
     opening = good(None, 0, None, {}, lambda progress: None).steps
-    found = search(make_evaluator(), propose=propose, openings=[opening])
+    nothing = jax.tree.map(np.zeros_like, opening)
+    found = search(make_evaluator(), propose=propose, openings=[lambda scales: nothing, lambda scales: opening])
     assert [record["fraction"] > 0 for record in records(found, "proposal")] == [True, False, False]
     alone = search(make_evaluator(), passes=1, propose=good)
     # What the first proposal starts from is what the opening led to.
@@ -93,7 +94,7 @@ def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
     good, bad = finer_and_coarser(toy)
     held_out, opening = true_held_out(toy), bad(None, 0, None, {"done": 1, "half": np.float32(0.75)}, None).steps
     states: list[SearchState] = []
-    options = {"held_out": held_out, "propose": good, "openings": [opening]}
+    options = {"held_out": held_out, "propose": good, "openings": [lambda scales: opening]}
     whole = search(make_evaluator(), on_stage=states.append, **options)
     assert len(states) == 1 + 2 * (2 + 3)  # the start, then every pass's half proposal, proposal and stages
     assert [bool(state.progress) for state in states] == [False, *[True, *[False] * 4] * 2]
