@@ -1,7 +1,8 @@
 """Steps in closed form that a guided search tries before gradients: grids and roundings of weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cptv_jax.interpreters import effective_weight, quantize_weight
-from cptv_jax.methods.compensation import adjust_by_column
-from cptv_jax.methods.moments import Batch, Moments, collect_moments, layers_of
+from cptv_jax.methods.compensation import adjust_by_input
+from cptv_jax.methods.moments import Batch, grams_by_stage, layers_of
 from cptv_jax.observers import fit, update
-from cptv_jax.quantized import QuantizedModel, movable_biases
-from cptv_jax.quantizers import (
-    BiasCorrected,
-    Quantizer,
-    Uniform,
-    innermost,
-    offsets,
-    spread,
-    with_parameters,
-    with_rounding,
-)
+from cptv_jax.quantized import QuantizedModel, movable_bias
+from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, innermost, offsets, spread, with_rounding
 from cptv_jax.search.run import Scales
 
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter
+_NOISE = 1e-5  # of a sum of squares in float32, relative to it
+_ROUNDED = 1e-3  # of a step: how far from its grid a weight may be that was rounded to it
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -51,74 +45,106 @@ def steps_to_least_error(base: QuantizedModel, scales: Scales) -> Scales:
     return steps
 
 
-def steps_to_least_output_error(base: QuantizedModel, scales: Scales, batches: Iterable[Batch]) -> Scales:
-    """Steps, by stage, from the candidates `scales` to roundings, channel factors and biases with little error of each
-    layer's output, a layer at a time (roundings: GPTQ, arXiv 2210.17323).
+def steps_to_least_output_error(
+    base: QuantizedModel,
+    scales: Scales,
+    batches: Iterable[Batch],
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> Scales:
+    """Steps, by stage, from the candidates `scales` to roundings (GPTQ, arXiv 2210.17323), channel factors and biases
+    by which each layer's output, on its own quantized inputs, keeps what it can of what its float weights give.
 
-    batches: normalised calibration images. Zero for weights whose rounding is not searched, for those with a float term
-    beside them, and for those that their grid holds exactly.
+    batches: normalised calibration images, all of which are in memory one stage at a time. on_layer(name): called
+    before a layer is rounded. Zero for weights whose rounding is not searched, for those with a float term beside them,
+    and for those that their grid holds exactly.
     """
     steps = {name: {key: jnp.zeros_like(value) for key, value in parts.items()} for name, parts in scales.items()}
-    quantizers = {}  # as the candidates have them
-    for stage, candidate in scales.items():
-        for site in (key for key in candidate if f"{key}.rounding" in candidate):
-            own = {key.removeprefix(f"{site}."): candidate[key] for key in candidate if key.startswith(f"{site}.")}
-            quantizer = with_parameters(base.quantizers[f"{stage}.{site}"], {"scale": candidate[site], **own})
-            if isinstance(quantizer, Uniform | BiasCorrected):
-                quantizers[f"{stage}.{site}"] = quantizer
-    layers = [layer for layer in layers_of(base.model, base.recipe) if f"{layer.name}.weight" in quantizers]
-    moments = collect_moments(base.model, batches, layers, base.quantizers) if layers else {}
-    for stage, candidate in scales.items():
-        for site in (key for key in candidate if f"{stage}.{key}" in quantizers):
-            found = _rounded_anew(base, stage, site, quantizers[f"{stage}.{site}"], moments)
-            for name, value in found.items():
-                key = f"{site}.{name}"
-                if key in candidate:
-                    change = jnp.log(value / candidate[key]) if name == "factor" else value - candidate[key]
-                    steps[stage][key] = jnp.asarray(change, jnp.float32)
+    searched = {f"{stage}.{key}": value for stage, candidate in scales.items() for key, value in candidate.items()}
+    moved = base.with_parameters(searched)
+    layers = [
+        layer
+        for layer in layers_of(base.model, base.recipe)
+        if f"{layer.name}.weight.rounding" in searched
+        and isinstance(moved.quantizers[f"{layer.name}.weight"], Uniform | BiasCorrected)
+        and not _on_grid(moved, layer.name)
+    ]
+    if not layers:
+        return steps
+    for found in grams_by_stage(base.model, batches, layers, base.quantizers):
+        for name, moments in found.items():
+            on_layer(name)
+            for key, value in _rounded_anew(moved, name, np.asarray(moments.gram, np.float64)).items():
+                stage = next(stage for stage in scales if name.startswith(f"{stage}."))
+                own = f"{name.removeprefix(f'{stage}.')}.weight.{key}"
+                if own in scales[stage]:
+                    old = np.asarray(scales[stage][own], np.float64)
+                    change = np.log(value / old) if key == "factor" else value - old
+                    steps[stage][own] = jnp.asarray(change, jnp.float32)
     return steps
 
 
-def _rounded_anew(
-    base: QuantizedModel, stage: str, site: str, quantizer: Uniform | BiasCorrected, moments: Mapping[str, Moments]
-) -> dict[str, Array]:
-    """A weight's parameters "rounding", "factor" and "bias" by which its layer's output comes close to the float one,
-    or none where rounding changes nothing."""
-    name = f"{stage}.{site.removesuffix('.weight')}"
-    layer = base.model.layer(name)
-    kernel = np.asarray(layer["kernel"], np.float64)
+class _Grid(NamedTuple):
+    """A uniform grid a channel, on the host in float64."""
+
+    scale: Float[np.ndarray, "..."]
+    zero_point: Float[np.ndarray, "..."]
+    low: Float[np.ndarray, ""]
+    high: Float[np.ndarray, ""]
+
+    def positions(self, values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Codes before rounding."""
+        return np.clip(values / self.scale + self.zero_point, self.low, self.high)
+
+    def nearest(self, values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        return (np.round(self.positions(values)) - self.zero_point) * self.scale
+
+
+def _grid_of(quantizer: Quantizer, kernel: Float[Array, "inputs outputs"]) -> _Grid:
     grid = innermost(quantizer)
-    scale, zero_point, low, high = (
-        np.asarray(spread(x, layer["kernel"]), np.float64) for x in (grid.scale, grid.zero_point, grid.low, grid.high)
-    )
+    parts = (grid.scale, grid.zero_point, grid.low, grid.high)
+    return _Grid(*(np.asarray(spread(jnp.asarray(part), kernel), np.float64) for part in parts))
 
-    def nearest(row: np.ndarray) -> np.ndarray:
-        return (np.clip(np.round(row / scale + zero_point), low, high) - zero_point) * scale
 
-    gram, cross = (
-        np.asarray(sums, np.float64) / float(moments[name].gram[-1, -1])
-        for sums in (moments[name].gram, moments[name].cross)
-    )
+def _on_grid(model: QuantizedModel, layer: str) -> bool:
+    """Whether a weight rounds to itself, as one does that a base method has rounded already."""
+    kernel = model.model.layer(layer)["kernel"]
+    grid = _grid_of(model.quantizers[f"{layer}.weight"], kernel)
+    error = grid.nearest(np.asarray(kernel, np.float64)) - np.asarray(kernel, np.float64)
+    return bool(np.all(np.abs(error) <= _ROUNDED * grid.scale))
+
+
+def _rounded_anew(
+    model: QuantizedModel, name: str, gram: Float[np.ndarray, "inputs+1 inputs+1"]
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """Parameters "rounding", "factor" and "bias" of a layer's weight. gram: see Moments."""
+    layer, quantizer = model.model.layer(name), model.quantizers[f"{name}.weight"]
+    kernel, grid = np.asarray(layer["kernel"], np.float64), _grid_of(quantizer, layer["kernel"])
+    gram = gram / gram[-1, -1]
     means, moment = gram[-1, :-1], gram[:-1, :-1]
-    biases = movable_biases(base.model.weights[stage], [site])
-    if biases:  # which take up what all rows of inputs have in common
+    floor = _NOISE * np.trace(moment) / len(moment) * np.eye(len(moment))
+    bias = movable_bias(layer)
+    if bias is not None:  # it takes up what all rows of inputs have in common
         moment = moment - np.outer(means, means)
-    corrected = isinstance(quantizer, BiasCorrected)
-    # With bias correction a channel's errors sum to nothing, so what all its inputs have in common does not count.
-    felt = moment - moment.mean(0) - moment.mean(0)[:, None] + moment.mean() if corrected else moment
-    adjusted = adjust_by_column(kernel, nearest, felt)
-    if np.allclose(adjusted, kernel, rtol=0, atol=1e-3 * scale.min()):
-        return {}
-    quantizer = with_rounding(quantizer, jnp.asarray((adjusted - kernel) / scale, jnp.float32))
-    found = {"rounding": offsets(quantizer)["rounding"]}
+    moment = moment + floor
+    felt = moment
+    if isinstance(quantizer, BiasCorrected):  # a channel's errors sum to nothing: what its inputs share does not count
+        felt = moment - moment.mean(0) - moment.mean(0)[:, None] + moment.mean() + floor
+    adjusted = adjust_by_input(kernel, grid.nearest, felt)
+    # Within the codes, where gradients can still move it.
+    rounding = grid.positions(adjusted) - grid.zero_point - kernel / grid.scale
+    quantizer = with_rounding(quantizer, jnp.asarray(rounding, jnp.float32))
+    found = {"rounding": np.asarray(offsets(quantizer)["rounding"], np.float64)}
     rounded = np.asarray(_effective(quantizer, layer["kernel"]), np.float64)
     if "factor" in offsets(quantizer):
+        old = np.asarray(offsets(quantizer)["factor"], np.float64)
         against, squares = (np.sum(rounded * (moment @ other), 0) for other in (kernel, rounded))
+        if old.ndim == 0:  # one for all channels
+            against, squares = against.sum(), squares.sum()
         factor = np.clip(against / np.maximum(squares, _TINY), 1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
-        found["factor"] = offsets(quantizer)["factor"] * factor
+        found["factor"] = old * factor
         rounded = factor * rounded
-    for bias in biases.values():
-        found["bias"] = (means @ (kernel - rounded) + cross[-1]) / np.maximum(bias.unit, _TINY)
+    if bias is not None:
+        found["bias"] = means @ (kernel - rounded) / np.maximum(bias.unit, _TINY)
     return found
 
 

@@ -1,9 +1,8 @@
 """The search phase of a run: what a configuration comes to in evaluators, strategies and proposals."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,10 @@ from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
 _VARIANCE_IMAGES = 100  # that the variances of the teacher's channels are taken from
-_MOMENT_IMAGES, _MOMENT_BATCH = 200, 25  # that roundings in closed form are fitted on, and how many at once
+_ROUNDING_IMAGES, _AT_ONCE = (
+    200,
+    25,
+)  # that roundings in closed form are fitted on, and how many go through a stage at once
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
@@ -166,26 +168,30 @@ def _judges(teacher: Model, base: QuantizedModel, split: Split, config: Quantize
     return _Judges(evaluator, held_out_loss if split.held_out else None, mesh)
 
 
-def _proposer(
-    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges
-) -> GradientProposer:
-    batches = split.calibration
-    if search.mirror:
-        batches = [*batches, *(batch.mirrored() for batch in batches)]
+def _reader(batches: Sequence[Images]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+    """What reads images by their number, for the first stage, from batches of one size; and how many there are."""
     size = len(batches[0])
 
     def read(rows: np.ndarray) -> np.ndarray:
         return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
 
+    return read, size * len(batches)
+
+
+def _proposer(
+    teacher: Model, base: QuantizedModel, split: Split, search: SearchConfig, judges: _Judges
+) -> GradientProposer:
+    mirrored = [batch.mirrored() for batch in split.calibration] if search.mirror else []
+    read, count = _reader([*split.calibration, *mirrored])
     arithmetic = gradient_arithmetic(search.arithmetic)
     taught = _teacher_stages(teacher, base, search, approximate=arithmetic == "bf16-codes")
-    few = read(np.arange(min(_VARIANCE_IMAGES, size * len(split.calibration))))
+    few = read(np.arange(min(_VARIANCE_IMAGES, _reader(split.calibration)[1])))
     variances = channel_variances(taught, jnp.asarray(few), array_of) if search.gradient_matching else []
     students = _searched_stages(base, replace(search, arithmetic=arithmetic), differentiable=True)
     return GradientProposer(
         paired(students, taught, array_of, variances),
         read,
-        size * len(batches),
+        count,
         MatchingLoss(objectives(search).proposing, search.gradient_matching, len(variances)),
         Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
@@ -193,16 +199,19 @@ def _proposer(
     )
 
 
-def _openings(base: QuantizedModel, split: Split, search: SearchConfig) -> list[Opening]:
-    """What is tried before the first gradient: grids of least error, then roundings that keep what layers give."""
+def _openings(
+    base: QuantizedModel, split: Split, search: SearchConfig, on_work: Callable[[str], None]
+) -> list[Opening]:
+    """What is tried before the first gradient: grids of least error, then roundings that keep what layers give.
 
-    def parts() -> Iterator[jax.Array]:
-        for batch in split.calibration:
-            for start in range(0, len(batch), _MOMENT_BATCH):
-                yield jnp.asarray(batch.normalized(start, min(start + _MOMENT_BATCH, len(batch))))
+    on_work: told which layer is rounded.
+    """
 
     def rounded_anew(scales: Scales) -> Scales:
-        return steps_to_least_output_error(base, scales, islice(parts(), _MOMENT_IMAGES // _MOMENT_BATCH))
+        read, count = _reader(split.calibration)
+        rows = np.arange(max(0, count - _ROUNDING_IMAGES), count)  # the last ones: others judge, where there are others
+        batches = (jnp.asarray(read(rows[start : start + _AT_ONCE])) for start in range(0, len(rows), _AT_ONCE))
+        return steps_to_least_output_error(base, scales, batches, lambda layer: on_work(f"rounding {layer}"))
 
     grids = partial(steps_to_least_error, base)
     return [grids, rounded_anew] if search.rounding else [grids]
@@ -264,7 +273,7 @@ def improve(
             on_round,
             run.save_state if run else lambda state: None,
             propose if guided else None,
-            _openings(base, split, search) if guided else (),
+            _openings(base, split, search, shown.set_postfix_str) if guided else (),
             search.patience,
             _IDLE_STAGES if guided else None,
         )

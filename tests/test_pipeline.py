@@ -176,7 +176,7 @@ def test_a_guided_search_is_never_worse_and_reads_no_evaluation_image(
     assert Guarded.open
     assert found.log[-1]["loss"] < found.log[0]["loss"]
     assert any(record["event"] == "proposal" and record["fraction"] > 0 for record in found.log)
-    assert [len(record.get("batch_losses", ())) for record in found.log if record["event"] == "proposal"] == [0, 1]
+    assert [len(record.get("batch_losses", ())) for record in found.log if record["event"] == "proposal"] == [0, 0, 1]
     assert (tmp_path / "run" / "proposals.png").stat().st_size > 0
     moved = found.model.quantizers["blocks.0.attn.qkv.weight"]
     assert isinstance(moved, BiasCorrected)

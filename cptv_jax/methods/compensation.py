@@ -1,5 +1,5 @@
-"""Weight quantization that makes up for its own error: rounding refined by halves, the rest adjusted by ridge; or one
-input after the other, the rest adjusted each time."""
+"""Weight quantization that makes up for its own error: rounding refined by halves, the rest adjusted by ridge; or
+one input after the other, the rest adjusted each time."""
 
 from collections.abc import Callable
 
@@ -114,18 +114,19 @@ def quantize_by_halves(
     return jnp.asarray(weights[:inputs]), None if bias is None else jnp.asarray(weights[inputs])
 
 
-def adjust_by_column(
+def adjust_by_input(
     kernel: Float[np.ndarray, "inputs outputs"],
     nearest: Callable[[Float[np.ndarray, " outputs"]], Float[np.ndarray, " outputs"]],
     moment: Float[np.ndarray, "inputs inputs"],
     damping: float = 0.01,
 ) -> Float[np.ndarray, "inputs outputs"]:
-    """A weight of which every element rounds to the nearest so that the layer's output keeps what it can of its own
-    (GPTQ, Frantar et al. 2022, algorithm 1).
+    """Weights, not rounded yet, whose roundings to the nearest keep what they can of the layer's output (GPTQ, Frantar
+    et al. 2022, algorithm 1).
 
     One input after the other is rounded, those that are read most first, and those that are left take up the error.
-    nearest: values on the grid for the weights of one input. moment: sum or mean of x x^T over what the layer reads.
-    damping: added to its diagonal, as a fraction of the diagonal's mean.
+    nearest: values on the grid for the weights of one input. moment: sum or mean of x x^T over what the layer reads;
+    what makes it indefinite must be smaller than the damping. damping: added to its diagonal, as a fraction of the
+    diagonal's mean.
     """
     moment = np.asarray(moment, np.float64)
     order = np.argsort(-np.diag(moment), kind="stable")

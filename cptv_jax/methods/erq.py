@@ -78,7 +78,8 @@ def reduce_weight_error(
         np.asarray(moments.gram, np.float64),
         penalty,
         0 if layer.convolution else flips,
-        layer.order,
+        # In the order (channel, row, column) of a convolution's weights; for other layers that of the inputs.
+        np.arange(layer.inputs).reshape(-1, layer.channels).T.ravel(),
     )
     return {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
 

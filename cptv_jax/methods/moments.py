@@ -1,13 +1,12 @@
 """Second moments of what linear layers read, from which rounding that makes up for its own error follows in closed form
 (ERQ, arXiv 2407.06794; GPTQ, arXiv 2210.17323)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -39,22 +38,17 @@ class Layer:
     def convolution(self) -> bool:
         return self.inputs != self.channels
 
-    @property
-    def order(self) -> np.ndarray:
-        """Our inputs in the order (channel, row, column) of a convolution's weights, in which ERQ goes through them."""
-        return np.arange(self.inputs).reshape(-1, self.channels).T.ravel()
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
     """Sums over rows a = (quantized input, 1) of a layer and its residual r = float output - layer(quantized input).
 
-    gram: sum of a a^T, whose last entry is the number of rows. cross: sum of a r^T.
+    gram: sum of a a^T, whose last entry is the number of rows. cross: sum of a r^T; None where it was not asked for.
     """
 
     gram: Float[Array, "inputs+1 inputs+1"]
-    cross: Float[Array, "inputs+1 outputs"]
+    cross: Float[Array, "inputs+1 outputs"] | None
 
 
 def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
@@ -73,6 +67,7 @@ def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
 def _stage_moments(
     graph: nnx.GraphDef[Any],
     layers: tuple[Layer, ...],
+    residuals: bool,
     weights: PyTree,
     parameters: Mapping[str, Mapping[str, Array]],
     quantizers: Mapping[str, Quantizer],
@@ -88,15 +83,38 @@ def _stage_moments(
         if quantizer is not None:
             rows = quantizer.values(quantizer.codes(rows))
         rows = jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], 1)
-        kernel = extended(parameters[layer.name])
-        result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
-        residual = ops.outputs[layer.name].reshape(result.shape) - result
-        gram = jnp.matmul(rows.T, rows, precision=_PRECISION)
-        found[layer.name] = Moments(gram, jnp.matmul(rows.T, residual, precision=_PRECISION))
+        gram, cross = jnp.matmul(rows.T, rows, precision=_PRECISION), None
+        if residuals:
+            kernel = extended(parameters[layer.name])
+            result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
+            residual = ops.outputs[layer.name].reshape(result.shape) - result
+            cross = jnp.matmul(rows.T, residual, precision=_PRECISION)
+        found[layer.name] = Moments(gram, cross)
     return output, found
 
 
-_run_stage_moments = jax.jit(_stage_moments, static_argnums=(0, 1))
+_run_stage_moments = jax.jit(_stage_moments, static_argnums=(0, 1, 2))
+
+
+def _moments_of(
+    model: Model, stage: str, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer], x: PyTree, residuals: bool
+) -> tuple[PyTree, dict[str, Moments]]:
+    """A stage's output for one batch of inputs, and the moments of those of the layers that it has, by full name."""
+    prefix = f"{stage}."
+    inside = [layer for layer in layers if layer.name.startswith(prefix)]
+    relative = tuple(
+        replace(layer, name=layer.name.removeprefix(prefix), reads=layer.reads.removeprefix(prefix)) for layer in inside
+    )
+    read = {layer.reads.removeprefix(prefix): quantizers[layer.reads] for layer in inside if layer.reads in quantizers}
+    parameters = {layer.name.removeprefix(prefix): model.layer(layer.name) for layer in inside}
+    graph = stage_graphs(model.architecture)[stage]
+    output, found = _run_stage_moments(graph, relative, residuals, model.weights[stage], parameters, read, x)
+    return output, {prefix + name: moments for name, moments in found.items()}
+
+
+def _sum(sums: dict[str, Moments], new: Mapping[str, Moments]) -> None:
+    for name, moments in new.items():
+        sums[name] = jax.tree.map(jnp.add, sums[name], moments) if name in sums else moments
 
 
 def extended(parameters: Mapping[str, Array]) -> Float[Array, "inputs+1 outputs"]:
@@ -120,22 +138,24 @@ def collect_moments(
     found: dict[str, Moments] = {}
     for batch in batches:
         x: PyTree = Tensor(batch)
-        for stage, graph in stage_graphs(model.architecture).items():
-            prefix = f"{stage}."
-            inside = [layer for layer in layers if layer.name.startswith(prefix)]
-            relative = tuple(
-                replace(layer, name=layer.name.removeprefix(prefix), reads=layer.reads.removeprefix(prefix))
-                for layer in inside
-            )
-            read = {
-                layer.reads.removeprefix(prefix): quantizers[layer.reads]
-                for layer in inside
-                if layer.reads in quantizers
-            }
-            parameters = {layer.name.removeprefix(prefix): model.layer(layer.name) for layer in inside}
-            x, moments = _run_stage_moments(graph, relative, model.weights[stage], parameters, read, x)
-            for name, new in moments.items():
-                old = found.get(prefix + name)
-                found[prefix + name] = new if old is None else jax.tree.map(jnp.add, old, new)
+        for stage in stage_graphs(model.architecture):
+            x, moments = _moments_of(model, stage, layers, quantizers, x, residuals=True)
+            _sum(found, moments)
             on_stage()
     return found
+
+
+def grams_by_stage(
+    model: Model, batches: Iterable[Batch], layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
+) -> Iterator[dict[str, Moments]]:
+    """`collect_moments` without the residuals, of one stage after the other.
+
+    The inputs of one stage for all batches are in memory at a time, and that stage's moments.
+    """
+    xs: list[PyTree] = [Tensor(batch) for batch in batches]
+    for stage in stage_graphs(model.architecture):
+        found: dict[str, Moments] = {}
+        for index, x in enumerate(xs):
+            xs[index], moments = _moments_of(model, stage, layers, quantizers, x, residuals=False)
+            _sum(found, moments)
+        yield found

@@ -31,7 +31,7 @@ class Proposal(NamedTuple):
 Propose = Callable[[Scales, int, Array, Progress, Callable[[Progress], None]], Proposal]
 
 
-Opening = Callable[[Scales], Scales]
+Opening = Callable[[Scales], Scales]  # steps from the scales of the moment, computed without gradients
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class SearchState:
 
     pass_index, position: the next stage to visit, as an index into the visiting order.
     proposed, direction: whether this pass has had its proposal, and the steps (see Stage.move) of it that were taken;
-    where none were, steps that point away from half of it. progress: of the proposal that is being made.
+    where none were, steps that point away from half of it. progress: of the proposal that is being made. opened: how
+    many openings have been tried.
     loss: of the present scales on the search batches (None before the first evaluation). evaluations: candidates
     evaluated so far.
     best_pass: 0 is the start; best_held_out: its loss on the held-out batches; best_scales: its scales.
@@ -54,6 +55,7 @@ class SearchState:
     proposed: bool = False
     direction: Scales = field(default_factory=dict)
     progress: Progress = field(default_factory=dict)
+    opened: int = 0
     loss: float | None = None
     evaluations: int = 0
     best_pass: int = 0
@@ -189,10 +191,12 @@ def run_search(
     while state.pass_index < passes and (patience is None or state.pass_index - state.best_pass < patience):
         pass_key = jax.random.fold_in(key, state.pass_index)
         if propose and not state.proposed:
-            for opening in openings if state.pass_index == 0 and not state.progress else ():
+            for opening in openings[state.opened :]:
                 steps = opening(state.scales)
                 if any(np.any(step) for step in jax.tree.leaves(steps)):
-                    state = consider(evaluator, order, state, Proposal(steps))
+                    state = replace(consider(evaluator, order, state, Proposal(steps)), proposed=False)
+                state = replace(state, opened=state.opened + 1)
+                on_stage(state)
             proposal_key = jax.random.fold_in(pass_key, len(evaluator.stages))
 
             def save(progress: Progress, state: SearchState = state) -> None:

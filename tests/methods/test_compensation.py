@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.methods.compensation import adjust_by_column, quantize_by_halves, refine_rounding, ridge
+from cptv_jax.methods.compensation import adjust_by_input, quantize_by_halves, refine_rounding, ridge
 from cptv_jax.quantizers import OffsetUniform
 
 GENERATOR = np.random.default_rng(0)
@@ -118,19 +118,19 @@ def round_one_input_at_a_time(kernel: np.ndarray, moment: np.ndarray) -> np.ndar
 
 
 @pytest.mark.parametrize("inputs", [1, 7, 100])  # the last in two blocks
-def test_columns_are_rounded_as_if_the_rest_were_solved_for_each_time(inputs: int) -> None:
+def test_inputs_are_rounded_as_if_the_rest_were_solved_for_each_time(inputs: int) -> None:
     kernel = GENERATOR.normal(0, 2, (inputs, 5))
     rows = GENERATOR.normal(size=(4 * inputs, inputs)) @ mixing(inputs)
     moment = rows.T @ rows
-    adjusted = adjust_by_column(kernel, np.round, moment, damping=1e-12)
+    adjusted = adjust_by_input(kernel, np.round, moment, damping=1e-12)
     np.testing.assert_array_equal(np.round(adjusted), round_one_input_at_a_time(kernel, moment))
 
 
-def test_rounding_by_columns_loses_less_of_the_output_than_rounding_to_the_nearest() -> None:
+def test_rounding_input_by_input_loses_less_of_the_output_than_rounding_to_the_nearest() -> None:
     kernel = GENERATOR.normal(0, 2, (64, 20))
     rows = GENERATOR.normal(size=(300, 64)) @ mixing(64) + 1
     moment = rows.T @ rows
-    adjusted = adjust_by_column(kernel, np.round, moment)
+    adjusted = adjust_by_input(kernel, np.round, moment)
     found, nearest = ((np.round(weights) - kernel).T for weights in (adjusted, kernel))
     assert objective(found, moment).sum() < 0.7 * objective(nearest, moment).sum()
 
@@ -138,5 +138,5 @@ def test_rounding_by_columns_loses_less_of_the_output_than_rounding_to_the_neare
 def test_inputs_that_are_never_read_are_rounded_to_the_nearest() -> None:
     kernel = GENERATOR.normal(0, 2, (6, 3))
     moment = np.diag([1.0, 0.0, 2.0, 0.0, 3.0, 1.0])
-    np.testing.assert_allclose(adjust_by_column(kernel, np.round, moment), kernel, rtol=1e-12)
-    np.testing.assert_allclose(adjust_by_column(kernel, np.round, np.zeros((6, 6))), kernel, rtol=1e-12)
+    np.testing.assert_allclose(adjust_by_input(kernel, np.round, moment), kernel, rtol=1e-12)
+    np.testing.assert_allclose(adjust_by_input(kernel, np.round, np.zeros((6, 6))), kernel, rtol=1e-12)

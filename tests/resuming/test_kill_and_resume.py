@@ -67,10 +67,12 @@ def test_a_guided_run_goes_on_from_within_a_proposal(
 
     outcome = call(tmp_path / "whole")
     taken = [record["fraction"] for record in outcome.log if record["event"] == "proposal"]
-    assert any(taken) and len(taken) == 2  # the opening and the proposal
+    assert any(taken) and len(taken) == 3  # two openings and the proposal
     saboteur = Saboteur(tmp_path / "killed", monkeypatch, only="save state/")
     saboteur.go_on_until_done(lambda: call(tmp_path / "killed"))
-    assert len(saboteur.done) == 1 + 2 + 1 + 4  # the start, two states within the proposal, its end and the stages
+    assert (
+        len(saboteur.done) == 1 + 2 + 2 + 1 + 4
+    )  # the start, openings, states within the proposal, its end and the stages
     assert_same(tmp_path / "killed", outcome_of(tmp_path / "whole"))
 
 
