@@ -10,14 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cptv_jax.interpreters import effective_weight, quantize_weight
-from cptv_jax.methods.compensation import adjust_by_input
-from cptv_jax.methods.moments import Batch, grams_by_stage, layers_of
+from cptv_jax.methods.compensation import adjust_by_input, ridge
+from cptv_jax.methods.moments import Batch, Moments, extended, layers_of, moments_by_stage
 from cptv_jax.observers import fit, update
-from cptv_jax.quantized import QuantizedModel, movable_bias
+from cptv_jax.quantized import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, innermost, offsets, spread, with_rounding
 from cptv_jax.search.run import Scales
 
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter
+_RIDGE = 0.01  # of the mean square of what a layer reads
 _NOISE = 1e-5  # of a sum of squares in float32, relative to it
 _ROUNDED = 1e-3  # of a step: how far from its grid a weight may be that was rounded to it
 _TINY = float(np.finfo(np.float32).tiny)
@@ -51,8 +52,8 @@ def steps_to_least_output_error(
     batches: Iterable[Batch],
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Scales:
-    """Steps, by stage, from the candidates `scales` to roundings (GPTQ, arXiv 2210.17323), channel factors and biases
-    by which each layer's output, on its own quantized inputs, keeps what it can of what its float weights give.
+    """Steps, by stage, from the candidates `scales` to roundings (GPTQ, arXiv 2210.17323) and channel factors by which
+    each layer's output on quantized inputs comes close to that of the float layer on float ones.
 
     batches: normalised calibration images, all of which are in memory one stage at a time. on_layer(name): called
     before a layer is rounded. Zero for weights whose rounding is not searched, for those with a float term beside them,
@@ -70,10 +71,10 @@ def steps_to_least_output_error(
     ]
     if not layers:
         return steps
-    for found in grams_by_stage(base.model, batches, layers, base.quantizers):
+    for found in moments_by_stage(base.model, batches, layers, base.quantizers):
         for name, moments in found.items():
             on_layer(name)
-            for key, value in _rounded_anew(moved, name, np.asarray(moments.gram, np.float64)).items():
+            for key, value in _rounded_anew(moved, name, moments).items():
                 stage = next(stage for stage in scales if name.startswith(f"{stage}."))
                 own = f"{name.removeprefix(f'{stage}.')}.weight.{key}"
                 if own in scales[stage]:
@@ -113,38 +114,34 @@ def _on_grid(model: QuantizedModel, layer: str) -> bool:
     return bool(np.all(np.abs(error) <= _ROUNDED * grid.scale))
 
 
-def _rounded_anew(
-    model: QuantizedModel, name: str, gram: Float[np.ndarray, "inputs+1 inputs+1"]
-) -> dict[str, Float[np.ndarray, "..."]]:
-    """Parameters "rounding", "factor" and "bias" of a layer's weight. gram: see Moments."""
+def _rounded_anew(model: QuantizedModel, name: str, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
+    """Parameters "rounding" and "factor" of a layer's weight."""
     layer, quantizer = model.model.layer(name), model.quantizers[f"{name}.weight"]
     kernel, grid = np.asarray(layer["kernel"], np.float64), _grid_of(quantizer, layer["kernel"])
-    gram = gram / gram[-1, -1]
-    means, moment = gram[-1, :-1], gram[:-1, :-1]
-    floor = _NOISE * np.trace(moment) / len(moment) * np.eye(len(moment))
-    bias = movable_bias(layer)
-    if bias is not None:  # it takes up what all rows of inputs have in common
-        moment = moment - np.outer(means, means)
-    moment = moment + floor
+    gram, cross = (np.asarray(x, np.float64) / float(moments.gram[-1, -1]) for x in (moments.gram, moments.cross))
+    moment = gram[:-1, :-1]
+    level = np.trace(moment) / len(moment)
+    # Weights that on quantized inputs come closest to the float outputs, which roundings then stay close to.
+    inputs = len(extended(layer))
+    wanted = kernel + ridge(gram[:inputs, :inputs], cross[:inputs], max(_RIDGE * level, _TINY))[: len(kernel)]
     felt = moment
     if isinstance(quantizer, BiasCorrected):  # a channel's errors sum to nothing: what its inputs share does not count
-        felt = moment - moment.mean(0) - moment.mean(0)[:, None] + moment.mean() + floor
-    adjusted = adjust_by_input(kernel, grid.nearest, felt)
+        felt = moment - moment.mean(0) - moment.mean(0)[:, None] + moment.mean() + _NOISE * level * np.eye(len(moment))
+    adjusted = adjust_by_input(wanted, grid.nearest, felt)
     # Within the codes, where gradients can still move it.
     rounding = grid.positions(adjusted) - grid.zero_point - kernel / grid.scale
     quantizer = with_rounding(quantizer, jnp.asarray(rounding, jnp.float32))
     found = {"rounding": np.asarray(offsets(quantizer)["rounding"], np.float64)}
-    rounded = np.asarray(_effective(quantizer, layer["kernel"]), np.float64)
     if "factor" in offsets(quantizer):
         old = np.asarray(offsets(quantizer)["factor"], np.float64)
-        against, squares = (np.sum(rounded * (moment @ other), 0) for other in (kernel, rounded))
+        rounded = np.asarray(_effective(quantizer, layer["kernel"]), np.float64)
+        against, squares = (np.sum(rounded * (moment @ other), 0) for other in (wanted, rounded))
         if old.ndim == 0:  # one for all channels
             against, squares = against.sum(), squares.sum()
-        factor = np.clip(against / np.maximum(squares, _TINY), 1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
-        found["factor"] = old * factor
-        rounded = factor * rounded
-    if bias is not None:
-        found["bias"] = means @ (kernel - rounded) / np.maximum(bias.unit, _TINY)
+        # Where hardly anything is read, sums in float32 say nothing of it.
+        known = squares > _NOISE * level * np.sum(rounded**2, 0 if old.ndim else None)
+        factor = np.where(known, against / np.maximum(squares, _TINY), 1.0)
+        found["factor"] = old * np.clip(factor, 1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
     return found
 
 

@@ -95,18 +95,14 @@ class MovableBias(NamedTuple):
         return self.start + rounded_product(steps, self.unit)
 
 
-def movable_bias(layer: Mapping[str, jax.Array]) -> MovableBias | None:
-    """The bias of a layer's arrays, if it has one. On the host: the same numbers for every program."""
-    if layer.get(_BIAS) is None:
-        return None
-    unit = _BIAS_UNIT * np.linalg.norm(np.asarray(layer["kernel"]), axis=0)
-    return MovableBias(layer[_BIAS], jnp.asarray(unit))
-
-
 def _biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
-    """Of the layers that have one, by weight site."""
-    found = {site: movable_bias(_at(weights, _path_of(site))) for site in sites if site.endswith(_WEIGHT)}
-    return {site: bias for site, bias in found.items() if bias is not None}
+    """By weight site, of layers that have a bias. On the host: the same numbers for every program."""
+    layers = {site: _at(weights, _path_of(site)) for site in sites if site.endswith(_WEIGHT)}
+    return {
+        site: MovableBias(layer[_BIAS], jnp.asarray(_BIAS_UNIT * np.linalg.norm(np.asarray(layer["kernel"]), axis=0)))
+        for site, layer in layers.items()
+        if layer.get(_BIAS) is not None
+    }
 
 
 def _path_of(site: str) -> list[str]:
@@ -344,9 +340,8 @@ class QuantizedModel:
         model, changed = self.model, {}
         for site, found in _by_site(jax.tree.map(jnp.asarray, dict(parameters))).items():
             if _BIAS in found:
-                layer = site.removesuffix(_WEIGHT)
-                bias = movable_bias(model.layer(layer))
-                assert bias is not None
-                model = model.with_layers({layer: {_BIAS: bias.moved(found.pop(_BIAS))}})
+                stage, path = model._path(site)
+                (bias,) = _biases(model.weights[stage], [".".join(path)]).values()
+                model = model.with_layers({site.removesuffix(_WEIGHT): {_BIAS: bias.moved(found.pop(_BIAS))}})
             changed[site] = with_parameters(self.quantizers[site], found)
         return replace(self, model=model, quantizers={**self.quantizers, **changed})

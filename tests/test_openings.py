@@ -11,7 +11,7 @@ from cptv_jax import Model, RecipeConfig, resolve
 from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.interpreters import effective_weight, quantize_weight
 from cptv_jax.methods import METHODS
-from cptv_jax.methods.moments import grams_by_stage, layers_of
+from cptv_jax.methods.moments import Moments, layers_of, moments_by_stage
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.openings import steps_to_least_error, steps_to_least_output_error
 from cptv_jax.quantized import QuantizedModel, move_candidate
@@ -36,17 +36,17 @@ def moved_by(base: QuantizedModel, scales: Scales, steps: Scales) -> QuantizedMo
     return base.with_parameters({f"blocks.0.{key}": value for key, value in there.items()})
 
 
-def gram_of(base: QuantizedModel, name: str, images: jax.Array) -> np.ndarray:
+def moments_of(base: QuantizedModel, name: str, images: jax.Array) -> Moments:
     layers = [layer for layer in layers_of(base.model, base.recipe) if layer.name == name]
-    (found,) = [grams[name] for grams in grams_by_stage(base.model, [images], layers, base.quantizers) if grams]
-    return np.asarray(found.gram, np.float64)
+    (found,) = [moments[name] for moments in moments_by_stage(base.model, [images], layers, base.quantizers) if moments]
+    return jax.tree.map(lambda sums: np.asarray(sums, np.float64), found)
 
 
 def change(model: QuantizedModel, base: QuantizedModel, name: str) -> np.ndarray:
-    """What a layer's weights, and below them its biases, have become less the float ones."""
-    own, old = model.model.layer(name), base.model.layer(name)
-    weight = effective_weight(quantize_weight(model.quantizers[f"{name}.weight"], own["kernel"]))
-    return np.concatenate([weight - old["kernel"], (own["bias"] - old["bias"])[None]]).astype(np.float64)
+    """What a layer's weights have become less the float ones."""
+    kernel = base.model.layer(name)["kernel"]
+    weight = effective_weight(quantize_weight(model.quantizers[f"{name}.weight"], kernel))
+    return np.asarray(weight - kernel, np.float64)
 
 
 def test_steps_to_least_error_lead_to_weights_nearer_to_the_float_ones() -> None:
@@ -83,26 +83,23 @@ def test_steps_to_least_output_error_keep_more_of_what_layers_give(method: str, 
     steps = steps_to_least_output_error(base, scales, [images[:20], images[20:40]])
     assert jax.tree.map(jnp.shape, steps) == jax.tree.map(jnp.shape, scales)
     for key, step in steps["blocks.0"].items():
-        assert (key.endswith((".rounding", ".factor", ".bias"))) == bool(np.any(step)), key
+        assert (key.endswith((".rounding", ".factor"))) == bool(np.any(step)), key
     moved = moved_by(base, scales, steps)
     # What qkv reads is all but independent in a model of random weights; what fc2 reads is not.
     for layer, limit in (("attn.qkv", 0.9), ("mlp.fc2", 0.25)):
         name = f"blocks.0.{layer}"
         before, after = change(base, base, name), change(moved, base, name)
-        seen, unseen = gram_of(base, name, images[:40]), gram_of(base, name, images[40:])
+        seen, unseen = moments_of(base, name, images[:40]), moments_of(base, name, images[40:]).gram[:-1, :-1]
         error = {"before": np.sum(before * (unseen @ before)), "after": np.sum(after * (unseen @ after))}
         assert error["after"] < limit * error["before"], layer
-        # On the images that it was fitted on, the mean output stays, and (but for noise that is damped) no channel
-        # would be better longer or shorter.
-        centred = seen - np.outer(seen[-1], seen[-1]) / seen[-1, -1]
-        rounded = after + np.concatenate([base.model.layer(name)["kernel"], np.zeros((1, after.shape[1]))])
-        own = np.sum(rounded * (centred @ rounded), 0)
-        assert np.all(np.abs(seen[-1] @ after) < 1e-4 * np.sqrt(own * seen[-1, -1])), layer
-        if method == "fq-vit":
-            slope = np.sum(rounded * (centred @ after), 0)
+        if method == "fq-vit":  # on the images that it was fitted on no channel would be better longer or shorter
+            rounded = after + base.model.layer(name)["kernel"]
+            wanted = seen.gram[:-1, :-1] @ after - seen.cross[:-1]
+            slope, own = np.sum(rounded * wanted, 0), np.sum(rounded * (seen.gram[:-1, :-1] @ rounded), 0)
             if recipe.get("overrides"):  # one factor for all channels
                 slope, own = slope.sum(), own.sum()
-            assert np.all(np.abs(slope) < 1e-3 * own), layer
+            # The float outputs as the ridge term lets weights come to them, 1 % of a channel's length away.
+            assert np.all(np.abs(slope) < 1e-2 * own), layer
 
 
 def test_roundings_that_are_not_searched_stay() -> None:

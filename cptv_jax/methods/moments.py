@@ -44,11 +44,11 @@ class Layer:
 class Moments:
     """Sums over rows a = (quantized input, 1) of a layer and its residual r = float output - layer(quantized input).
 
-    gram: sum of a a^T, whose last entry is the number of rows. cross: sum of a r^T; None where it was not asked for.
+    gram: sum of a a^T, whose last entry is the number of rows. cross: sum of a r^T.
     """
 
     gram: Float[Array, "inputs+1 inputs+1"]
-    cross: Float[Array, "inputs+1 outputs"] | None
+    cross: Float[Array, "inputs+1 outputs"]
 
 
 def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
@@ -67,7 +67,6 @@ def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
 def _stage_moments(
     graph: nnx.GraphDef[Any],
     layers: tuple[Layer, ...],
-    residuals: bool,
     weights: PyTree,
     parameters: Mapping[str, Mapping[str, Array]],
     quantizers: Mapping[str, Quantizer],
@@ -83,21 +82,19 @@ def _stage_moments(
         if quantizer is not None:
             rows = quantizer.values(quantizer.codes(rows))
         rows = jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], 1)
-        gram, cross = jnp.matmul(rows.T, rows, precision=_PRECISION), None
-        if residuals:
-            kernel = extended(parameters[layer.name])
-            result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
-            residual = ops.outputs[layer.name].reshape(result.shape) - result
-            cross = jnp.matmul(rows.T, residual, precision=_PRECISION)
-        found[layer.name] = Moments(gram, cross)
+        kernel = extended(parameters[layer.name])
+        result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
+        residual = ops.outputs[layer.name].reshape(result.shape) - result
+        gram = jnp.matmul(rows.T, rows, precision=_PRECISION)
+        found[layer.name] = Moments(gram, jnp.matmul(rows.T, residual, precision=_PRECISION))
     return output, found
 
 
-_run_stage_moments = jax.jit(_stage_moments, static_argnums=(0, 1, 2))
+_run_stage_moments = jax.jit(_stage_moments, static_argnums=(0, 1))
 
 
 def _moments_of(
-    model: Model, stage: str, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer], x: PyTree, residuals: bool
+    model: Model, stage: str, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer], x: PyTree
 ) -> tuple[PyTree, dict[str, Moments]]:
     """A stage's output for one batch of inputs, and the moments of those of the layers that it has, by full name."""
     prefix = f"{stage}."
@@ -108,7 +105,7 @@ def _moments_of(
     read = {layer.reads.removeprefix(prefix): quantizers[layer.reads] for layer in inside if layer.reads in quantizers}
     parameters = {layer.name.removeprefix(prefix): model.layer(layer.name) for layer in inside}
     graph = stage_graphs(model.architecture)[stage]
-    output, found = _run_stage_moments(graph, relative, residuals, model.weights[stage], parameters, read, x)
+    output, found = _run_stage_moments(graph, relative, model.weights[stage], parameters, read, x)
     return output, {prefix + name: moments for name, moments in found.items()}
 
 
@@ -139,16 +136,16 @@ def collect_moments(
     for batch in batches:
         x: PyTree = Tensor(batch)
         for stage in stage_graphs(model.architecture):
-            x, moments = _moments_of(model, stage, layers, quantizers, x, residuals=True)
+            x, moments = _moments_of(model, stage, layers, quantizers, x)
             _sum(found, moments)
             on_stage()
     return found
 
 
-def grams_by_stage(
+def moments_by_stage(
     model: Model, batches: Iterable[Batch], layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
 ) -> Iterator[dict[str, Moments]]:
-    """`collect_moments` without the residuals, of one stage after the other.
+    """`collect_moments` of one stage after the other.
 
     The inputs of one stage for all batches are in memory at a time, and that stage's moments.
     """
@@ -156,6 +153,6 @@ def grams_by_stage(
     for stage in stage_graphs(model.architecture):
         found: dict[str, Moments] = {}
         for index, x in enumerate(xs):
-            xs[index], moments = _moments_of(model, stage, layers, quantizers, x, residuals=False)
+            xs[index], moments = _moments_of(model, stage, layers, quantizers, x)
             _sum(found, moments)
         yield found

@@ -91,13 +91,15 @@ def test_openings_are_tried_once_before_the_first_proposal(
 def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
     toy: Subject, make_evaluator: Callable[..., Evaluator], tmp_path: Path
 ) -> None:
-    good, bad = finer_and_coarser(toy)
-    held_out, opening = true_held_out(toy), bad(None, 0, None, {"done": 1, "half": np.float32(0.75)}, None).steps
+    good, _ = finer_and_coarser(toy)
+    held_out, opening = true_held_out(toy), good(None, 0, None, {"done": 1, "half": np.float32(-0.2)}, None).steps
     states: list[SearchState] = []
     options = {"held_out": held_out, "propose": good, "openings": [lambda scales: opening]}
     whole = search(make_evaluator(), on_stage=states.append, **options)
-    assert len(states) == 1 + 2 * (2 + 3)  # the start, then every pass's half proposal, proposal and stages
-    assert [bool(state.progress) for state in states] == [False, *[True, *[False] * 4] * 2]
+    # The start, the opening, then every pass's half proposal, proposal and stages.
+    assert len(states) == 2 + 2 * (2 + 3)
+    assert [bool(state.progress) for state in states] == [False, False, *[True, *[False] * 4] * 2]
+    assert records(whole, "proposal")[0]["fraction"] > 0  # the opening, without which the rest would end elsewhere
     for number, state in enumerate(states):
         run = RunDirectory(tmp_path / str(number), {"config": {"seed": 0}})
         run.save_state(state)
