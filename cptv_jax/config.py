@@ -52,7 +52,8 @@ class SearchConfig:
     offsets: also their zero points, the starts of focusing intervals, the exponents of power-of-two factors, the
         factors of bias-corrected channels and the biases of the weights' layers (guided only, and there unless set to
         false).
-    rounding: also which way each element of a searched weight rounds (guided only, and there unless set to false).
+    rounding: also which way each element of a searched weight rounds (guided only, and there unless set to false): in
+        closed form before the first gradient, and by gradients.
     passes: sweeps over the blocks, last block first. rounds: cycles or generations a block and pass. children: a
         generation. Null means the strategy's: 10, 3 and 8, and for guided 1, 1 and 3.
     holdout: fraction of the calibration images, in whole batches, that only picks among passes.
