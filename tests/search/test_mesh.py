@@ -1,6 +1,7 @@
 """Losses are the same bits on one device, on several, and on several processes."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def losses_of(process: subprocess.Popen[str]) -> dict[str, list[str]]:
     """By mesh, what a child printed."""
     output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors[-2000:]
-    lines = [line.split() for line in output.splitlines() if "x" in line.split(" ")[0]]
+    # Gloo speaks up in between: "Rank 0 is connected ...", in lines that two of its threads may write into each other.
+    lines = [line.split() for line in output.splitlines() if re.match(r"\d+x\d+ ", line)]
     return {name: values for name, *values in lines}
 
 
