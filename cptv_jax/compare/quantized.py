@@ -14,7 +14,7 @@ from cptv_jax.compare.names import modules_by_site, output_site
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
 from cptv_jax.forward import apply_stage
-from cptv_jax.interpreters import Tensor, quantize_weight
+from cptv_jax.interpreters import Tensor, effective_weight, quantize_weight
 from cptv_jax.models.timm_weights import key_table
 from cptv_jax.quantizers import Log2, Quantizer, Uniform, spread
 
@@ -94,12 +94,12 @@ def parameter_checks(
 @jax.jit
 def _effective_weight(quantizer: Quantizer, kernel: Array) -> tuple[Array, Array]:
     """The weight that the matmul uses [inputs, outputs], and by how much a step of the code moves it [outputs]."""
-    weight, gain, shift, _ = quantize_weight(quantizer, kernel)
-    if gain is None or shift is None:
-        return weight.values, spread(quantizer.scale, kernel)
+    weight = quantize_weight(quantizer, kernel)
+    if weight.gain is None:
+        return effective_weight(weight), spread(quantizer.scale, kernel)
     # Bias correction stretches and shifts the grid. A constant channel has no gain, and no codes that could matter.
-    step = jnp.maximum(quantizer.scale * gain, jnp.finfo(jnp.float32).tiny)
-    return weight.values * gain + shift, step
+    step = jnp.maximum(quantizer.scale * weight.gain, jnp.finfo(jnp.float32).tiny)
+    return effective_weight(weight), step
 
 
 @jax.jit
