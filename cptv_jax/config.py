@@ -63,6 +63,7 @@ class SearchConfig:
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
         log-scale, images a step; all calibration images but those held out take turns. mirror: and their mirror images.
+        mixup: mixed in pairs, which the teacher is asked about too.
     gradient_matching: of guided: weight, in the loss that is differentiated, of how far the outputs of all stages are
         from the teacher's (mean squared error relative to the variance), beside the objective.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.
@@ -94,12 +95,13 @@ class SearchConfig:
     children: int | None = None
     survivors: int = 2
     algorithm: Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"] = "Sep_CMA_ES"
-    gradient_steps: int = 750
-    gradient_rate: float = 0.01
+    gradient_steps: int = 500
+    gradient_rate: float = 0.0015
     gradient_batch: int = 10
     gradient_objective: str | None = None
-    gradient_matching: float = 10.0
+    gradient_matching: float = 100.0
     mirror: bool = True
+    mixup: bool = True
     patience: int | None = None
     race: bool = False
     arithmetic: ArithmeticName | None = None

@@ -193,7 +193,9 @@ def _proposer(
         read,
         count,
         MatchingLoss(objectives(search).proposing, search.gradient_matching, len(variances)),
-        Descent(search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes),
+        Descent(
+            search.gradient_steps, search.gradient_rate, search.gradient_batch, effort(search).passes, search.mixup
+        ),
         search.images_at_once or max(1, judges.evaluator.images // 2),  # the derivative takes as much again
         judges.mesh,
     )

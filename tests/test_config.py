@@ -97,6 +97,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     "search.gradient_objective": ("cosine", "cosine"),
     "search.gradient_matching": ("2.5", 2.5),
     "search.mirror": ("false", False),
+    "search.mixup": ("false", False),
     "search.patience": ("2", 2),
     "search.race": ("true", True),
     "search.arithmetic": ("bf16-codes", "bf16-codes"),

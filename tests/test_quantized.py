@@ -65,7 +65,7 @@ def test_a_candidate_computes_what_the_model_with_its_parameters_does(
     for stage in stages:
         if stage.searchable:
             assert stage.candidate[next(iter(stage.candidate)) + ".rounding"].ndim == 2
-            sizes = {key: 4.0 if key.endswith(".rounding") else 0.02 for key in stage.candidate}  # tenths of a step
+            sizes = {key: 0.2 if key.endswith(".rounding") else 0.02 for key in stage.candidate}  # units of two steps
             steps = {key: sizes[key] * rng.normal(size=np.shape(value)) for key, value in stage.candidate.items()}
             candidate = stage.move(stage.candidate, jax.tree.map(jnp.float32, steps))
             parameters |= {f"{stage.name}.{key}": value for key, value in candidate.items()}
@@ -85,7 +85,7 @@ def test_a_learned_rounding_changes_codes_and_is_kept_with_the_model(model: Quan
     site = f"blocks.0.{QKV}"
     kernel = model.model.layer("blocks.0.attn.qkv")["kernel"]
     rounding = np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
-    turned = model.with_parameters({f"{site}.rounding": 10 * rounding})
+    turned = model.with_parameters({f"{site}.rounding": rounding / 2})
     before, after = (np.asarray(m.quantizers[site].codes(kernel)) for m in (model, turned))
     assert 0.2 < np.mean(before != after) < 0.9
     save_model(tmp_path / "turned", turned)

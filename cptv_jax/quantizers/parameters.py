@@ -3,7 +3,7 @@
 "scale": input units per step; a scalar for a quantizer with a scale per channel moves all channels by one factor.
 "zero_point": as a fraction of the range of codes, so that it means the same at every width; it is rounded to a code.
 "factor": of a bias-corrected weight's channels.
-"rounding": of a weight's elements, in tenths of a step, as there are many of them and few images.
+"rounding": of a weight's elements, in units of two steps, so that one rate serves them and the scales.
 "start": the lower end of a focusing interval, as a fraction of the interval's length.
 "exponents": of a quantizer's power-of-two factors (FQ-ViT, section 3.2), in units of 25 octaves, as one of them changes
     much. They are rounded to whole ones from 0 to 3, and count from "scale", which is given with them.
@@ -24,7 +24,7 @@ from cptv_jax.quantizers.straight_through import straight_through
 from cptv_jax.quantizers.uniform import FractionalUniform, Uniform
 
 LARGEST_EXPONENT = 3  # of power-of-two factors
-_ROUNDING_UNIT = 0.1
+_ROUNDING_UNIT = 2.0
 _OCTAVES = 25.0  # a random step of one percent then moves one channel in twenty
 
 

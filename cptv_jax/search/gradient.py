@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from cptv_jax.finite import finite_gradients
 from cptv_jax.mesh import DATA, compiler_options, place
 from cptv_jax.search.matching import TEACHER
+from cptv_jax.search.optimizer import adam_by_tensor
 from cptv_jax.search.run import Progress, Proposal
 from cptv_jax.search.runs import Run, runs_of, stacked
 from cptv_jax.stages import Stage
@@ -31,20 +30,21 @@ class Descent:
 
     steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
     step, which the devices share: where they cannot in equal parts, as many as they can. passes: how many passes share
-    the schedule; each begins with fresh moments, so that nothing of the optimizer outlives a pass.
+    the schedule; each begins with fresh moments, so that nothing of the optimizer outlives a pass. mixup: see `mixed`.
     """
 
     steps: int
     rate: float
     batch: int
     passes: int
+    mixup: bool = False
 
     def rate_at(self, step: Array | int) -> Array:
         """The rate of a step, counted from the first pass on."""
         return self.rate * 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(step / (self.steps * self.passes), 1.0)))
 
 
-_ADAM = optax.chain(finite_gradients(), optax.scale_by_adam())
+_ADAM = adam_by_tensor()
 
 
 def _loss(
@@ -83,8 +83,16 @@ def _descend(
 ) -> tuple[Sequence[PyTree], PyTree, Array]:
     """One step of Adam: the new steps and moments, and the loss before."""
     value, gradients = jax.value_and_grad(_loss, 4)(runs, loss, states, candidates, steps, x)
-    updates, moments = _ADAM.update(gradients, moments)
-    return jax.tree.map(lambda step, update: step - rate * update, steps, updates), moments, value
+    updates, moments = zip(*_by_stage(runs, _ADAM.update, gradients, moments), strict=True)
+    return jax.tree.map(lambda step, update: step - rate * update, steps, list(updates)), moments, value
+
+
+def _by_stage(runs: tuple[Run, ...], function: Callable[..., Any], *trees: Sequence[PyTree]) -> list[Any]:
+    """What a function makes of each stage's own part of the trees, by run, stacked as they are."""
+    return [
+        function(*of_run) if run.length == 1 else jax.vmap(function, axis_size=run.length)(*of_run)
+        for run, *of_run in zip(runs, *trees, strict=True)
+    ]
 
 
 @cache
@@ -92,15 +100,30 @@ def _descend_program() -> Any:
     return jax.jit(_descend, static_argnums=(0, 1), compiler_options=compiler_options())
 
 
+def _random(key: Array, *numbers: int) -> np.random.Generator:
+    return np.random.default_rng([*np.asarray(jax.random.key_data(key)), *numbers])
+
+
 def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarray]:
     """Indices of the images of every step: all images in a new order, again and again."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    rng = _random(key)
     order = np.zeros(0, int)
     for _ in range(steps):
         if len(order) < size:
             order = np.resize(rng.permutation(count), max(size, count))  # few images are repeated
         yield order[:size]
         order = order[size:]
+
+
+def mixed(
+    images: Float[np.ndarray, "batch height width channels"], rng: np.random.Generator
+) -> Float[np.ndarray, "batch height width channels"]:
+    """Each image and another one of the batch in random proportions (mixup, arXiv 1710.09412).
+
+    A teacher can be asked about them too, and there are more of them than there are images (arXiv 2106.05237).
+    """
+    share = rng.uniform(size=(len(images), 1, 1, 1)).astype(np.float32)
+    return share * images + (1 - share) * images[rng.permutation(len(images))]
 
 
 def _at_once(batch: int, limit: int, devices: int) -> int:
@@ -161,7 +184,7 @@ class GradientProposer:
         present = [scales.get(name, own) for name, own in zip(self._names, self._candidates, strict=True)]
         candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
         steps = jax.tree.map(jnp.zeros_like, candidates)
-        moments = place(self.mesh, _ADAM.init(steps))
+        moments = place(self.mesh, tuple(_by_stage(self._runs, _ADAM.init, steps)))
         begin, losses = 0, []
         if progress:
             begin, losses = int(progress["done"]), [float(loss) for loss in progress["losses"]]
@@ -179,6 +202,8 @@ class GradientProposer:
                 on_progress({"done": np.int32(number), "losses": np.asarray(losses, np.float32), **saved_leaves})
             rate = self.descent.rate_at(pass_index * self.descent.steps + number)
             images = self.read(rows)
+            if self.descent.mixup:
+                images = mixed(images, _random(key, number))
             x = place(self.mesh, images.reshape(pieces, -1, *images.shape[1:]), DATA, 1)
             steps, moments, value = _descend_program()(
                 self._runs, self.loss, self._states, candidates, steps, moments, rate, x

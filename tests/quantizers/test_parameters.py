@@ -111,14 +111,14 @@ def test_a_fractional_zero_point_is_not_offered() -> None:
     assert offsets(FractionalUniform(base)) == {}
 
 
-def test_a_learned_rounding_is_offered_in_tenths_of_a_step_where_there_is_one() -> None:
+def test_a_learned_rounding_is_offered_in_units_of_two_steps_where_there_is_one() -> None:
     rounding = jnp.asarray(np.linspace(-0.6, 0.6, 6).reshape(2, 3), jnp.float32)
     low_rank = LowRank(uniform(3, 4), jnp.ones((2, 1)), jnp.ones((1, 3)))
     for quantizer in (uniform(3, 4), BiasCorrected(uniform(3, 4)), low_rank):
         assert "rounding" not in offsets(quantizer)
         with_one = with_rounding(quantizer, rounding)
-        np.testing.assert_allclose(offsets(with_one)["rounding"], 10 * rounding, rtol=1e-6)  # tenths in float32
-        moved = with_parameters(with_one, {"rounding": jnp.full((2, 3), 4.0)})
+        np.testing.assert_allclose(offsets(with_one)["rounding"], rounding / 2, rtol=1e-6)
+        moved = with_parameters(with_one, {"rounding": jnp.full((2, 3), 0.2)})
         np.testing.assert_allclose(innermost(moved).rounding, 0.4, rtol=1e-6)
         np.testing.assert_array_equal(innermost(moved).zero_point, innermost(quantizer).zero_point)
 

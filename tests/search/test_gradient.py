@@ -13,7 +13,7 @@ from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import make_mesh
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
-from cptv_jax.search.gradient import _at_once, _descend_program, _loss
+from cptv_jax.search.gradient import _at_once, _descend_program, _loss, mixed
 from cptv_jax.search.runs import runs_of, stacked
 from cptv_jax.stages import Output, Stage
 
@@ -45,7 +45,7 @@ def teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> Output:
 @pytest.fixture(scope="module")
 def proposer(vit_model: tuple[QuantizedModel, np.ndarray]) -> GradientProposer:
     model, images = vit_model
-    descent = Descent(STEPS, 0.01, BATCH, passes=2)
+    descent = Descent(STEPS, 0.01, BATCH, passes=2, mixup=True)
     stages = paired_stages(model, images)
     return GradientProposer(stages, lambda rows: images[rows], len(images), PAIR_LOSS, descent, 5, make_mesh())
 
@@ -194,6 +194,43 @@ def test_later_passes_take_smaller_steps_with_the_same_program(
     first, second = (flat(proposer.propose(scales, number, jax.random.key(0)).steps) for number in (0, 1))
     assert np.abs(second).mean() < 0.5 * np.abs(first).mean()
     assert _descend_program()._cache_size() == 1
+
+
+def test_each_image_is_mixed_with_another_in_a_proportion_of_its_own() -> None:
+    images = np.eye(64, dtype=np.float32).reshape(64, 8, 8, 1)  # so that a mixture tells what it is made of
+    rows = mixed(images, np.random.default_rng(0)).reshape(64, 64)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows.sum(1), 1, atol=1e-6)  # two proportions in float32
+    shares = np.diag(rows)
+    assert np.all(np.count_nonzero(rows, axis=1) <= 2)
+    assert len(np.unique(shares)) > 60 and shares.min() < 0.1 and shares.max() > 0.9
+    partners = np.argmax(rows - np.diag(shares), axis=1)[shares < 1]
+    assert len(np.unique(partners)) == len(partners)
+
+
+def test_every_step_mixes_anew_and_the_key_decides_how(
+    proposer: GradientProposer, scales: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[np.ndarray] = []
+
+    def place(mesh: Any, tree: Any, *where: Any) -> Any:
+        if isinstance(tree, np.ndarray):
+            given.append(tree.reshape(-1, *tree.shape[2:]))
+        return tree
+
+    def no_step(*arguments: Any) -> Any:
+        return arguments[4], arguments[5], 0.0
+
+    monkeypatch.setattr("cptv_jax.search.gradient.place", place)
+    monkeypatch.setattr("cptv_jax.search.gradient._descend_program", lambda: no_step)
+    for seed in (0, 0, 1):
+        proposer.propose(scales, 0, jax.random.key(seed))
+    first, again, other = given[:STEPS], given[STEPS : 2 * STEPS], given[2 * STEPS :]
+    np.testing.assert_array_equal(first, again)
+    plain = proposer.read(np.arange(proposer.count))
+    assert all(not np.array_equal(x, y) for x, y in zip(first, other, strict=True))
+    unmixed = [x for x in np.concatenate(first) if any(np.array_equal(image, x) for image in plain)]
+    assert len(unmixed) < STEPS * BATCH / 5  # one image a batch is expected to be paired with itself
 
 
 def test_the_rate_falls_to_nothing() -> None:
