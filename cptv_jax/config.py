@@ -95,7 +95,7 @@ class SearchConfig:
     children: int | None = None
     survivors: int = 2
     algorithm: Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"] = "Sep_CMA_ES"
-    gradient_steps: int = 500
+    gradient_steps: int = 400
     gradient_rate: float = 0.0015
     gradient_batch: int = 10
     gradient_objective: str | None = None
