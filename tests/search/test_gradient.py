@@ -13,8 +13,8 @@ from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import make_mesh
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
-from cptv_jax.search.gradient import _at_once, _descend_program, _loss, mixed
-from cptv_jax.search.runs import runs_of, stacked
+from cptv_jax.search.gradient import _ADAM, _at_once, _by_stage, _descend_program, _loss, mixed
+from cptv_jax.search.runs import Run, runs_of, stacked
 from cptv_jax.stages import Output, Stage
 
 BATCH, STEPS = 25, 6
@@ -194,6 +194,19 @@ def test_later_passes_take_smaller_steps_with_the_same_program(
     first, second = (flat(proposer.propose(scales, number, jax.random.key(0)).steps) for number in (0, 1))
     assert np.abs(second).mean() < 0.5 * np.abs(first).mean()
     assert _descend_program()._cache_size() == 1
+
+
+def test_the_tensors_of_stacked_blocks_are_each_relative_to_their_own_gradients() -> None:
+    def unused(*arguments: Any) -> Any:
+        raise AssertionError
+
+    runs = tuple(Run(unused, unused, unused, length) for length in (1, 3, 2))
+    of_blocks = jnp.outer(jnp.array([1e-3, 1.0, 1e3]), jnp.ones(4))
+    gradients = [{"a": jnp.ones(5), "b": jnp.float32(7)}, {"a": of_blocks}, {}]
+    moments = _by_stage(runs, _ADAM.init, gradients)
+    updates = [update for update, _ in _by_stage(runs, _ADAM.update, gradients, moments)]
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, gradients)
+    np.testing.assert_allclose(flat(updates), 1, rtol=1e-6)  # roundings of float32
 
 
 def test_each_image_is_mixed_with_another_in_a_proportion_of_its_own() -> None:
