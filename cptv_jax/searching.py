@@ -40,10 +40,8 @@ from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
 _VARIANCE_IMAGES = 100  # that the variances of the teacher's channels are taken from
-_ROUNDING_IMAGES, _AT_ONCE = (
-    200,
-    25,
-)  # that roundings in closed form are fitted on, and how many go through a stage at once
+_ROUNDING_IMAGES = 200  # that roundings in closed form are fitted on
+_AT_ONCE = 25  # of them go through a stage
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
 
