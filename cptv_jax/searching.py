@@ -40,7 +40,7 @@ from cptv_jax.stages import Output, Stage
 
 _GIB = 2**30
 _VARIANCE_IMAGES = 100  # that the variances of the teacher's channels are taken from
-_ROUNDING_IMAGES = 200  # that roundings in closed form are fitted on
+_ROUNDING_IMAGES = 1000  # that roundings in closed form are fitted on, at most: a stage's inputs for all are in memory
 _AT_ONCE = 25  # of them go through a stage
 _IDLE_STAGES = 4  # guided: a pass ends after so many in a row that gained nothing over its proposal
 
