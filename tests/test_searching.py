@@ -12,7 +12,7 @@ from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import gradient_arithmetic
 from cptv_jax.quantized import move_candidate
-from cptv_jax.search import EvolQ, Evosax, Generational, Guided, Objective, channel_variances
+from cptv_jax.search import Descent, EvolQ, Evosax, Generational, Guided, Objective, channel_variances
 from cptv_jax.searching import strategy_for
 
 
@@ -51,7 +51,9 @@ def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_an
         gradient_batch=4,
         gradient_matching=2,
         holdout=0.34,
+        gradient_rate=0.02,
         mirror=mirror,
+        mixup=not mirror,
     )
     config = QuantizeConfig(calibration=CalibrationConfig(24, 8), search=search)
     given: list[Any] = []
@@ -74,7 +76,8 @@ def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_an
     with pytest.raises(Stopped):
         quantize(model, images, config)
     assert Objective("kl") in judged
-    stages, read, count, loss, *_ = given
+    stages, read, count, loss, descent, *_ = given
+    assert descent == Descent(steps=1, rate=0.02, batch=4, passes=1, mixup=not mirror)
     assert count == (32 if mirror else 16)  # of three batches of 8 one is held out
     x = read(np.arange(count))
     np.testing.assert_array_equal(x[16:], x[:16, :, ::-1] if mirror else x[:0])

@@ -83,8 +83,9 @@ def _descend(
 ) -> tuple[Sequence[PyTree], PyTree, Array]:
     """One step of Adam: the new steps and moments, and the loss before."""
     value, gradients = jax.value_and_grad(_loss, 4)(runs, loss, states, candidates, steps, x)
-    updates, moments = zip(*_by_stage(runs, _ADAM.update, gradients, moments), strict=True)
-    return jax.tree.map(lambda step, update: step - rate * update, steps, list(updates)), moments, value
+    found = _by_stage(runs, _ADAM.update, gradients, moments)
+    moved = jax.tree.map(lambda step, update: step - rate * update, steps, [updates for updates, _ in found])
+    return moved, [kept for _, kept in found], value
 
 
 def _by_stage(runs: tuple[Run, ...], function: Callable[..., Any], *trees: Sequence[PyTree]) -> list[Any]:
@@ -184,7 +185,7 @@ class GradientProposer:
         present = [scales.get(name, own) for name, own in zip(self._names, self._candidates, strict=True)]
         candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
         steps = jax.tree.map(jnp.zeros_like, candidates)
-        moments = place(self.mesh, tuple(_by_stage(self._runs, _ADAM.init, steps)))
+        moments = place(self.mesh, _by_stage(self._runs, _ADAM.init, steps))
         begin, losses = 0, []
         if progress:
             begin, losses = int(progress["done"]), [float(loss) for loss in progress["losses"]]

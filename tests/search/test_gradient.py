@@ -225,6 +225,7 @@ def test_every_step_mixes_anew_and_the_key_decides_how(
     proposer: GradientProposer, scales: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[np.ndarray] = []
+    drawn: list[int] = []
 
     def place(mesh: Any, tree: Any, *where: Any) -> Any:
         if isinstance(tree, np.ndarray):
@@ -234,10 +235,16 @@ def test_every_step_mixes_anew_and_the_key_decides_how(
     def no_step(*arguments: Any) -> Any:
         return arguments[4], arguments[5], 0.0
 
+    def mixing(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        drawn.append(rng.bit_generator.state["state"]["state"])
+        return mixed(images, rng)
+
+    monkeypatch.setattr("cptv_jax.search.gradient.mixed", mixing)
     monkeypatch.setattr("cptv_jax.search.gradient.place", place)
     monkeypatch.setattr("cptv_jax.search.gradient._descend_program", lambda: no_step)
     for seed in (0, 0, 1):
         proposer.propose(scales, 0, jax.random.key(seed))
+    assert drawn[:STEPS] == drawn[STEPS : 2 * STEPS] and len(set(drawn)) == 2 * STEPS
     first, again, other = given[:STEPS], given[STEPS : 2 * STEPS], given[2 * STEPS :]
     np.testing.assert_array_equal(first, again)
     plain = proposer.read(np.arange(proposer.count))

@@ -41,6 +41,13 @@ def test_the_scale_of_a_loss_does_not_matter() -> None:
     np.testing.assert_allclose(first, second, rtol=1e-5)  # a few roundings of float32
 
 
+def test_gradients_whose_squares_are_no_float32_any_more_hardly_move_anything() -> None:
+    gradients = jnp.full(3, 1e-22, jnp.float32)
+    optimizer = adam_by_tensor()
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+    assert np.max(np.abs(updates)) < 1e-6
+
+
 def test_what_is_no_number_moves_nothing() -> None:
     gradients = jnp.array([1.0, jnp.nan, jnp.inf])
     optimizer = adam_by_tensor()
