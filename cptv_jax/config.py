@@ -99,7 +99,7 @@ class SearchConfig:
     gradient_rate: float = 0.0015
     gradient_batch: int = 10
     gradient_objective: str | None = None
-    gradient_matching: float = 300.0
+    gradient_matching: float = 100.0
     mirror: bool = True
     mixup: bool = True
     patience: int | None = None
