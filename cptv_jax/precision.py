@@ -38,8 +38,8 @@ def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
 class Widths:
     """Models that are alike but for the widths of some sites, the same width at all of these, by ascending width.
 
-    Raises InputError where they differ in more (a method that rewrites weights makes other ones at every width), or in
-    nothing.
+    Raises InputError where they differ in more (a method that rewrites weights makes other ones at every width, and one
+    may fit the scales of activations to those of weights), or in nothing.
     """
 
     models: tuple[QuantizedModel, ...]
@@ -56,6 +56,14 @@ class Widths:
 
         if not self.sites:
             raise InputError("recipe.overrides fix every width; take out those that shall be chosen")
+        fixed = [name for name in first.quantizers if name not in set(self.sites)]
+        for name in fixed:
+            own, *others = (model.quantizers[name] for model in self.models)
+            if not all(all(jax.tree.leaves(jax.tree.map(np.array_equal, own, other))) for other in others):
+                raise InputError(
+                    f"the quantizer of {name} depends on widths of other sites; mixed precision needs a base method "
+                    "that fits each site by itself, such as fq-vit or omse"
+                )
 
     @staticmethod
     def _fixed(model: QuantizedModel) -> dict[str, Any]:

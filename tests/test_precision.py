@@ -136,6 +136,10 @@ def test_models_that_differ_in_more_are_refused(model: Model, widths: Widths) ->
     other = replace(widths.models[1], model=changed)
     with pytest.raises(InputError, match="a base method that leaves weights as they are"):
         Widths((widths.models[0], other))
+    scaled = jax.tree.map(lambda leaf: leaf * 2, widths.models[1].quantizers["blocks.0.norm1"])
+    other = replace(widths.models[1], quantizers={**widths.models[1].quantizers, "blocks.0.norm1": scaled})
+    with pytest.raises(InputError, match=r"quantizer of blocks\.0\.norm1 depends on widths of other sites"):
+        Widths((widths.models[0], other))
 
 
 def test_models_that_differ_in_nothing_are_refused(widths: Widths) -> None:

@@ -54,7 +54,8 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="OBJECTIVE",
-        help="infonce, kl, mse, cosine or a sum (kl+cosine), perhaps @features or @both (default: the search's)",
+        help="infonce, kl, mse, cosine or a sum (kl+cosine), perhaps @features or @both; infonce/kl: infonce is "
+        "differentiated, kl decides (default: the search's)",
     )
     search.add_argument("--bits", nargs="+", metavar="WxAy", help="default: W4A8 W3A8")
     search.add_argument("--passes", nargs="+", type=int, metavar="N", help="the budgets (default: 1 2 4)")

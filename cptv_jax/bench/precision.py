@@ -104,12 +104,17 @@ def _check_options(options: PrecisionOptions, widths: Sequence[int], search: Sea
         )
 
 
-def _check_base(plan: Plan) -> None:
-    """Raises InputError for a base method whose models differ in more than their widths."""
+def _check_base(plan: Plan, genes: str) -> None:
+    """Raises InputError for a base method whose models differ in more than the widths that are chosen."""
+    kept = [name for name, method in METHODS.items() if not (method.rewrites_weights or method.couples_widths)]
     if plan.method.rewrites_weights:
-        kept = [name for name, method in METHODS.items() if not method.rewrites_weights]
         raise InputError(
             f"method {plan.config.method} makes other weights at every width; set method to {' or '.join(kept)}"
+        )
+    if plan.method.couples_widths and genes == "weights":
+        raise InputError(
+            f"method {plan.config.method} fits other scales of activations to every width of weights; "
+            f"set method to {' or '.join(kept)}, or choose both: --genes all --budget bit-operations"
         )
     if plan.config.reconstruction.steps:
         raise InputError(
@@ -169,7 +174,7 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
     check_labels(model.stages(), evaluation)
     plans = _plans(model, given, options, widths)
-    _check_base(plans[widths[0]])
+    _check_base(plans[widths[0]], options.genes)
     batches = plans[widths[0]].split.calibration[: options.images // batch]
     identity = {
         "weights": digest(model.weights),

@@ -186,9 +186,8 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
     refuse_foreign(out, KIND)
     model = load_float_model(source.weights, source.arch)
     count = max(run.config.calibration.images for run in runs) + source.held_out
-    images = data.load(
-        source.images, model.architecture.preprocessing, labels=False, limit=count, need=count, seed=runs[0].config.seed
-    )
+    # Every run draws by its own seed; this draw only tells one folder from another, whatever seeds are asked for.
+    images = data.load(source.images, model.architecture.preprocessing, labels=False, limit=count, need=count, seed=0)
     evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
     check_labels(model.stages(), evaluation)
     refused = _refusals(model, images, runs)

@@ -27,7 +27,8 @@ class SearchOptions:
     source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
     section counts; either with passes of its own, behind a colon or in the file. bits: such as W3A8. passes: the
     budgets of the others. objectives: such as "kl" or "kl+cosine@features" (see Objective; without @ on what the
-    search has); none means the search's own. config: base method, recipe and calibration of all runs.
+    search has), or "infonce/kl", where the first is differentiated and the second decides; none means the search's own.
+    config: base method, recipe and calibration of all runs.
     """
 
     source: Source
@@ -56,9 +57,11 @@ def _search(word: str) -> tuple[str, SearchConfig]:
 
 def _with_objective(label: str, search: SearchConfig, word: str) -> tuple[str, SearchConfig]:
     """The label and the search with the objective that a word of --objectives names. Raises InputError."""
-    name, _, on = word.partition("@")
-    objective = Objective(name, on or search.on, search.temperature)  # type: ignore[arg-type]
-    return f"{label}, {word}", replace(search, objective=objective.name, on=objective.on)
+    names, _, on = word.partition("@")
+    proposing, _, deciding = names.rpartition("/")
+    found = [Objective(name, on or search.on, search.temperature) for name in (proposing or deciding, deciding)]  # type: ignore[arg-type]
+    objectives = {"gradient_objective": found[0].name if proposing else None, "objective": found[1].name}
+    return f"{label}, {word}", replace(search, on=found[1].on, **objectives)
 
 
 def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:

@@ -23,6 +23,7 @@ class Method:
     abilities: what recipes may say; null means anything.
     first_images: it reads the first calibration images alone, as many as its options say.
     rewrites_weights: the quantized model has other weights than the float one.
+    couples_widths: the scales of one site depend on the widths of others.
     check: (architecture, recipe, options) raises InputError for what is wrong beside that.
     reconstruction: what null fields of QuantizeConfig's reconstruction mean.
     """
@@ -34,6 +35,7 @@ class Method:
     reconstruction: ReconstructionConfig = NO_RECONSTRUCTION
     first_images: bool = False
     rewrites_weights: bool = False
+    couples_widths: bool = False
     check: Callable[[Architecture, Recipe, Any], None] = lambda architecture, recipe, options: None
 
     def quantize(self, model: Model | QuantizedModel, *arguments: Any, **options: Any) -> QuantizedModel:
@@ -68,6 +70,7 @@ METHODS: dict[str, Method] = {
         "ptq4vit",
         Abilities(tensors=("uniform", "twin-softmax", "twin-gelu"), observers=("method",)),
         first_images=True,
+        couples_widths=True,
         check=ptq4vit.check,
     ),
     "repq-vit": Method(

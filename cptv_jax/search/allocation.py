@@ -84,7 +84,8 @@ def allocate(losses: Mapping[str, np.ndarray], costs: Costs, budget: float) -> G
     spent = costs.total(genes)
     if spent > budget:
         raise InputError(f"a budget of {budget:.0f} is below the least possible, {spent:.0f}; raise it")
-    falling = {site: np.minimum.accumulate(losses[site]) for site in genes}
+    largest = np.finfo(np.float64).max  # in place of infinity, whose differences are no numbers
+    falling = {site: np.minimum.accumulate(np.minimum(losses[site], largest, dtype=np.float64)) for site in genes}
     while True:
         best: tuple[float, float, str, int] | None = None
         for site, gene in genes.items():

@@ -133,7 +133,8 @@ def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> Non
         ({"search": SearchConfig(race=True)}, "search.race is True, which has no meaning here"),
         ({"search": SearchConfig(images_at_once=-1)}, "search.images_at_once is -1"),
         ({"seed": -1}, "seed is -1"),
-        ({"method": "erq"}, "method erq makes other weights at every width; .*fq-vit or omse or ptq4vit"),
+        ({"method": "erq"}, "method erq makes other weights at every width; .*set method to fq-vit or omse$"),
+        ({"method": "ptq4vit"}, "method ptq4vit fits other scales of activations .*fq-vit or omse, or .*--genes all"),
         ({"reconstruction": ReconstructionConfig(steps=5)}, r"reconstruction\.steps is 5.*leave it out"),
     ):
         with pytest.raises(InputError, match=message):

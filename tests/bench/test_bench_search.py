@@ -113,6 +113,10 @@ def test_every_objective_is_a_run_with_the_output_that_it_names(options: SearchO
     searches = [run.config.search for run in found]
     assert [(s.objective, s.on, s.passes) for s in searches] == [("kl", "logits", 1), ("kl+cosine", "features", 1)]
     assert len({run.name for run in found}) == 2
+    (proposed,) = _runs(replace(options, searches=("guided:1",), objectives=("infonce/kl",)), 0)
+    assert (proposed.config.search.gradient_objective, proposed.config.search.objective) == ("infonce", "kl")
+    with pytest.raises(InputError, match="did you mean 'infonce'"):
+        bench_search(replace(options, objectives=("infonse/kl",)))
     with pytest.raises(InputError, match="did you mean 'cosine'"):
         bench_search(replace(options, objectives=("cosin",)))
     with pytest.raises(InputError, match="did you mean 'features'"):

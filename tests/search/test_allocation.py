@@ -63,6 +63,15 @@ def test_what_gains_most_for_its_cost_comes_first() -> None:
     assert allocate(losses, COSTS, 46.0) == best
 
 
+def test_losses_that_are_infinite_at_every_width_take_nothing_from_others() -> None:
+    losses = {
+        "a": np.asarray([np.inf, np.inf, np.inf]),
+        "b": np.asarray([9.0, 5.0, 0.0]),
+        "c": np.asarray([2.0, 1.0, 0.0]),
+    }
+    assert allocate(losses, COSTS, 26.0) == {"a": 0, "b": 0, "c": 2}
+
+
 def test_a_budget_below_the_least_is_refused() -> None:
     with pytest.raises(InputError, match="a budget of 20 is below the least possible, 24"):
         allocate({site: np.zeros(3) for site in SITES}, COSTS, 20.0)
