@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
@@ -59,9 +60,9 @@ def _with_objective(label: str, search: SearchConfig, word: str) -> tuple[str, S
     """The label and the search with the objective that a word of --objectives names. Raises InputError."""
     names, _, on = word.partition("@")
     proposing, _, deciding = names.rpartition("/")
-    found = [Objective(name, on or search.on, search.temperature) for name in (proposing or deciding, deciding)]  # type: ignore[arg-type]
-    objectives = {"gradient_objective": found[0].name if proposing else None, "objective": found[1].name}
-    return f"{label}, {word}", replace(search, on=found[1].on, **objectives)
+    of = partial(Objective, on=on or search.on, temperature=search.temperature)  # type: ignore[arg-type]
+    judge, proposed = of(deciding), of(proposing).name if proposing else None
+    return f"{label}, {word}", replace(search, objective=judge.name, on=judge.on, gradient_objective=proposed)
 
 
 def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
