@@ -86,6 +86,14 @@ def test_every_strategy_budget_and_seed_is_a_run(options: SearchOptions, monkeyp
     assert len({t.run for t in tasks}) == len(tasks)
 
 
+def test_a_bench_goes_on_with_seeds_that_come_before_its_first(
+    options: SearchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Children, "run", lambda children, task, log: (1, "not run"))
+    for seeds in ((1, 2), (0, 1, 2)):  # every seed draws other images
+        bench_search(replace(options, seeds=seeds), progress=False)
+
+
 @pytest.mark.slow
 def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(children: Children, task: Any, log: Path) -> tuple[int, str]:
