@@ -121,8 +121,8 @@ def _rounded_anew(model: QuantizedModel, name: str, moments: Moments) -> dict[st
     gram, cross = (np.asarray(x, np.float64) / float(moments.gram[-1, -1]) for x in (moments.gram, moments.cross))
     moment = gram[:-1, :-1]
     level = np.trace(moment) / len(moment)
-    # Weights that on quantized inputs come closest to the float outputs, which roundings then stay close to. The bias that
-    # belongs to them is not taken: with it, models generalize no better (docs/results.md, "What did not help").
+    # Weights that on quantized inputs come closest to the float outputs, which roundings then stay close to. The bias
+    # that belongs to them is not taken: with it, models generalize no better (docs/results.md, "What did not help").
     inputs = len(extended(layer))
     wanted = kernel + ridge(gram[:inputs, :inputs], cross[:inputs], max(_RIDGE * level, _TINY))[: len(kernel)]
     felt = moment
