@@ -56,8 +56,7 @@ class Widths:
 
         if not self.sites:
             raise InputError("recipe.overrides fix every width; take out those that shall be chosen")
-        fixed = [name for name in first.quantizers if name not in set(self.sites)]
-        for name in fixed:
+        for name in sorted(first.quantizers.keys() - set(self.sites)):
             own, *others = (model.quantizers[name] for model in self.models)
             if not all(all(jax.tree.leaves(jax.tree.map(np.array_equal, own, other))) for other in others):
                 raise InputError(
