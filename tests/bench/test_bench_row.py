@@ -98,7 +98,8 @@ def test_runs_at_once_share_an_accelerator_and_end_with_the_bench(
     said = tmp_path / "said"
     said.mkdir()
     (tmp_path / "python").write_text(
-        f"#!/bin/sh\necho $XLA_PYTHON_CLIENT_MEM_FRACTION > {said}/$$\n"
+        # Moved there once written: what is listed is whole.
+        f"#!/bin/sh\necho $XLA_PYTHON_CLIENT_MEM_FRACTION > {tmp_path}/$$\nmv {tmp_path}/$$ {said}/$$\n"
         f"while [ $(ls {said} | wc -l) -lt 3 ]; do sleep 0.05; done\nexec sleep 600\n"
     )
     (tmp_path / "python").chmod(0o755)

@@ -19,6 +19,15 @@ from cptv_jax import Model, save_model, searching
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("CPTV_KILLS", "6"))  # 20 before a release: each is a process that starts and compiles
+PHASES = {  # how far a run is that has this file, in order
+    "report.md": "done",
+    "results.json": "evaluation",
+    "model": "model saved",
+    ".model.tmp": "saving the model",
+    "state": "search",
+    "base": "search begins",
+    ".base.tmp": "saving the base",
+}
 OPTIONS = [
     *("--recipe.weight_bits=3", "--calibration.images=16", "--calibration.batch=8", "--search.strategy=generational"),
     *("--search.passes=2", "--search.rounds=1", "--search.children=4", "--search.sigma=0.1"),
@@ -46,40 +55,32 @@ def begin(model: Path, folders: tuple[Path, Path], out: Path) -> subprocess.Pope
     )
 
 
-def watch(process: subprocess.Popen[str], out: Path, changes: float) -> int:
+def look(out: Path) -> list[tuple[str, int]]:
+    paths = [*out.glob("*"), *out.glob(".*"), *out.glob("state/*"), *out.glob("state/.*")]
+    return [(path.name, path.lstat().st_mtime_ns) for path in sorted(paths) if path.exists()]
+
+
+def watch(process: subprocess.Popen[str], out: Path, changes: float, file: str = "") -> int:
     """Returns when the process has changed its run directory so many times, or has ended; the changes seen.
 
-    Counted in changes, not in seconds: how long a step takes depends on what else the machine does.
+    Counted in changes, not in seconds, as how long a step takes depends on what else the machine does; from when `file`
+    is there.
     """
-
-    def look() -> list[tuple[str, int]]:
-        paths = [*out.glob("*"), *out.glob(".*"), *out.glob("state/*"), *out.glob("state/.*")]
-        return [(path.name, path.lstat().st_mtime_ns) for path in sorted(paths) if path.exists()]
-
-    seen, before = 0, look()
+    seen, before = 0, look(out)
     while process.poll() is None and seen < changes:
         time.sleep(0.005)
         try:
-            now = look()
+            now = look(out)
         except FileNotFoundError:  # gone since it was listed
             continue
-        seen, before = seen + (now != before), now
+        if (out / file).exists():
+            seen += now != before
+        before = now
     return seen
 
 
 def how_far(out: Path) -> str:
-    for name, phase in (
-        ("report.md", "done"),
-        ("results.json", "evaluation"),
-        ("model", "model saved"),
-        (".model.tmp", "saving the model"),
-        ("state", "search"),
-        ("base", "search begins"),
-        (".base.tmp", "saving the base"),
-    ):
-        if (out / name).exists():
-            return phase
-    return "calibration"
+    return next((phase for file, phase in PHASES.items() if (out / file).exists()), "calibration")
 
 
 @pytest.fixture
@@ -115,9 +116,11 @@ def test_kills_at_random_moments_change_no_bit(
         process = begin(checkpoint, folders, out)
         processes.append(process)
         if len(phases) < KILLS:
-            # From opening the directory on; early ones are likelier, as a run that goes on has less before it.
-            watch(process, out, 1 + rng.randrange(total) * rng.random())
-            time.sleep(rng.choice([0, 0.1, 0.5]) * rng.random())
+            if len(phases) < 3:  # one in each of the longest phases, whatever the rest's chance
+                watch(process, out, 1, ("", "state", "model")[len(phases)])
+            else:  # from opening the directory on; early ones are likelier, as a run that goes on has less before it
+                watch(process, out, 1 + rng.randrange(total) * rng.random())
+                time.sleep(rng.choice([0, 0.1, 0.5]) * rng.random())
             process.send_signal(signal.SIGKILL)
         assert process.wait() in (0, -signal.SIGKILL), process.stderr.read() if process.stderr else ""
         if process.returncode == 0:
