@@ -62,9 +62,8 @@ class SearchConfig:
     sigma, survivors: of generational; sigma is in log-scale. guided and evosax have the first.
     algorithm: of evosax.
     gradient_steps, gradient_rate, gradient_batch: of guided, a pass: optimizer steps, their rate at the start in
-        log-scale, images a step (in whole images a device, at least one); all calibration images but those held out
-        take turns. mirror: and their mirror images.
-        mixup: mixed in pairs, which the teacher is asked about too.
+        log-scale, images a step; all calibration images but those held out take turns. mirror: and their mirror
+        images. mixup: mixed in pairs, which the teacher is asked about too.
     gradient_matching: of guided: weight, in the loss that is differentiated, of how far the outputs of all stages are
         from the teacher's (mean squared error relative to the variance), beside the objective.
     patience: end after so many passes in a row that did not lower the held-out loss; null goes through all.

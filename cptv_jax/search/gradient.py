@@ -29,7 +29,7 @@ class Descent:
     """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
 
     steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
-    step, which the devices share: where they cannot in equal parts, as many as they can. passes: how many passes share
+    step, which the devices share. passes: how many passes share
     the schedule; each begins with fresh moments, so that nothing of the optimizer outlives a pass. mixup: see `mixed`.
     """
 
@@ -50,12 +50,14 @@ _ADAM = adam_by_tensor()
 def _loss(
     runs: tuple[Run, ...],
     loss: Loss,
+    batch: int,
     states: Sequence[PyTree],
     candidates: Sequence[PyTree],
     steps: Sequence[PyTree],
     x: PyTree,
 ) -> Array:
-    """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...].
+    """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...]; what is there
+    beyond `batch` only makes the pieces equal.
 
     Only the inputs of stages (and a teacher's outputs) are kept; the activations within are computed again, piece by
     piece, for the derivative.
@@ -68,12 +70,13 @@ def _loss(
             return jax.lax.map(jax.checkpoint(lambda piece: run.function(bound, piece), policy=_KEPT), x), None
 
         x, _ = stage(x, trees) if run.length == 1 else jax.lax.scan(stage, x, trees)
-    return loss(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x))
+    return loss(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:batch], x))
 
 
 def _descend(
     runs: tuple[Run, ...],
     loss: Loss,
+    batch: int,
     states: Sequence[PyTree],
     candidates: Sequence[PyTree],
     steps: Sequence[PyTree],
@@ -82,7 +85,7 @@ def _descend(
     x: PyTree,
 ) -> tuple[Sequence[PyTree], PyTree, Array]:
     """One step of Adam: the new steps and moments, and the loss before."""
-    value, gradients = jax.value_and_grad(_loss, 4)(runs, loss, states, candidates, steps, x)
+    value, gradients = jax.value_and_grad(_loss, 5)(runs, loss, batch, states, candidates, steps, x)
     found = _by_stage(runs, _ADAM.update, gradients, moments)
     moved = jax.tree.map(lambda step, update: step - rate * update, steps, [updates for updates, _ in found])
     return moved, [kept for _, kept in found], value
@@ -98,7 +101,7 @@ def _by_stage(runs: tuple[Run, ...], function: Callable[..., Any], *trees: Seque
 
 @cache
 def _descend_program() -> Any:
-    return jax.jit(_descend, static_argnums=(0, 1), compiler_options=compiler_options())
+    return jax.jit(_descend, static_argnums=(0, 1, 2), compiler_options=compiler_options())
 
 
 def _random(key: Array, *numbers: int) -> np.random.Generator:
@@ -127,10 +130,11 @@ def mixed(
     return share * images + (1 - share) * images[rng.permutation(len(images))]
 
 
-def _at_once(batch: int, limit: int, devices: int) -> int:
-    """How many images of a batch are computed at once: as many as the limit and the devices allow, in equal parts."""
-    most = max(1, min(limit, batch) // devices) * devices
-    return next((size for size in range(most, 0, -devices) if batch % size == 0), most)
+def _pieces(batch: int, limit: int, devices: int) -> tuple[int, int]:
+    """In how many pieces a batch is computed, and how many images each has room for: whole ones for every device, and
+    no more than the limit if the devices allow."""
+    pieces = math.ceil(batch / (max(1, limit // devices) * devices))
+    return pieces, math.ceil(batch / (pieces * devices)) * devices
 
 
 class GradientProposer:
@@ -157,7 +161,8 @@ class GradientProposer:
         self._candidates = [stage.candidate for stage in stages]
         self._states = place(mesh, self._stacked([stage.state for stage in stages]))
         self.read, self.count, self.loss, self.descent, self.mesh = read, count, loss, descent, mesh
-        self.at_once = _at_once(min(descent.batch, count), at_once, mesh.shape[DATA])
+        self.batch = min(descent.batch, count)
+        self.pieces = _pieces(self.batch, at_once, mesh.shape[DATA])
 
     def _stacked(self, trees: Sequence[PyTree]) -> list[PyTree]:
         """Trees of all stages, by run."""
@@ -192,8 +197,7 @@ class GradientProposer:
             leaves, structure = jax.tree.flatten((steps, moments))
             saved = [jnp.asarray(progress[f"{i:05d}"]) for i in range(len(leaves))]
             steps, moments = place(self.mesh, jax.tree.unflatten(structure, saved))
-        pieces = max(1, min(self.descent.batch, self.count) // self.at_once)
-        batches = _batches(self.count, pieces * self.at_once, self.descent.steps, key)
+        batches = _batches(self.count, self.batch, self.descent.steps, key)
         for number, rows in enumerate(batches):
             if number < begin:
                 continue
@@ -205,9 +209,10 @@ class GradientProposer:
             images = self.read(rows)
             if self.descent.mixup:
                 images = mixed(images, _random(key, number))
-            x = place(self.mesh, images.reshape(pieces, -1, *images.shape[1:]), DATA, 1)
+            filled = np.resize(images, (math.prod(self.pieces), *images.shape[1:]))
+            x = place(self.mesh, filled.reshape(*self.pieces, *images.shape[1:]), DATA, 1)
             steps, moments, value = _descend_program()(
-                self._runs, self.loss, self._states, candidates, steps, moments, rate, x
+                self._runs, self.loss, self.batch, self._states, candidates, steps, moments, rate, x
             )
             losses.append(float(value))
             on_step(losses[-1])

@@ -13,7 +13,7 @@ from cptv_jax.forward import array_of, forward
 from cptv_jax.mesh import make_mesh
 from cptv_jax.quantized import QuantizedModel
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
-from cptv_jax.search.gradient import _ADAM, _at_once, _by_stage, _descend_program, _loss, mixed
+from cptv_jax.search.gradient import _ADAM, _by_stage, _descend_program, _loss, _pieces, mixed
 from cptv_jax.search.runs import Run, runs_of, stacked
 from cptv_jax.stages import Output, Stage
 
@@ -86,7 +86,9 @@ def test_it_differentiates_the_numbers_that_the_evaluator_computes(
 
 
 @pytest.mark.slow
-def test_loops_and_checkpoints_leave_the_gradient_as_it_is(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
+def test_loops_checkpoints_and_what_fills_the_last_piece_leave_the_gradient_as_it_is(
+    vit_model: tuple[QuantizedModel, np.ndarray],
+) -> None:
     model, images = vit_model
     stages = paired_stages(model, images)
     x = jnp.asarray(images[:BATCH])
@@ -108,7 +110,8 @@ def test_loops_and_checkpoints_leave_the_gradient_as_it_is(vit_model: tuple[Quan
             [stacked([trees[i] for i in run]) for run in members]
             for trees in ([s.state for s in stages], [s.candidate for s in stages], steps)
         )
-        return _loss(tuple(runs), PAIR_LOSS, states, candidates, by_run, x.reshape(5, 5, *x.shape[1:]))
+        filled = jnp.concatenate([x, 9 * x[:3]])
+        return _loss(tuple(runs), PAIR_LOSS, BATCH, states, candidates, by_run, filled.reshape(4, 7, *x.shape[1:]))
 
     zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
     expected, found = jax.grad(plain)(zeros), jax.grad(looped)(zeros)
@@ -132,8 +135,8 @@ def test_more_pieces_take_memory_for_their_stage_inputs_alone(vit_model: tuple[Q
 
     def temporaries(pieces: int) -> int:
         x = jnp.zeros((pieces, 5, *images.shape[1:]))
-        gradient = jax.jit(jax.grad(_loss, 4), static_argnums=(0, 1))
-        compiled = gradient.lower(tuple(runs), PAIR_LOSS, states, candidates, steps, x).compile()
+        gradient = jax.jit(jax.grad(_loss, 5), static_argnums=(0, 1, 2))
+        compiled = gradient.lower(tuple(runs), PAIR_LOSS, 5 * pieces, states, candidates, steps, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     tokens = 5 * 17 * 64 * 4  # bytes of a stage's input, five images
@@ -173,13 +176,21 @@ def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("batch", "limit", "devices", "size"),
-    [(25, 10, 2, 10), (20, 15, 2, 10), (15, 10, 1, 5), (10, 100, 8, 8), (7, 3, 1, 1)],
+    ("batch", "limit", "devices", "pieces"),
+    [
+        (25, 10, 2, (3, 10)),
+        (20, 15, 2, (2, 10)),
+        (15, 10, 1, (2, 8)),
+        (10, 100, 8, (1, 16)),
+        (7, 3, 1, (3, 3)),
+        (10, 1, 4, (3, 4)),
+        (100, 50, 2, (2, 50)),
+    ],
 )
-def test_a_batch_is_computed_in_equal_parts_where_the_devices_allow(
-    batch: int, limit: int, devices: int, size: int
+def test_a_batch_is_computed_in_equal_pieces_that_every_device_has_a_part_of(
+    batch: int, limit: int, devices: int, pieces: tuple[int, int]
 ) -> None:
-    assert _at_once(batch, limit, devices) == size
+    assert _pieces(batch, limit, devices) == pieces
 
 
 def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[str, Any]) -> None:
@@ -233,7 +244,7 @@ def test_every_step_mixes_anew_and_the_key_decides_how(
         return tree
 
     def no_step(*arguments: Any) -> Any:
-        return arguments[4], arguments[5], 0.0
+        return arguments[5], arguments[6], 0.0
 
     def mixing(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         drawn.append(rng.bit_generator.state["state"]["state"])
