@@ -95,7 +95,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from cptv_jax import data
     from cptv_jax.checkpoint import load_float_model
     from cptv_jax.config import check, load_config, override
-    from cptv_jax.evaluation import check_labels
+    from cptv_jax.evaluation import check_labels, check_unseen
     from cptv_jax.pipeline import quantize
     from cptv_jax.run_directory import refuse_foreign
 
@@ -112,6 +112,7 @@ def _quantize(args: argparse.Namespace) -> int:
     evaluation = data.load(args.evaluation, preprocessing, labels=True) if args.evaluation is not None else None
     if evaluation is not None:
         check_labels(model.stages(), evaluation)  # before the hours of work
+        check_unseen(evaluation, images)
     outcome = quantize(model, images, config, out=args.out, evaluation=evaluation, progress=True)
     _print_outcome(outcome, Path(args.out))
     return 0

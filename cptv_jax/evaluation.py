@@ -1,5 +1,6 @@
 """Accuracy of a model on labelled images."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,23 @@ def check_labels(stages: Sequence[Stage], images: Images) -> None:
             f"the images have label {labels.max()}, but the model knows classes 0 to {classes - 1}; "
             "give the images that belong to this model"
         )
+
+
+def check_unseen(evaluation: Images, calibration: Images) -> None:
+    """Raises InputError where evaluation images are calibration images too, pixel for pixel: a model that was fitted to
+    an image says nothing about others by it.
+    """
+    fitted = {_digest(image) for image in calibration.pixels}
+    both = [name for image, name in zip(evaluation.pixels, evaluation.names, strict=True) if _digest(image) in fitted]
+    if both:
+        raise InputError(
+            f"{len(both)} of the {len(evaluation)} evaluation images are calibration images too (the first is "
+            f"{both[0]}); evaluate on others, or calibrate on others"
+        )
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
 def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:

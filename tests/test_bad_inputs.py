@@ -115,6 +115,11 @@ CASES: dict[str, tuple[str, str, str]] = {
     ),
     "evaluation missing": (SEARCH + " --eval {absent}", "absent.safetensors does not exist", "check the path"),
     "evaluation labels beyond the classes": (SEARCH + " --eval {beyond}", "label 10", "knows classes 0 to 9"),
+    "evaluation images among the calibration images": (
+        "quantize {tiny} --images digits:test --eval digits:test --out {out} " + SMALL,
+        "of the 297 evaluation images are calibration images too (the first is digit 15",
+        "evaluate on others",
+    ),
     "evaluate on unlabelled images": ("evaluate {tiny} --images {photos}", "photos is a flat folder", "put each image"),
     "evaluate on labels beyond the classes": ("evaluate {tiny} --images {beyond}", "label 10", "give the images that"),
     "evaluate on no image": ("evaluate {tiny} --images digits:test --limit 0", "limit is 0", "at least 1 image"),

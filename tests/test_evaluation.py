@@ -9,7 +9,7 @@ import pytest
 
 from cptv_jax import Images, InputError, Output, Stage, evaluate, images_from_arrays
 from cptv_jax import evaluation as module
-from cptv_jax.evaluation import check_labels, logits_of
+from cptv_jax.evaluation import check_labels, check_unseen, logits_of
 from cptv_jax.forward import outputs
 
 CLASSES = 7
@@ -91,3 +91,12 @@ def test_labels_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatc
 def test_an_accuracy_reads_well() -> None:
     accuracy = evaluate(STAGES, images_of(np.eye(3, CLASSES), [0, 1, 6]))
     assert str(accuracy) == "top-1 66.67 %, top-5 66.67 % on 3 images"
+
+
+def test_evaluation_images_that_were_calibrated_on_are_named() -> None:
+    pixels = np.random.default_rng(0).standard_normal((6, 4, 4, 1)).astype(np.float32)
+    calibration = images_from_arrays(pixels[:3])
+    check_unseen(images_from_arrays(pixels[3:]), calibration)
+    check_unseen(images_from_arrays(np.nextafter(pixels[:3], 9)), calibration)  # other pixels are other images
+    with pytest.raises(InputError, match=r"^2 of the 4 evaluation .* \(the first is image 1\); evaluate on others"):
+        check_unseen(images_from_arrays(pixels[[5, 2, 4, 0]]), calibration)

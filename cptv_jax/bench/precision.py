@@ -16,7 +16,7 @@ from cptv_jax.checkpoint import load_float_model, save_model, write_atomically
 from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
-from cptv_jax.evaluation import check_labels, evaluate
+from cptv_jax.evaluation import check_labels, check_unseen, evaluate
 from cptv_jax.mesh import make_mesh
 from cptv_jax.methods import METHODS
 from cptv_jax.pipeline import base_model
@@ -173,6 +173,7 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     )
     evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
     check_labels(model.stages(), evaluation)
+    check_unseen(evaluation, given)
     plans = _plans(model, given, options, widths)
     _check_base(plans[widths[0]], options.genes)
     batches = plans[widths[0]].split.calibration[: options.images // batch]

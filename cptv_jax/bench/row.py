@@ -21,7 +21,7 @@ from cptv_jax import data
 from cptv_jax.checkpoint import load_float_model, write_atomically
 from cptv_jax.config import QuantizeConfig, SearchConfig, from_mapping, to_mapping
 from cptv_jax.errors import InputError
-from cptv_jax.evaluation import logits_of
+from cptv_jax.evaluation import check_unseen, logits_of
 from cptv_jax.mesh import use_all_cores
 from cptv_jax.pipeline import quantize
 from cptv_jax.plan import planned
@@ -120,6 +120,7 @@ def measure(task: Task) -> dict[str, Any]:
     count = wanted + task.held_out
     given = data.load(task.images, preprocessing, labels=False, limit=count, need=count, seed=config.seed)
     evaluation = data.load(task.evaluation, preprocessing, labels=True)
+    check_unseen(evaluation, given)
     images, held_out = given.take(slice(0, wanted)), given.take(slice(wanted, count))
     plan = planned(model, images, config)
     phases = Phases(task.measured)

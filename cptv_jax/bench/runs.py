@@ -21,7 +21,7 @@ from cptv_jax.checkpoint import load_float_model, write_atomically
 from cptv_jax.config import QuantizeConfig, flatten, to_mapping
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
-from cptv_jax.evaluation import check_labels
+from cptv_jax.evaluation import check_labels, check_unseen
 from cptv_jax.mesh import shared_by
 from cptv_jax.plan import planned
 from cptv_jax.progress import bar
@@ -190,6 +190,7 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
     images = data.load(source.images, model.architecture.preprocessing, labels=False, limit=count, need=count, seed=0)
     evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
     check_labels(model.stages(), evaluation)
+    check_unseen(evaluation, images)
     refused = _refusals(model, images, runs)
     identity = {
         "weights": digest(model.weights),

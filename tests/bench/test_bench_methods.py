@@ -255,6 +255,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     ),
     "search file": ("--search none.yaml", "no configuration file none.yaml", "check"),
     "evaluation": ("--eval digits:tst", "'tst'", "choose one of"),
+    "evaluation images calibrate": ("--eval digits:calibration", "are calibration images too", "evaluate on others"),
     "out": ("--out {weights}", "is not empty and not a bench", "choose another directory"),
     "jobs": ("--jobs 0", "--jobs is 0", "1 or more"),
     "weights": ("--weights none.safetensors", "none.safetensors does not exist", "give the path"),

@@ -72,6 +72,9 @@ def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task:
     hog.clear()
     outcome = quantize(load_model(task.weights), images, task.config, evaluation=test)  # type: ignore[arg-type]
     assert measured["accuracy"] == outcome.results
+    same = replace(task, evaluation="digits:calibration")  # of which each seed draws others
+    assert Children().run(same, tmp_path / "log")[0] == 2
+    assert "are calibration images too" in json.loads(task.measured.read_text())["refused"]
     again = replace(task, images="digits:train")  # a finished run with other images
     assert Children().run(again, tmp_path / "log")[0] == 2
     assert "holds a run with other settings (images" in json.loads(task.measured.read_text())["refused"]
