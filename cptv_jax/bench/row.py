@@ -25,6 +25,7 @@ from cptv_jax.evaluation import check_unseen, logits_of
 from cptv_jax.mesh import use_all_cores
 from cptv_jax.pipeline import quantize
 from cptv_jax.plan import planned
+from cptv_jax.run_directory import versions
 from cptv_jax.search.objective import info_nce, kl_divergence
 
 TEMPERATURE = 3.0  # of the objective that all rows are judged by, the published one
@@ -149,6 +150,7 @@ def measure(task: Task) -> dict[str, Any]:
             "search": plan.split.searched * batch if config.search.strategy != "none" else 0,
             "held_out": len(plan.split.held_out) * batch,
         },
+        "versions": versions(),
         "config": to_mapping(task.config),
         "done": True,
     }

@@ -27,7 +27,7 @@ from cptv_jax.plan import planned
 from cptv_jax.progress import bar
 from cptv_jax.quantized import Model
 from cptv_jax.recipe import MAX_BITS, MIN_BITS
-from cptv_jax.run_directory import claimed, digest, first_difference, refuse_foreign, versions
+from cptv_jax.run_directory import claimed, digest, first_difference, refuse_foreign
 
 KIND = "bench"  # bench.json tells a bench's directory
 AUTO_SEEDS = (0, 1, 2)
@@ -142,13 +142,15 @@ class Bench:
                 raise
 
     def write(self) -> list[Line]:
-        """The table so far, as it is written to a Markdown and a JSON file."""
+        """The table so far, as it is written to a Markdown and a JSON file; the latter names every set of versions that
+        rows were measured with."""
         lines = self.table.lines_of([self.cells[name] for name in sorted(self.cells, key=self._order.__getitem__)])
-        measured = (cell.measured for cell in self.cells.values() if cell.done)
+        measured = [cell.measured for cell in self.cells.values() if cell.done]
         teacher = next((found["accuracy"]["float"] for found in measured), None)
+        versions = {json.dumps(found["versions"]): found["versions"] for found in measured if "versions" in found}
         heading = f"Full precision: {teacher['top1']:.2f} % of {teacher['images']} images.\n\n" if teacher else ""
         write_atomically(self.out / f"{self.table.name}.md", heading + self.table.markdown(lines))
-        whole = {"settings": self.identity, "versions": versions(), "float": teacher, "lines": lines}
+        whole = {"settings": self.identity, "versions": list(versions.values()), "float": teacher, "lines": lines}
         write_atomically(self.out / f"{self.table.name}.json", json.dumps(whole, indent=1))
         return lines
 

@@ -95,7 +95,9 @@ def test_a_bench_goes_on_with_seeds_that_come_before_its_first(
 
 
 @pytest.mark.slow
-def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluations_seconds_and_versions_are_the_runs_own(
+    options: SearchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def here(children: Children, task: Any, log: Path) -> tuple[int, str]:
         task.measured.write_text(json.dumps(measure(task)))
         return 0, ""
@@ -106,6 +108,12 @@ def test_evaluations_and_seconds_are_the_runs_own(options: SearchOptions, monkey
     assert one["evaluations"] == [1 + 3] and two["evaluations"] == [1 + 2 * 3]  # the start, and three cycles a pass
     assert one["seconds"][0] > 0
     assert (options.out / "search.md").read_text().count("evol-q") == 2
+    [path, _] = sorted((options.out / "runs").glob("*.json"))
+    found = json.loads(path.read_text())
+    earlier = {**found["versions"], "jax": "0.1.2"}
+    path.write_text(json.dumps({**found, "versions": earlier}))
+    bench_search(replace(options, seeds=(0,)), progress=False)  # measures nothing again
+    assert json.loads((options.out / "search.json").read_text())["versions"] == [earlier, found["versions"]]
 
 
 def test_a_yaml_file_gives_a_search_of_its_name(options: SearchOptions, tmp_path: Path) -> None:
