@@ -1,6 +1,5 @@
 """Accuracy of a model on labelled images."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.forward import forward, outputs
 from cptv_jax.progress import bar
+from cptv_jax.run_directory import digest
 from cptv_jax.stages import Stage
 
 
@@ -43,17 +43,13 @@ def check_unseen(evaluation: Images, calibration: Images) -> None:
     """Raises InputError where evaluation images are calibration images too, pixel for pixel: a model that was fitted to
     an image says nothing about others by it.
     """
-    fitted = {_digest(image) for image in calibration.pixels}
-    both = [name for image, name in zip(evaluation.pixels, evaluation.names, strict=True) if _digest(image) in fitted]
+    fitted = {digest(image) for image in calibration.pixels}
+    both = [name for image, name in zip(evaluation.pixels, evaluation.names, strict=True) if digest(image) in fitted]
     if both:
         raise InputError(
             f"{len(both)} of the {len(evaluation)} evaluation images are calibration images too (the first is "
             f"{both[0]}); evaluate on others, or calibrate on others"
         )
-
-
-def _digest(image: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
 def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:

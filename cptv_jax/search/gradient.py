@@ -29,8 +29,8 @@ class Descent:
     """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
 
     steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
-    step, which the devices share. passes: how many passes share
-    the schedule; each begins with fresh moments, so that nothing of the optimizer outlives a pass. mixup: see `mixed`.
+    step, which the devices share. passes: how many passes share the schedule; each begins with fresh moments, so that
+    nothing of the optimizer outlives a pass. mixup: see `mixed`.
     """
 
     steps: int
