@@ -20,17 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptv_jax.forward import activation_bytes, outputs
 from cptv_jax.interpreters import ARITHMETICS, Arithmetic, Tensor
-from cptv_jax.mesh import fastest_arithmetic, make_mesh, pieces_at_once
-from cptv_jax.methods import METHODS
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.zoo import architecture_named
-from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import RecipeConfig, resolve
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.resolve import RecipeConfig, resolve
+from cptv_jax.runtime.arithmetics import fastest_arithmetic
+from cptv_jax.runtime.forward import activation_bytes, outputs
+from cptv_jax.runtime.mesh import make_mesh, pieces_at_once
+from cptv_jax.runtime.stages import Output
 from cptv_jax.search import Evaluator, EvolQ, Objective
-from cptv_jax.search.run import SearchState, initial_state, run_search
-from cptv_jax.stages import Output
+from cptv_jax.search.loop import run_search
+from cptv_jax.search.state import SearchState, initial_state
 
 SITES = ("attn.qkv.weight", "attn.proj.weight")
 

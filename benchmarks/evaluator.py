@@ -33,10 +33,11 @@ from cptv_jax import (
     load_images,
     resolve,
 )
-from cptv_jax.forward import activation_bytes, outputs
-from cptv_jax.mesh import fastest_arithmetic, make_mesh, pieces_at_once, use_all_cores
-from cptv_jax.methods import METHODS
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.runtime.arithmetics import fastest_arithmetic
+from cptv_jax.runtime.forward import activation_bytes, outputs
+from cptv_jax.runtime.mesh import make_mesh, pieces_at_once, use_all_cores
 from cptv_jax.search import RacingEvaluator
 
 SEARCHED = (".attn.qkv.weight", ".attn.proj.weight")  # what the published code searches

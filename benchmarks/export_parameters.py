@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cptv_jax import Images, Model, QuantizedModel, RecipeConfig, Stage, load_float_model, load_images, resolve
-from cptv_jax.forward import outputs
-from cptv_jax.methods import METHODS
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantizers import BiasCorrected, Uniform
+from cptv_jax.runtime.forward import outputs
 
 
 def parameters(model: QuantizedModel) -> dict[str, np.ndarray]:

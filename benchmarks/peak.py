@@ -5,8 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from cptv_jax.mesh import DATA, compiler_options, make_mesh, place
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.runtime.mesh import DATA, compiler_options, make_mesh, place
 
 # Operand and result types that an arithmetic's matmuls have; its fraction of the peak is measured against them.
 OPERANDS = {"float32": jnp.float32, "bf16-codes": jnp.bfloat16, "int8": jnp.int8}

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cptv_jax.checkpoint import load_float_model, save_model
-from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig
+from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig
 from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Float as FloatOperations
@@ -16,11 +15,13 @@ from cptv_jax.interpreters import Tensor
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.pipeline import Quantization, quantize
+from cptv_jax.pipeline.outcome import Quantization
+from cptv_jax.pipeline.quantize import quantize
 from cptv_jax.progress import bar
-from cptv_jax.quantized import Model
-from cptv_jax.recipe import RecipeConfig
-from cptv_jax.run_directory import claimed
+from cptv_jax.quantized.model import Model
+from cptv_jax.recipe.resolve import RecipeConfig
+from cptv_jax.storage.files import claimed
+from cptv_jax.storage.models import load_float_model, save_model
 
 DIGITS_VIT = Architecture(
     "digits_vit",

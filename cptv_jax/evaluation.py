@@ -9,10 +9,10 @@ import numpy as np
 
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward, outputs
 from cptv_jax.progress import bar
-from cptv_jax.run_directory import digest
-from cptv_jax.stages import Stage
+from cptv_jax.runtime.forward import forward, outputs
+from cptv_jax.runtime.stages import Stage
+from cptv_jax.storage.files import digest
 
 
 @dataclass(frozen=True)

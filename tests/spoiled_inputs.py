@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tiny_vit import TINY
 
 from cptv_jax import Model, save_model
-from cptv_jax.cli import main
+from cptv_jax.cli.main import main
 from cptv_jax.models.timm_weights import key_table
 from cptv_jax.models.zoo import ZOO
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_vit import TINY
 
 from cptv_jax import CalibrationConfig, Model, QuantizeConfig, RecipeConfig, SearchConfig, load_images
-from cptv_jax.checkpoint import METADATA, restore_tree
+from cptv_jax.storage.trees import METADATA, restore_tree
 
 DEEPER = replace(TINY, config=replace(TINY.config, depth=2))
 CONFIG = QuantizeConfig(

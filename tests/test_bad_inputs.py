@@ -363,7 +363,7 @@ def test_a_process_ends_with_the_same_sentence(case: str, world: World, tmp_path
     repository = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     run = subprocess.run(
-        [sys.executable, "-m", "cptv_jax.cli", *argv], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "cptv_jax.cli.main", *argv], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 2
     assert run.stdout == ""

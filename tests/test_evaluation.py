@@ -10,7 +10,7 @@ import pytest
 from cptv_jax import Images, InputError, Output, Stage, evaluate, images_from_arrays
 from cptv_jax import evaluation as module
 from cptv_jax.evaluation import check_labels, check_unseen, logits_of
-from cptv_jax.forward import outputs
+from cptv_jax.runtime.forward import outputs
 
 CLASSES = 7
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
+from cptv_jax.bench.harness import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import lines_of, markdown, near
-from cptv_jax.config import CalibrationConfig, QuantizeConfig, SearchConfig, load_config, to_mapping
-from cptv_jax.errors import InputError
-from cptv_jax.methods import METHODS
-from cptv_jax.suggest import did_you_mean
+from cptv_jax.config.loading import load_config
+from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.methods.registry import METHODS
 
 TABLE = Table("methods", lines_of, markdown)
 DEFAULT_BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W4A8", "W3A8")

@@ -10,27 +10,26 @@ from typing import Any
 import numpy as np
 
 from cptv_jax import data
-from cptv_jax.bench.runs import KIND, Line, Source, check_identity
+from cptv_jax.bench.harness import KIND, Line, Source, check_identity
 from cptv_jax.bench.table import rows_of
-from cptv_jax.checkpoint import load_float_model, save_model, write_atomically
-from cptv_jax.config import QuantizeConfig, SearchConfig, check, to_mapping
+from cptv_jax.config.schema import QuantizeConfig, SearchConfig, check, to_mapping
 from cptv_jax.data import Images
-from cptv_jax.errors import InputError
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.evaluation import check_labels, check_unseen, evaluate
-from cptv_jax.mesh import make_mesh
-from cptv_jax.methods import METHODS
-from cptv_jax.pipeline import base_model
-from cptv_jax.plan import Plan, planned
-from cptv_jax.plot import plotted
-from cptv_jax.precision import Widths, loss_of_genes, read_by_products
+from cptv_jax.methods.registry import METHODS
+from cptv_jax.mixed_precision.allocation import Genes, allocate, evolve_genes, sensitivities
+from cptv_jax.mixed_precision.widths import Widths, loss_of_genes, read_by_products
+from cptv_jax.pipeline.judging import evaluator_of, outputs_of
+from cptv_jax.pipeline.plan import Plan, planned
+from cptv_jax.pipeline.quantize import base_model
 from cptv_jax.progress import bar
-from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import MAX_BITS, MIN_BITS
-from cptv_jax.run_directory import claimed, digest, refuse_foreign
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
+from cptv_jax.report.plots import plotted
+from cptv_jax.runtime.mesh import make_mesh
 from cptv_jax.search import Evaluator, Objective
-from cptv_jax.search.allocation import Genes, allocate, evolve_genes, sensitivities
-from cptv_jax.searching import evaluator_of, outputs_of
-from cptv_jax.suggest import did_you_mean
+from cptv_jax.storage.files import claimed, digest, refuse_foreign, write_atomically
+from cptv_jax.storage.models import load_float_model, save_model
 
 NAME = "precision"
 DEFAULT_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cptv_jax.bench.runs import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
+from cptv_jax.bench.harness import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import Cell, rows_of
-from cptv_jax.config import QuantizeConfig, SearchConfig, load_config, to_mapping
-from cptv_jax.errors import InputError
+from cptv_jax.config.loading import load_config
+from cptv_jax.config.schema import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.search import STRATEGIES, Objective
-from cptv_jax.suggest import did_you_mean
 
 DEFAULT_SEARCHES = ("evol-q", "generational", "guided")  # what needs no optional package
 DEFAULT_BITS = ("W4A8", "W3A8")

@@ -13,7 +13,7 @@ from cptv_jax.compare.quantized import compare_quantized
 from cptv_jax.compare.report import Comparison, render
 from cptv_jax.compare.repq_vit import compare_repq_vit
 from cptv_jax.compare.search import compare_search
-from cptv_jax.recipe import OBSERVERS
+from cptv_jax.recipe.spec import OBSERVERS
 
 __all__ = ["Check", "Comparison", "compare_file", "render", "run"]
 

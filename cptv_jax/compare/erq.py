@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from cptv_jax.calibration.first_pass import initialize, reparameterize, reparameterized
+from cptv_jax.calibration.moments import Moments, collect_moments, layers_of
 from cptv_jax.compare import checks
 from cptv_jax.compare.checks import WEIGHT_ABSOLUTE, Check
 from cptv_jax.compare.interchange import Recording
@@ -19,10 +21,8 @@ from cptv_jax.compare.reparameterized import (
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
 from cptv_jax.methods.erq import ErqOptions, penalties, rewrite
-from cptv_jax.methods.initialization import initialize, reparameterize, reparameterized
-from cptv_jax.methods.moments import Moments, collect_moments, layers_of
 from cptv_jax.models.architecture import Architecture
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import DualUniform, Quantizer
 
 FIRST_PASS = "1 activation parameters after the first pass"

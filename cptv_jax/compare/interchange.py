@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cptv_jax.errors import InputError
-from cptv_jax.suggest import did_you_mean
+from cptv_jax.errors import InputError, did_you_mean
 
 FORMAT = 1
 _REMEDY = "see docs/interchange.md"

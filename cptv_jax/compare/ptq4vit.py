@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from cptv_jax.calibration.interval_search import Choice, LayerSearch, Side
+from cptv_jax.calibration.layerwise import Layer, float_stage_inputs, layers
 from cptv_jax.compare import checks
 from cptv_jax.compare.checks import Check
 from cptv_jax.compare.interchange import Meta, Recording
@@ -15,14 +17,13 @@ from cptv_jax.compare.reparameterized import weight_names
 from cptv_jax.compare.subject import prepare
 from cptv_jax.compare.timm_names import Operand, operands_by_site
 from cptv_jax.errors import InputError
-from cptv_jax.methods.interval_search import Choice, LayerSearch, Side
-from cptv_jax.methods.layerwise import Layer, float_stage_inputs, layers
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions, Search, given_gradients, layer_search, resolve
 from cptv_jax.models.architecture import Architecture, sites_of
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Quantizer, TwinGelu, TwinSoftmax
-from cptv_jax.recipe import MAX_BITS, MIN_BITS, Recipe, RecipeConfig
-from cptv_jax.recipe import resolve as resolve_recipe
+from cptv_jax.recipe.resolve import RecipeConfig
+from cptv_jax.recipe.resolve import resolve as resolve_recipe
+from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS, Recipe
 
 GRADIENTS = "0 gradients, from the recorded gradient of the logits"
 INITIAL = "1 initial intervals"

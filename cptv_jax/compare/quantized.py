@@ -13,10 +13,10 @@ from cptv_jax.compare.interchange import Recording
 from cptv_jax.compare.names import modules_by_site, output_site
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
-from cptv_jax.forward import apply_stage
 from cptv_jax.interpreters import Tensor, effective_weight, quantize_weight
 from cptv_jax.models.timm_weights import key_table
 from cptv_jax.quantizers import Log2, Quantizer, Uniform, spread
+from cptv_jax.runtime.forward import apply_stage
 
 PARAMETERS = "1 quantizer parameters"
 WEIGHTS = "2 dequantized weights"

@@ -11,9 +11,10 @@ from cptv_jax.compare.timm_names import modules_by_layer, operands_by_site
 from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.timm_weights import key_table
-from cptv_jax.quantized import Model
+from cptv_jax.quantized.model import Model
 from cptv_jax.quantizers import DualUniform, FractionalUniform, LogSqrt2, OffsetUniform, Quantizer
-from cptv_jax.recipe import MAX_BITS, MIN_BITS, Recipe, RecipeConfig, resolve
+from cptv_jax.recipe.resolve import RecipeConfig, resolve
+from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS, Recipe
 
 # What the references call the quantizer of an operand.
 _QUANTIZER = {"weight": "weight_quantizer", "input": "input_quantizer", "A": "quantizer_A", "B": "quantizer_B"}

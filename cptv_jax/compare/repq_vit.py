@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from cptv_jax.calibration.first_pass import initialize, reparameterized
 from cptv_jax.compare import checks
 from cptv_jax.compare.checks import FLOAT_LOGITS, Check
 from cptv_jax.compare.interchange import Meta, Recording
@@ -13,10 +14,9 @@ from cptv_jax.compare.reparameterized import layer_checks, parameter_arrays, rea
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.interpreters import Tensor
 from cptv_jax.methods import repq_vit
-from cptv_jax.methods.initialization import initialize, reparameterized
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.models.architecture import Architecture
-from cptv_jax.recipe import Recipe
+from cptv_jax.recipe.spec import Recipe
 
 FIRST_PASS = "1 parameters after the first pass"
 TEACHER_FORCED = "1 parameters after the first pass, each block on its recorded input"

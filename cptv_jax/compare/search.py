@@ -13,7 +13,7 @@ from cptv_jax.compare.names import sites_by_module
 from cptv_jax.compare.quantized import parameter_checks
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward
+from cptv_jax.runtime.forward import forward
 from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.objective import Objective
 from cptv_jax.search.strategies.evol_q import Draws, EvolQ

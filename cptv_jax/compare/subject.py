@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cptv_jax.calibration.statistics import calibrate
 from cptv_jax.compare.checks import FLOAT_LOGITS, Check, Tolerances, fraction, largest, logits_checks, off, tolerances
 from cptv_jax.compare.interchange import ArrayFile, Meta, Recording, read_arrays
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward
-from cptv_jax.methods.calibration import calibrate
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.models.weight_files import read_weights
-from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import MAX_BITS, MIN_BITS, Recipe, RecipeConfig, resolve
-from cptv_jax.stages import Output, Stage
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.resolve import RecipeConfig, resolve
+from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS, Recipe
+from cptv_jax.runtime.forward import forward
+from cptv_jax.runtime.stages import Output, Stage
 
 Quantize = Callable[[Model, Sequence[Array], Recipe], QuantizedModel]
 Images = Float[np.ndarray, "batch height width channels"]

@@ -4,9 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cptv_jax.data.images import Images
-from cptv_jax.errors import InputError
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.models.preprocessing import Preprocessing
-from cptv_jax.suggest import did_you_mean
 
 COUNT = 1000  # images of a source where no limit is given
 _FLATTEST, _STEEPEST = 0.5, 1.75  # exponents of a texture's spectrum; photographs have about 1

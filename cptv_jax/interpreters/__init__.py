@@ -2,12 +2,12 @@
 
 from cptv_jax.interpreters.arithmetic import ARITHMETICS, Arithmetic, ArithmeticName
 from cptv_jax.interpreters.capturing import Capturing
+from cptv_jax.interpreters.differentiable import StraightThrough
 from cptv_jax.interpreters.fake_quant import FakeQuant, Float, Weight, effective_weight, quantize_weight
 from cptv_jax.interpreters.initializing import Initializing
+from cptv_jax.interpreters.listing import list_sites
 from cptv_jax.interpreters.observing import Observing
 from cptv_jax.interpreters.operations import Operations
-from cptv_jax.interpreters.sites import list_sites
-from cptv_jax.interpreters.straight_through import StraightThrough
 from cptv_jax.interpreters.tensor import Tensor
 
 __all__ = [

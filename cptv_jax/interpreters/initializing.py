@@ -7,7 +7,7 @@ from jaxtyping import Array
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Quantizer
-from cptv_jax.recipe import SiteSpec
+from cptv_jax.recipe.spec import SiteSpec
 
 
 class Initializing(FakeQuant):

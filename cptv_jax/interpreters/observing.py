@@ -1,31 +1,48 @@
 """Float execution that collects calibration statistics beside the output."""
 
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 from jaxtyping import Array
 
-from cptv_jax import observers
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.integer_functions import log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.observers import Range
 from cptv_jax.quantizers import Log2, Quantizer, true_divide
-from cptv_jax.recipe import SiteSpec
+from cptv_jax.recipe.spec import SiteSpec
+
+
+class Observer(Protocol):
+    """Statistics of a site over calibration batches, and the quantizer that follows from them."""
+
+    def update(self, spec: SiteSpec, previous: Any | None, x: Array) -> Any:
+        """The site's statistics after one more batch; previous is None for the first."""
+
+    def fit(self, spec: SiteSpec, found: Any, x: Array) -> Quantizer:
+        """The site's quantizer from its statistics; x is the last batch."""
 
 
 class Observing(FakeQuant):
     """Runs one calibration batch in float; `ranges` and `fitted` hold what it found.
 
-    specs: the sites to observe. ranges: their statistics so far (empty on the first batch).
+    observer: measures and fits. specs: the sites to observe.
+    ranges: their statistics so far (empty on the first batch).
     fit: this is the last batch, so quantizers are fitted as the sites are passed.
     log_int_softmax: reproduce FQ-ViT's calibration, where the integer softmax acts as soon as its input has a scale,
         that is from the last batch on, so that later sites of that batch see its output.
     """
 
     def __init__(
-        self, specs: Mapping[str, SiteSpec], ranges: Mapping[str, Range], *, fit: bool, log_int_softmax: bool = False
+        self,
+        observer: Observer,
+        specs: Mapping[str, SiteSpec],
+        ranges: Mapping[str, Any],
+        *,
+        fit: bool,
+        log_int_softmax: bool = False,
     ) -> None:
         super().__init__({}, rounding=False, all_tokens=True)
+        self.observer = observer
         self.specs = specs
         self.ranges = dict(ranges)
         self.fitted: dict[str, Quantizer] = {}
@@ -58,7 +75,7 @@ class Observing(FakeQuant):
         spec = self.specs.get(site)
         if spec is None:
             return None
-        self.ranges[site] = observers.update(spec, self.ranges.get(site), values)
+        self.ranges[site] = self.observer.update(spec, self.ranges.get(site), values)
         if self.fit:
-            self.fitted[site] = observers.fit(spec, self.ranges[site], values)
+            self.fitted[site] = self.observer.fit(spec, self.ranges[site], values)
         return self.fitted.get(site)

@@ -26,17 +26,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from cptv_jax.calibration.first_pass import first_images
+from cptv_jax.calibration.percentile import quantiles
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Capturing, Tensor
 from cptv_jax.methods import repq_vit
-from cptv_jax.methods.initialization import first_images
-from cptv_jax.methods.learning import ReconstructionConfig
-from cptv_jax.methods.percentile import quantiles
-from cptv_jax.methods.reconstruction import reconstruct
 from cptv_jax.models.architecture import Architecture, call_stage, sites_of, stage_graphs
-from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Focusing, LowRank, Quantizer, RankSearch, Uniform
-from cptv_jax.recipe import Recipe
+from cptv_jax.recipe.spec import Recipe
+from cptv_jax.reconstruction.blocks import reconstruct
+from cptv_jax.reconstruction.training import ReconstructionConfig
 
 _ENDS = tuple(2.0 ** (-k / 2) for k in range(13))  # parts of the largest value, tried as an interval's upper end
 _STARTS = (0.0, 0.1, 0.2, 0.3, 0.5)  # quantiles, tried as its lower end

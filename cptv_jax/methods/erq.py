@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cptv_jax.methods.compensation import quantize_by_halves, ridge
-from cptv_jax.methods.initialization import first_images, initialize, reparameterize, reparameterized
-from cptv_jax.methods.moments import Batch, Layer, Moments, collect_moments, extended, layers_of
-from cptv_jax.methods.percentile import fit_weight
+from cptv_jax.calibration.error_feedback import quantize_by_halves, ridge
+from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
+from cptv_jax.calibration.moments import Batch, Layer, Moments, collect_moments, extended, layers_of
+from cptv_jax.calibration.percentile import fit_weight
 from cptv_jax.models.architecture import stage_graphs
-from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import DualUniform, OffsetUniform, Quantizer
-from cptv_jax.recipe import Recipe, SiteSpec
+from cptv_jax.recipe.spec import Recipe, SiteSpec
 
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 

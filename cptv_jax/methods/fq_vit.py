@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from jaxtyping import Array, Float
 
-from cptv_jax.methods.calibration import calibrate
-from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import Recipe
+from cptv_jax.calibration.statistics import calibrate
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.spec import Recipe
 
 
 def quantize(

@@ -18,18 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cptv_jax.calibration.first_pass import first_images
+from cptv_jax.calibration.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
+from cptv_jax.calibration.layerwise import Layer, float_stage_inputs, layers, operations
 from cptv_jax.errors import InputError
-from cptv_jax.forward import activation_bytes
 from cptv_jax.interpreters.arithmetic import Arithmetic
-from cptv_jax.mesh import rows_at_once
-from cptv_jax.methods.initialization import first_images
-from cptv_jax.methods.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
-from cptv_jax.methods.layerwise import Layer, float_stage_inputs, layers, operations
 from cptv_jax.models.architecture import Architecture, sites_of
-from cptv_jax.quantized import Model, QuantizedModel, arithmetic_for
+from cptv_jax.quantized.execution import arithmetic_for
+from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Quantizer, TwinGelu, Uniform, grid, true_divide, twin_softmax
-from cptv_jax.recipe import Recipe, SiteSpec
-from cptv_jax.stages import Output
+from cptv_jax.recipe.spec import Recipe, SiteSpec
+from cptv_jax.runtime.forward import activation_bytes
+from cptv_jax.runtime.mesh import rows_at_once
+from cptv_jax.runtime.stages import Output
 
 # The most negative value that the published code expects of GELU (its true minimum is -0.16997121).
 _GELU_RANGE = 0.16997124254703522

@@ -5,17 +5,12 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
-from cptv_jax.methods.initialization import (
-    first_images,
-    initialize,
-    reparameterize,
-    reparameterized,
-)
-from cptv_jax.methods.percentile import fit_weight
+from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
+from cptv_jax.calibration.percentile import fit_weight
 from cptv_jax.models.architecture import stage_graphs
-from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Quantizer
-from cptv_jax.recipe import Recipe
+from cptv_jax.recipe.spec import Recipe
 
 
 @dataclass(frozen=True)

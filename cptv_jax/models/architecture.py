@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
-from cptv_jax.errors import InputError
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.interpreters import Operations, Tensor, list_sites
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import VisionTransformer, ViTConfig
-from cptv_jax.sites import Site
-from cptv_jax.suggest import did_you_mean
+from cptv_jax.recipe.sites import Site
 
 # Each family's sizes and module; a new architecture adds a line here.
 FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {"vit": (ViTConfig, VisionTransformer)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cptv_jax.interpreters import Operations, Tensor
-from cptv_jax.stages import Output
+from cptv_jax.runtime.stages import Output
 
 
 @dataclass(frozen=True)

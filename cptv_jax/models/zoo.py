@@ -1,10 +1,9 @@
 """Known models: timm names, sizes, preprocessing, and where their weights live."""
 
-from cptv_jax.errors import InputError
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.suggest import did_you_mean
 
 _IMAGENET = Preprocessing()
 _AUGREG = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # crop 0.9, as timm's augreg ViTs

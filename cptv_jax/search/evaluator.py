@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from cptv_jax.forward import pieces, stage_inputs
-from cptv_jax.mesh import DATA, POPULATION, compiler_options, make_mesh, place, replicated
-from cptv_jax.search.runs import Run, runs_of, stacked
-from cptv_jax.stages import Stage
+from cptv_jax.runtime.forward import pieces, stage_inputs
+from cptv_jax.runtime.mesh import DATA, POPULATION, compiler_options, make_mesh, place, replicated
+from cptv_jax.runtime.stacking import Run, runs_of, stacked
+from cptv_jax.runtime.stages import Stage
 
 Loss = Callable[[PyTree, PyTree], Array]
 

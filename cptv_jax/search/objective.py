@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from cptv_jax.errors import InputError
-from cptv_jax.stages import Output
-from cptv_jax.suggest import did_you_mean
+from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.runtime.stages import Output
 
 Matrix = Float[Array, "batch dim"]
 Compared = Literal["logits", "features", "both"]

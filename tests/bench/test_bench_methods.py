@@ -12,12 +12,13 @@ from tiny_vit import TINY
 
 from cptv_jax import InputError, SearchConfig, forward, load_images, load_model
 from cptv_jax.bench import methods
+from cptv_jax.bench.harness import Children
 from cptv_jax.bench.methods import Options, bench_methods
-from cptv_jax.bench.row import Task, measure, peak_mib
-from cptv_jax.bench.runs import Children
-from cptv_jax.cli import main
-from cptv_jax.methods import METHODS, Method
-from cptv_jax.methods.learning import ReconstructionConfig
+from cptv_jax.bench.worker import Task, measure, peak_mib
+from cptv_jax.cli.main import main
+from cptv_jax.methods.base import Method
+from cptv_jax.methods.registry import METHODS
+from cptv_jax.reconstruction.training import ReconstructionConfig
 from cptv_jax.search.objective import info_nce, kl_divergence
 
 ROOT = Path(__file__).parents[2]

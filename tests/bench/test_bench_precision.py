@@ -10,12 +10,12 @@ from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, evaluate, load_images, load_model, save_model
 from cptv_jax.bench import precision as bench
+from cptv_jax.bench.harness import Source
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
-from cptv_jax.bench.runs import Source
-from cptv_jax.config import CalibrationConfig, SearchConfig
-from cptv_jax.methods.learning import ReconstructionConfig
+from cptv_jax.config.schema import CalibrationConfig, SearchConfig
+from cptv_jax.pipeline.judging import evaluator_of
+from cptv_jax.reconstruction.training import ReconstructionConfig
 from cptv_jax.search import Objective
-from cptv_jax.searching import evaluator_of
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
-from cptv_jax.bench.row import measure
-from cptv_jax.bench.runs import Children, Source
+from cptv_jax.bench.harness import Children, Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
-from cptv_jax.config import CalibrationConfig, to_mapping
+from cptv_jax.bench.worker import measure
+from cptv_jax.config.schema import CalibrationConfig, to_mapping
 
 
 def cell(label: str, seed: int, base: float, final: float, steps: int = 60, bits: str = "W3A8") -> Cell:

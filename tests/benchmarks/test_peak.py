@@ -11,7 +11,7 @@ from benchmarks.peak import matmul_flops
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.quantized import Model
+from cptv_jax.quantized.model import Model
 
 
 def _multiplications(function: Any, *arguments: Any) -> tuple[int, Any]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from interchange_files import Arrays, change_meta, copy_set, rewrite
 
+from cptv_jax.calibration.interval_search import OperandSearch, scaled
 from cptv_jax.compare import Comparison, compare_file, render
 from cptv_jax.compare.ptq4vit import Replay, replay, ties
 from cptv_jax.errors import InputError
-from cptv_jax.methods.interval_search import OperandSearch, scaled
 from cptv_jax.quantizers import Uniform
 
 slow = pytest.mark.slow

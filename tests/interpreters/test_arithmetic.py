@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptv_jax import mesh
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward
 from cptv_jax.interpreters import ARITHMETICS, Arithmetic, ArithmeticName, Tensor, arithmetic
-from cptv_jax.mesh import fastest_arithmetic, supported_arithmetics
-from cptv_jax.methods import METHODS
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.quantized import Model
-from cptv_jax.recipe import RecipeConfig, resolve
+from cptv_jax.quantized.model import Model
+from cptv_jax.recipe.resolve import RecipeConfig, resolve
+from cptv_jax.runtime import arithmetics
+from cptv_jax.runtime.arithmetics import fastest_arithmetic, supported_arithmetics
+from cptv_jax.runtime.forward import forward
 
 
 def codes(rng: Any, bits: int, *shape: int, channels: int | None = None) -> tuple[Tensor, np.ndarray]:
@@ -140,7 +140,7 @@ def test_an_arithmetic_that_the_backend_gets_wrong_is_not_offered(monkeypatch: p
 
 
 def test_an_arithmetic_that_the_backend_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "supported_arithmetics", lambda: ("float32",))
+    monkeypatch.setattr(arithmetics, "supported_arithmetics", lambda: ("float32",))
     with pytest.raises(InputError, match=r"arithmetic int8 cannot be computed on this cpu .* to float32, or leave"):
-        mesh.check_arithmetic("int8")
-    mesh.check_arithmetic("float32")
+        arithmetics.check_arithmetic("int8")
+    arithmetics.check_arithmetic("float32")

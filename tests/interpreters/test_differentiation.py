@@ -12,9 +12,9 @@ from small_vit import normal, quantized, small_images, uniform
 
 from cptv_jax.interpreters import FakeQuant, StraightThrough, Tensor
 from cptv_jax.interpreters.arithmetic import Arithmetic, rounded_bf16
-from cptv_jax.mesh import supported_arithmetics
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, LowRank, Quantizer, Uniform
+from cptv_jax.runtime.arithmetics import supported_arithmetics
 
 needs_bf16 = pytest.mark.skipif("bf16-codes" not in supported_arithmetics(), reason="no bfloat16 products here")
 

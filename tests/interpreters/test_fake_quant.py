@@ -11,14 +11,14 @@ import pytest
 from scipy.special import erf
 from small_vit import RNG, SMALL, normal, quantized, small_images, small_model, uniform
 
-from cptv_jax.forward import forward
 from cptv_jax.interpreters import FakeQuant, Float, Tensor, list_sites
 from cptv_jax.interpreters.integer_functions import integer_layer_norm
 from cptv_jax.models.architecture import Architecture, sites_of, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.quantized import ModelStageFunction
+from cptv_jax.quantized.execution import ModelStageFunction
 from cptv_jax.quantizers import BiasCorrected, Log2, Uniform
+from cptv_jax.runtime.forward import forward
 
 # Without quantizers
 

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibration import images, recipe_of, small_model
+from golden_vit import images, recipe_of, small_model
 
-from cptv_jax.checkpoint import load_model, save_model
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward
-from cptv_jax.methods import METHODS
 from cptv_jax.methods.aiqvit import AiqvitOptions, fit_focusing, quantize
-from cptv_jax.methods.learning import ReconstructionConfig
-from cptv_jax.methods.reconstruction import reconstruct
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.methods.registry import METHODS
+from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Focusing, LowRank, OffsetUniform
+from cptv_jax.reconstruction.blocks import reconstruct
+from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.runtime.forward import forward
+from cptv_jax.storage.models import load_model, save_model
 
 KEY = jax.random.key(0)
 BITS = {"preset": "aiqvit", "weight_bits": 3, "activation_bits": 4}

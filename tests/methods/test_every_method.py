@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibration import SMALL, images, recipe_of, small_model
+from golden_vit import SMALL, images, recipe_of, small_model
 
 from cptv_jax import (
     CalibrationConfig,
@@ -21,16 +21,16 @@ from cptv_jax import (
     load_model,
     quantize,
 )
-from cptv_jax.forward import forward
-from cptv_jax.methods import METHODS
 from cptv_jax.methods.aiqvit import AiqvitOptions
-from cptv_jax.methods.learning import ReconstructionConfig
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.methods.repq_vit import RepqVitOptions
-from cptv_jax.openings import steps_to_least_output_error
-from cptv_jax.plan import planned
-from cptv_jax.quantized import QuantizedModel
-from cptv_jax.search.run import Scales
+from cptv_jax.pipeline.closed_form import steps_to_least_output_error
+from cptv_jax.pipeline.plan import planned
+from cptv_jax.quantized.model import QuantizedModel
+from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.runtime.forward import forward
+from cptv_jax.search.state import Scales
 
 KEY = jax.random.key(0)
 SHORT: dict[str, Any] = {  # of methods that search for long, ranks among the rest

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibration import SMALL, images, recipe_of, small_model
+from golden_vit import SMALL, images, recipe_of, small_model
 
 from cptv_jax import (
     CalibrationConfig,
@@ -21,17 +21,17 @@ from cptv_jax import (
     load_model,
     quantize,
 )
-from cptv_jax.checkpoint import save_model
-from cptv_jax.forward import forward
-from cptv_jax.methods import METHODS
+from cptv_jax.calibration.first_pass import initialize, reparameterize, reparameterized
+from cptv_jax.calibration.moments import collect_moments, layers_of
+from cptv_jax.calibration.percentile import fit_weight
 from cptv_jax.methods.erq import WEIGHT_PERCENTILES, ErqOptions, penalties
-from cptv_jax.methods.initialization import initialize, reparameterize, reparameterized
-from cptv_jax.methods.moments import collect_moments, layers_of
-from cptv_jax.methods.percentile import fit_weight
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.methods.repq_vit import RepqVitOptions
-from cptv_jax.quantized import QuantizedModel
+from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import DualUniform
+from cptv_jax.runtime.forward import forward
 from cptv_jax.search import Evaluator, Objective
+from cptv_jax.storage.models import save_model
 
 BOTH = ("repq-vit", "erq")
 KEY = jax.random.key(0)

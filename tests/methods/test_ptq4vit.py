@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_calibration import SMALL, images, small_model
+from golden_vit import SMALL, images, small_model
 
-from cptv_jax.checkpoint import load_model, save_model
 from cptv_jax.errors import InputError
-from cptv_jax.forward import forward
-from cptv_jax.methods import METHODS
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions, _sampled_gradients, quantize
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
-from cptv_jax.quantized import Model, QuantizedModel
+from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import TwinGelu, TwinSoftmax, Uniform
-from cptv_jax.recipe import Recipe, RecipeConfig, resolve
+from cptv_jax.recipe.resolve import RecipeConfig, resolve
+from cptv_jax.recipe.spec import Recipe
+from cptv_jax.runtime.forward import forward
+from cptv_jax.runtime.stages import Output
 from cptv_jax.search import Evaluator, Objective
-from cptv_jax.stages import Output
+from cptv_jax.storage.models import load_model, save_model
 
 FAST = Ptq4VitOptions(candidates=12, alpha=0.5, rounds=1)
 KEY = jax.random.key(0)

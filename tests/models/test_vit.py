@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cptv_jax.forward import apply_stage, forward, stage_inputs
 from cptv_jax.interpreters import Float, Tensor
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
@@ -18,7 +17,8 @@ from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import VisionTransformer, ViTConfig
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import ZOO
-from cptv_jax.quantized import Model
+from cptv_jax.quantized.model import Model
+from cptv_jax.runtime.forward import apply_stage, forward, stage_inputs
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:

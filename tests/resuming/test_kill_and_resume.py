@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from stopped_runs import CONFIG, DEEPER, Saboteur, assert_same, outcome_of
 
-from cptv_jax import InputError, Model, Quantization, SearchConfig, load_images, pipeline, quantize, searching
-from cptv_jax.methods import METHODS
-from cptv_jax.search import gradient
+from cptv_jax import InputError, Model, Quantization, SearchConfig, load_images, quantize
+from cptv_jax.methods.registry import METHODS
+from cptv_jax.pipeline import quantize as pipeline
+from cptv_jax.pipeline import search_phase
+from cptv_jax.search.proposals import gradient
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "fq-vit", replace(METHODS["fq-vit"], carry_out=fail))
-        patch.setattr(searching, "run_search", fail)
+        patch.setattr(search_phase, "run_search", fail)
         patch.setattr(pipeline, "evaluate", fail)
         second = call(tmp_path / "run")
     assert_same(tmp_path / "run", expected)

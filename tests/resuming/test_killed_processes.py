@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from stopped_runs import assert_same, outcome_of
 
-from cptv_jax import Model, save_model, searching
+from cptv_jax import Model, save_model
+from cptv_jax.pipeline import search_phase
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("CPTV_KILLS", "6"))  # 20 before a release: each is a process that starts and compiles
@@ -162,13 +163,13 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(
 def test_an_interrupt_exits_with_130_and_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Model
 ) -> None:
-    from cptv_jax.cli import main
+    from cptv_jax.cli.main import main
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     save_model(tmp_path / "tiny", model)
-    monkeypatch.setattr(searching, "run_search", interrupted)
+    monkeypatch.setattr(search_phase, "run_search", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["quantize", str(tmp_path / "tiny"), "--images", "digits:calibration", *OPTIONS, "--out", f"{tmp_path}/o"])
     assert ended.value.code == 130

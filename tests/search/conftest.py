@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from searches import LOSS
 
-from cptv_jax.forward import forward
-from cptv_jax.methods import METHODS
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.quantized import Model, QuantizedModel
-from cptv_jax.recipe import RecipeConfig, resolve
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.resolve import RecipeConfig, resolve
+from cptv_jax.runtime.forward import forward
+from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Evaluator
-from cptv_jax.stages import Output, Stage
 
 
 @dataclass(frozen=True)

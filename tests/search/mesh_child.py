@@ -22,15 +22,15 @@ if "--process" in arguments:
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from cptv_jax.forward import outputs  # noqa: E402
-from cptv_jax.mesh import make_mesh  # noqa: E402
-from cptv_jax.methods import METHODS  # noqa: E402
+from cptv_jax.methods.registry import METHODS  # noqa: E402
 from cptv_jax.models.architecture import Architecture, sites_of  # noqa: E402
 from cptv_jax.models.preprocessing import Preprocessing  # noqa: E402
 from cptv_jax.models.timm_weights import from_timm  # noqa: E402
 from cptv_jax.models.vit import ViTConfig  # noqa: E402
-from cptv_jax.quantized import Model  # noqa: E402
-from cptv_jax.recipe import RecipeConfig, resolve  # noqa: E402
+from cptv_jax.quantized.model import Model  # noqa: E402
+from cptv_jax.recipe.resolve import RecipeConfig, resolve  # noqa: E402
+from cptv_jax.runtime.forward import outputs  # noqa: E402
+from cptv_jax.runtime.mesh import make_mesh  # noqa: E402
 from cptv_jax.search import Evaluator, Generational, Objective  # noqa: E402
 
 folder, meshes = Path(arguments[0]), arguments[1:]

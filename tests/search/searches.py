@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from cptv_jax.forward import forward
+from cptv_jax.runtime.forward import forward
+from cptv_jax.runtime.stages import Stage
 from cptv_jax.search import Evaluator, EvolQ, Evosax, Generational, Objective, Strategy
-from cptv_jax.search.run import SearchState, initial_state, run_search
-from cptv_jax.stages import Stage
+from cptv_jax.search.loop import run_search
+from cptv_jax.search.state import SearchState, initial_state
 
 Subject = Any  # tests/search/conftest.py
 STRATEGIES: dict[str, Strategy] = {

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.forward import _program, forward
+from cptv_jax.runtime.forward import _program, forward
+from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective
-from cptv_jax.search.run import initial_state, run_search
-from cptv_jax.stages import Output, Stage
+from cptv_jax.search.loop import run_search
+from cptv_jax.search.state import initial_state
 
 Subject = Any  # tests/search/conftest.py
 

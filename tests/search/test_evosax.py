@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.config import SearchConfig
+from cptv_jax.config.schema import SearchConfig
 from cptv_jax.errors import InputError
 from cptv_jax.search import Evosax
 from cptv_jax.search.strategies.evosax import ALGORITHMS

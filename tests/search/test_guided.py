@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cptv_jax.runtime.stages import scaled
 from cptv_jax.search import Guided
-from cptv_jax.stages import scaled
 
 PARENT = {"weight": jnp.asarray([0.1, 0.2, 0.4, 0.05]), "input": jnp.float32(0.3)}
 DIRECTION = {"weight": jnp.asarray([0.3, -0.2, 0.1, 0.25]), "input": jnp.float32(-0.15)}

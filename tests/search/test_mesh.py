@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from cptv_jax.mesh import make_mesh, pieces_at_once, rows_at_once
+from cptv_jax.runtime.mesh import make_mesh, pieces_at_once, rows_at_once
 
 CHILD = Path(__file__).with_name("mesh_child.py")
 SECONDS = 300

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 
 from cptv_jax.errors import InputError
+from cptv_jax.runtime.stages import Output
 from cptv_jax.search import OBJECTIVES, Objective
-from cptv_jax.stages import Output
 
 # Losses are O(1) to O(2 T log batch), from sums of at most a few hundred float32 terms: a few units in the last place.
 RELATIVE = 1e-6

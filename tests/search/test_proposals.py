@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from searches import Subject, assert_same, search, true_held_out
 
-from cptv_jax.run_directory import RunDirectory
+from cptv_jax.runtime.stages import Stage
 from cptv_jax.search import Evaluator
-from cptv_jax.search.run import Proposal, SearchState
-from cptv_jax.stages import Stage
+from cptv_jax.search.state import Proposal, SearchState
+from cptv_jax.storage.run_directory import RunDirectory
 
 
 def towards(stages: Sequence[Stage], step: float) -> Callable[..., Proposal]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective, RacingEvaluator
+from cptv_jax.search.loop import run_search
 from cptv_jax.search.race import _rungs
-from cptv_jax.search.run import initial_state, run_search
+from cptv_jax.search.state import initial_state
 
 Subject = Any  # tests/search/conftest.py
 

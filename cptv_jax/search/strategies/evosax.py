@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from cptv_jax.errors import InputError
-from cptv_jax.stages import scaled
+from cptv_jax.runtime.stages import scaled
 
 # Distributions that need a mean to start from and nothing else, and whose state does not remember what was drawn.
 ALGORITHMS = ("Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE")

@@ -1,0 +1,292 @@
+"""What all benches share: a table whose rows are runs of `cptv quantize`, each in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cptv_jax import data
+from cptv_jax.bench.table import Cell
+from cptv_jax.bench.worker import Task, read_measured
+from cptv_jax.config.schema import QuantizeConfig, flatten, to_mapping
+from cptv_jax.data import Images
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import check_labels, check_unseen
+from cptv_jax.pipeline.plan import planned
+from cptv_jax.progress import bar
+from cptv_jax.quantized.model import Model
+from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
+from cptv_jax.runtime.mesh import shared_by
+from cptv_jax.storage.files import claimed, digest, first_difference, refuse_foreign, write_atomically
+from cptv_jax.storage.models import load_float_model
+
+KIND = "bench"  # bench.json tells a bench's directory
+AUTO_SEEDS = (0, 1, 2)
+Line = dict[str, Any]
+_WIDTHS = re.compile(r"W(\d+)A(\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all runs of a bench read, and how they are run.
+
+    held_out: further calibration images that only the objective sees. jobs: how many runs at once.
+    """
+
+    weights: str
+    images: str
+    evaluation: str
+    arch: str | None = None
+    held_out: int = 100
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a bench shows what was measured. name: of its files."""
+
+    name: str
+    lines_of: Callable[[Sequence[Cell]], list[Line]]
+    markdown: Callable[[Sequence[Line]], str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the bench; name: of its directory and its files."""
+
+    bits: str
+    label: str
+    config: QuantizeConfig
+
+    @property
+    def name(self) -> str:
+        label = re.sub(r"[^\w.+]+", "-", self.label)  # what a file can be named by
+        return f"{label}_{self.bits}_seed{self.config.seed}"
+
+    def cell(self, measured: dict[str, Any], reason: str) -> Cell:
+        return Cell(self.bits, self.label, self.config.seed, self.config.search.strategy, measured, reason)
+
+
+def seeds_from(words: Sequence[str]) -> tuple[int, ...] | None:
+    """Seeds, or None for "auto". Raises InputError for anything else."""
+    if list(words) == ["auto"]:
+        return None
+    if not all(word.isdecimal() and int(word) < 2**32 for word in words):
+        raise InputError(f"--seeds are {' '.join(words)}; give whole numbers from 0 to 2^32 - 1, or auto")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+def with_bits(config: QuantizeConfig, bits: str) -> QuantizeConfig:
+    """The configuration at widths such as W4A8. Raises InputError for anything else."""
+    parts = _WIDTHS.fullmatch(bits)
+    if parts is None or not all(MIN_BITS <= int(part) <= MAX_BITS for part in parts.groups()):
+        raise InputError(
+            f"--bits has {bits}; write W and A with widths from {MIN_BITS} to {MAX_BITS} bits, such as W4A8"
+        )
+    return replace(config, recipe=replace(config.recipe, weight_bits=int(parts[1]), activation_bits=int(parts[2])))
+
+
+def refuse_set(config: QuantizeConfig, options: Mapping[str, str]) -> None:
+    """Raises InputError where a bench's --config sets what its other options are for, by dotted name of the field."""
+    given, usual = flatten(config), flatten(QuantizeConfig())
+    for prefix, option in options.items():
+        for name in given:
+            if f"{name}.".startswith(f"{prefix}.") and given[name] != usual[name]:
+                raise InputError(f"--config sets {name}, which a bench has an option of its own for; use --{option}")
+
+
+class Bench:
+    """The runs of a bench, each in a child process, and what came of them so far.
+
+    refused: reasons known beforehand, by name of the run.
+    """
+
+    def __init__(
+        self, source: Source, out: Path, table: Table, identity: dict[str, Any], refused: dict[str, str]
+    ) -> None:
+        self.source = source
+        self.out = out
+        self.table = table
+        self.identity = identity
+        self.refused = refused
+        self.cells: dict[str, Cell] = {}
+        self._order: dict[str, int] = {}  # of runs in the table, by name
+        self._children = Children(shared_by(source.jobs))
+        self.folder = out / "runs"
+        self.folder.mkdir(exist_ok=True)
+
+    def run(self, runs: Sequence[Run], progress: bool) -> None:
+        """Measures those that are not measured yet."""
+        self._order |= {run.name: len(self._order) + i for i, run in enumerate(runs)}
+        with bar("bench", len(runs), progress) as shown, ThreadPoolExecutor(self.source.jobs) as pool:
+            waiting = {pool.submit(self._cell, run): run.name for run in runs}
+            try:
+                for done in as_completed(waiting):
+                    name = waiting[done]
+                    self.cells[name] = done.result()
+                    self.write()
+                    shown.set_postfix_str(name)
+                    shown.update(1)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._children.end()
+                raise
+
+    def write(self) -> list[Line]:
+        """The table so far, as it is written to a Markdown and a JSON file; the latter names every set of versions that
+        rows were measured with."""
+        lines = self.table.lines_of([self.cells[name] for name in sorted(self.cells, key=self._order.__getitem__)])
+        measured = [cell.measured for cell in self.cells.values() if cell.done]
+        teacher = next((found["accuracy"]["float"] for found in measured), None)
+        versions = {json.dumps(found["versions"]): found["versions"] for found in measured if "versions" in found}
+        heading = f"Full precision: {teacher['top1']:.2f} % of {teacher['images']} images.\n\n" if teacher else ""
+        write_atomically(self.out / f"{self.table.name}.md", heading + self.table.markdown(lines))
+        whole = {"settings": self.identity, "versions": list(versions.values()), "float": teacher, "lines": lines}
+        write_atomically(self.out / f"{self.table.name}.json", json.dumps(whole, indent=1))
+        return lines
+
+    def _cell(self, run: Run) -> Cell:
+        if run.name in self.refused:
+            return run.cell({}, f"not possible: {self.refused[run.name]}")
+        path = self.folder / f"{run.name}.json"
+        found, config = read_measured(path), to_mapping(run.config)
+        if found.get("done"):
+            _refuse_other(f"{path} was measured", found.get("config", config), config)
+        else:
+            read = self.source
+            task = Task(
+                read.weights, read.arch, read.images, read.evaluation, read.held_out, run.config,
+                self.folder / run.name, path,
+            )  # fmt: skip
+            code, reason = self._children.run(task, path.with_suffix(".log"))
+            if code:
+                refusal = read_measured(path).get("refused") if code == 2 else None
+                return run.cell({}, f"not possible: {refusal}" if refusal else f"failed: {reason}")
+        return run.cell(read_measured(path), "")
+
+
+@contextmanager
+def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], runs: Sequence[Run]) -> Iterator[Bench]:
+    """A bench in a directory that this process holds; one that was interrupted goes on.
+
+    settings: what makes it another bench, beside the source; what all runs have in common. runs: the first seed's.
+    Raises InputError for what no run can use, and for an `out` that is something else than this bench.
+    """
+    if source.jobs < 1:
+        raise InputError(f"--jobs is {source.jobs}; give 1 or more")
+    if source.held_out == 1 or source.held_out < 0:
+        raise InputError(f"--held-out is {source.held_out}; the objective contrasts images: give 2 or more, or 0")
+    refuse_foreign(out, KIND)
+    model = load_float_model(source.weights, source.arch)
+    count = max(run.config.calibration.images for run in runs) + source.held_out
+    # Every run draws by its own seed; this draw only tells one folder from another, whatever seeds are asked for.
+    images = data.load(source.images, model.architecture.preprocessing, labels=False, limit=count, need=count, seed=0)
+    evaluation = data.load(source.evaluation, model.architecture.preprocessing, labels=True)
+    check_labels(model.stages(), evaluation)
+    check_unseen(evaluation, images)
+    refused = _refusals(model, images, runs)
+    identity = {
+        "weights": digest(model.weights),
+        "images": source.images,
+        "evaluation": digest([evaluation.pixels, evaluation.require_labels()]),
+        "held-out": source.held_out,
+        **settings,
+        "calibration images": digest(images.pixels),  # last: also other counts, which are named above, make it another
+    }
+    del model, images, evaluation
+    configs: dict[str, QuantizeConfig] = {}
+    for run in runs:
+        if configs.setdefault(run.name, run.config) != run.config:
+            raise InputError(f"two different runs would be called {run.name}; give one of their files another name")
+    with claimed(out, KIND):
+        check_identity(out, identity)
+        yield Bench(source, out, table, identity, refused)
+
+
+def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, str]:
+    """Why runs cannot be, by name. Raises InputError where none can, for one reason."""
+    refused = {}
+    for run in runs:
+        try:
+            planned(model, images.take(slice(0, run.config.calibration.images)), run.config)
+        except InputError as error:
+            refused[run.name] = str(error)
+    if len(refused) == len(runs) and len(set(refused.values())) == 1:
+        raise InputError(next(iter(refused.values())))
+    return refused
+
+
+def check_identity(out: Path, identity: dict[str, Any]) -> None:
+    """Writes what a bench is, or raises InputError where `out` holds another one."""
+    path = out / f"{KIND}.json"
+    if path.exists():
+        _refuse_other(f"{out} holds a bench", read_measured(path), identity)
+    write_atomically(path, json.dumps(identity, indent=1))
+
+
+def _refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises InputError where settings differ from those that were saved as JSON."""
+    different = first_difference(json.loads(json.dumps(there)), json.loads(json.dumps(here)))
+    if different:
+        raise InputError(
+            f"{what} with other settings ({different}); choose another --out, or repeat the original command to "
+            "continue it"
+        )
+
+
+class Children:
+    """Processes that measure tasks. environment: what is set for them, unless it is set already."""
+
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.environment = {**environment, **os.environ}
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def run(self, task: Task, log: Path) -> tuple[int, str]:
+        """Measures a task in a process of its own; its exit code, and the last it said where that is not 0."""
+        command = [sys.executable, "-m", "cptv_jax.bench.worker"]
+        with (
+            log.open("w", encoding="utf-8") as said,
+            # Unbuffered, so that nothing is left to be written to a child that ended before it read.
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=said, stderr=said, bufsize=0, env=self.environment
+            ) as child,
+        ):
+            assert child.stdin is not None
+            with self._lock:
+                self._running.add(child)
+                if self._ended:
+                    child.kill()
+            with suppress(BrokenPipeError):  # its exit code says why
+                child.stdin.write(f"{task.to_json()}\n".encode())  # and left open: its end would be the child's
+            try:
+                code = child.wait()
+            except BaseException:
+                child.kill()
+                raise
+            finally:
+                with self._lock:
+                    self._running.discard(child)
+        if code == 0:
+            return 0, ""
+        if code < 0:
+            return code, f"ended by signal {-code}; see {log}"
+        lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return code, f"{lines[-1] if lines else f'exit code {code}'}; see {log}"
+
+    def end(self) -> None:
+        """Ends those that run, and any that begins later."""
+        with self._lock:
+            self._ended = True
+            for child in self._running:
+                child.kill()

@@ -1,0 +1,185 @@
+"""One run of a bench, in a process of its own: its peak of memory is nobody else's, and its failure stays its own.
+
+`python -m cptv_jax.bench.worker` reads a task as one line of JSON from stdin and measures it; at the end of stdin (its
+parent is gone) it ends too.
+"""
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from cptv_jax import data
+from cptv_jax.config.loading import from_mapping
+from cptv_jax.config.schema import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import check_unseen, logits_of
+from cptv_jax.pipeline.plan import planned
+from cptv_jax.pipeline.quantize import quantize
+from cptv_jax.runtime.mesh import use_all_cores
+from cptv_jax.search.objective import info_nce, kl_divergence
+from cptv_jax.storage.files import versions, write_atomically
+from cptv_jax.storage.models import load_float_model
+
+TEMPERATURE = 3.0  # of the objective that all rows are judged by, the published one
+_KIB, _MIB = 2**10, 2**20
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to measure.
+
+    weights, arch, images, evaluation: as `cptv quantize` takes them. held_out: how many images beyond those of the
+    configuration only judge. run: the run directory. measured: the file that what was measured goes to.
+    """
+
+    weights: str
+    arch: str | None
+    images: str
+    evaluation: str
+    held_out: int
+    config: QuantizeConfig
+    run: Path
+    measured: Path
+
+    def to_json(self) -> str:
+        """One line, which `from_json` reads."""
+        return json.dumps({**vars(self), "config": to_mapping(self.config)}, default=str)  # paths as text
+
+    @classmethod
+    def from_json(cls, text: str) -> "Task":
+        values = json.loads(text)
+        values["config"] = from_mapping(QuantizeConfig, values["config"], "task")
+        for name in ("run", "measured"):
+            values[name] = Path(values[name])
+        return cls(**values)
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """What a file of measurements holds so far; nothing where it is absent or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def peak_mib() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    try:
+        # Not ru_maxrss where this is to be had: Linux starts it at the peak of the process that began this one.
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return float(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * _KIB / _MIB
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else _KIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+
+
+class Phases:
+    """Seconds and peak memory of a run's phases, written down as each begins and ends.
+
+    A phase that an earlier process began and did not end is marked as resumed: its seconds and its peak are those of
+    this process alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, Any]] = read_measured(path).get("phases", {})
+        self._current: str | None = None
+        self._start = 0.0
+
+    def begin(self, name: str) -> None:
+        """Ends the phase before, if any."""
+        self.end()
+        earlier = self.found.get(name, {})
+        self.found[name] = {"resumed": bool(earlier)}
+        self._current, self._start = name, time.perf_counter()
+        self._write()
+
+    def end(self) -> None:
+        if self._current is not None:
+            self.found[self._current] |= {"seconds": time.perf_counter() - self._start, "peak_mib": peak_mib()}
+            self._current = None
+            self._write()
+
+    def _write(self) -> None:
+        write_atomically(self.path, json.dumps({"phases": self.found}, indent=1))
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Runs a task to its end and returns what its row needs; an interrupted one goes on. Raises InputError."""
+    model = load_float_model(task.weights, task.arch)
+    preprocessing, config = model.architecture.preprocessing, task.config
+    wanted = config.calibration.images
+    count = wanted + task.held_out
+    given = data.load(task.images, preprocessing, labels=False, limit=count, need=count, seed=config.seed)
+    evaluation = data.load(task.evaluation, preprocessing, labels=True)
+    check_unseen(evaluation, given)
+    images, held_out = given.take(slice(0, wanted)), given.take(slice(wanted, count))
+    plan = planned(model, images, config)
+    phases = Phases(task.measured)
+    outcome = quantize(model, images, config, out=task.run, evaluation=evaluation, progress=True, on_phase=phases.begin)
+    phases.end()
+    objective: dict[str, float] = {}
+    kl: dict[str, float] = {}
+    if task.held_out:
+        teacher = jnp.asarray(logits_of(model.stages(), held_out))
+        for name, quantized in (("base", outcome.base), ("final", outcome.model)):
+            student = jnp.asarray(logits_of(quantized.stages(), held_out))
+            objective[name] = float(info_nce(student, teacher, TEMPERATURE))
+            kl[name] = float(kl_divergence(student, teacher, 1.0))
+    batch = config.calibration.batch
+    return {
+        "phases": phases.found,
+        "accuracy": outcome.results,
+        "objective": objective,
+        "kl": kl,
+        "recipe": outcome.model.recipe.name,
+        "scope": outcome.model.recipe.scope,
+        "evaluations": max((record.get("evaluations", 0) for record in outcome.log), default=0),
+        "gradient_steps": _gradient_steps(config.search, outcome.log),
+        "images": {
+            "base": plan.base_images,
+            "search": plan.split.searched * batch if config.search.strategy != "none" else 0,
+            "held_out": len(plan.split.held_out) * batch,
+        },
+        "versions": versions(),
+        "config": to_mapping(task.config),
+        "done": True,
+    }
+
+
+def _gradient_steps(search: SearchConfig, log: Sequence[dict[str, Any]]) -> int:
+    """How many an optimizer took to propose, in the passes that were begun."""
+    passes = {record["pass"] for record in log if record["event"] == "proposal"}
+    return search.gradient_steps * len(passes)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> None:
+    """Measures the task on stdin; exits with 2, and the reason in the file of measurements, for what cannot be."""
+    task = Task.from_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_all_cores()
+    try:
+        found = measure(task)
+    except InputError as error:
+        write_atomically(task.measured, json.dumps({**read_measured(task.measured), "refused": str(error)}, indent=1))
+        sys.exit(2)
+    write_atomically(task.measured, json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What base methods measure on calibration images."""

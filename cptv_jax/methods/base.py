@@ -1,0 +1,106 @@
+"""What a base method is, and which recipes it can carry out."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from cptv_jax.errors import InputError
+from cptv_jax.models.architecture import Architecture
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.spec import OBSERVERS, ObserverName, QuantizerName, Recipe, SiteSpec
+from cptv_jax.reconstruction.training import NO_RECONSTRUCTION, ReconstructionConfig
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """The recipes that a method can carry out.
+
+    weights, tensors: quantizers that it fits for weights and for activations. observers: where it takes parameters
+    from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction. low_rank: it can add terms
+    of low rank to weights. grouped: quantizers that it fits per head; then it fits none for parts of a tensor, and per
+    channel only uniform ones. Null means any of these.
+    """
+
+    weights: tuple[QuantizerName, ...] = ("uniform",)
+    tensors: tuple[QuantizerName, ...] = ("uniform",)
+    observers: tuple[ObserverName, ...] = OBSERVERS
+    asymmetric_only: bool = False
+    low_rank: bool = False
+    grouped: tuple[QuantizerName, ...] | None = None
+
+    def check(self, method: str, recipe: Recipe) -> None:
+        """Raises InputError for a site that the method, of this name, cannot quantize as the recipe says."""
+        for name, spec in recipe.sites.items():
+            fitted = self.weights if name.endswith(".weight") else self.tensors
+            if spec.quantizer not in fitted:
+                raise InputError(
+                    f"{name}: method {method} fits no {spec.quantizer} quantizer here; set quantizer to {_any(fitted)}"
+                )
+            if spec.observer not in self.observers:
+                raise InputError(
+                    f"{name}: method {method} cannot use the observer {spec.observer}; "
+                    f"set observer to {_any(self.observers)}"
+                )
+            if self.grouped is not None:
+                self._check_granularity(method, name, spec)
+            if spec.low_rank and not (self.low_rank and name.endswith(".weight")):
+                raise InputError(f"{name}: method {method} adds no low-rank term here; leave out low_rank")
+            if self.asymmetric_only and (spec.signed or spec.symmetric or spec.bias_correction):
+                raise InputError(
+                    f"{name}: method {method} fits unsigned codes with a zero point; "
+                    "leave out signed, symmetric and bias_correction"
+                )
+
+    def _check_granularity(self, method: str, name: str, spec: SiteSpec) -> None:
+        per_head = spec.per_head and spec.quantizer not in (self.grouped or ())
+        per_channel = spec.per_channel and "uniform" not in spec.quantizer
+        found = {"per_head: false": per_head, "parts: 1": spec.parts > 1, "per_channel: false": per_channel}
+        wrong = [remedy for remedy, is_wrong in found.items() if is_wrong]
+        if wrong:
+            raise InputError(
+                f"{name}: method {method} fits no {spec.quantizer} quantizer of this granularity; "
+                f"set {' and '.join(wrong)}"
+            )
+
+
+def _any(names: Collection[str]) -> str:
+    return " or ".join(names)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A base method.
+
+    carry_out: (float model, calibration batches, recipe, key, on_progress=..., [options=...]) -> quantized model.
+    presets: the recipes that are its own to carry out; the first is the default.
+    options: the field of QuantizeConfig with its options, if it has any.
+    abilities: what recipes may say; null means anything.
+    first_images: it reads the first calibration images alone, as many as its options say.
+    rewrites_weights: the quantized model has other weights than the float one.
+    couples_widths: the scales of one site depend on the widths of others.
+    check: (architecture, recipe, options) raises InputError for what is wrong beside that.
+    reconstruction: what null fields of QuantizeConfig's reconstruction mean.
+    """
+
+    carry_out: Callable[..., QuantizedModel]
+    presets: tuple[str, ...]
+    options: str | None = None
+    abilities: Abilities | None = None
+    reconstruction: ReconstructionConfig = NO_RECONSTRUCTION
+    first_images: bool = False
+    rewrites_weights: bool = False
+    couples_widths: bool = False
+    check: Callable[[Architecture, Recipe, Any], None] = lambda architecture, recipe, options: None
+
+    def quantize(self, model: Model | QuantizedModel, *arguments: Any, **options: Any) -> QuantizedModel:
+        """`carry_out`, on a float model only. Raises InputError for a quantized one."""
+        return self.carry_out(require_float(model), *arguments, **options)
+
+
+def require_float(model: Model | QuantizedModel) -> Model:
+    """The model itself. Raises InputError where it is quantized: every base method starts from float weights."""
+    if isinstance(model, QuantizedModel):
+        raise InputError(
+            f"the model is quantized already (recipe {model.recipe.name}); give the float model that it was made from"
+        )
+    return model

@@ -1,0 +1,1 @@
+"""Widths that differ from site to site, chosen under a budget."""

@@ -1,0 +1,160 @@
+"""Mixed precision: quantized models that differ only in widths, as one model whose widths are genes."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from cptv_jax.errors import InputError
+from cptv_jax.interpreters import ArithmeticName, quantize_weight
+from cptv_jax.mixed_precision.allocation import Costs, Genes
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.recipe.sites import products
+from cptv_jax.recipe.spec import Recipe
+from cptv_jax.runtime.stages import Stage
+from cptv_jax.search import Evaluator
+
+_FLOAT_BITS = 32
+
+
+def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
+    """The state with each of the candidate's sites quantized at the width whose index it gives."""
+    quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
+    for site, index in candidate.items():
+        chosen = jnp.asarray(index).astype(jnp.int32)
+        quantizers[site] = jax.tree.map(lambda leaf, i=chosen: leaf[i], state["choices"][site])
+        if site in state["searched"]:
+            weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
+    return {**state, "quantizers": quantizers, "quantized": weights}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Models that are alike but for the widths of some sites, the same width at all of these, by ascending width.
+
+    Raises InputError where they differ in more (a method that rewrites weights makes other ones at every width, and one
+    may fit the scales of activations to those of weights), or in nothing.
+    """
+
+    models: tuple[QuantizedModel, ...]
+
+    def __post_init__(self) -> None:
+        first = self.models[0]
+        for other in self.models[1:]:
+            same = jax.tree.map(np.array_equal, first.model.weights, other.model.weights)
+            if not all(jax.tree.leaves(same)) or self._fixed(first) != self._fixed(other):
+                raise InputError(
+                    f"the models of recipe {first.recipe.name} differ in more than their widths; mixed "
+                    "precision needs a base method that leaves weights as they are, such as fq-vit or omse"
+                )
+
+        if not self.sites:
+            raise InputError("recipe.overrides fix every width; take out those that shall be chosen")
+        for name in sorted(first.quantizers.keys() - set(self.sites)):
+            own, *others = (model.quantizers[name] for model in self.models)
+            if not all(all(jax.tree.leaves(jax.tree.map(np.array_equal, own, other))) for other in others):
+                raise InputError(
+                    f"the quantizer of {name} depends on widths of other sites; mixed precision needs a base method "
+                    "that fits each site by itself, such as fq-vit or omse"
+                )
+
+    @staticmethod
+    def _fixed(model: QuantizedModel) -> dict[str, Any]:
+        return {name: replace(spec, bits=0) for name, spec in model.recipe.sites.items()}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites whose width is free."""
+        specs = [model.recipe.sites for model in self.models]
+        return tuple(name for name in specs[0] if len({sites[name].bits for sites in specs}) == len(specs))
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The widths, ascending."""
+        return tuple(model.recipe.sites[self.sites[0]].bits for model in self.models)
+
+    def uniform(self, index: int) -> Genes:
+        """The same width everywhere."""
+        return dict.fromkeys(self.sites, index)
+
+    def stages(self, arithmetic: ArithmeticName | None = None) -> tuple[Stage, ...]:
+        """The stages of the widest model, whose candidates are genes, by site relative to the stage.
+
+        arithmetic: as of QuantizedModel.stages.
+        """
+        sites = set(self.sites)
+        stages = []
+        for stage in self.models[-1].stages(lambda site: site in sites, arithmetic=arithmetic):
+            choices = {
+                name: jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves), *(m.quantizers[f"{stage.name}.{name}"] for m in self.models)
+                )
+                for name in stage.candidate
+            }
+            candidate = {name: jnp.float32(len(self.models) - 1) for name in stage.candidate}
+            stages.append(
+                Stage(stage.name, stage.function, {**stage.state, "choices": choices}, candidate, bind_choice)
+            )
+        return tuple(stages)
+
+    def model(self, genes: Genes) -> QuantizedModel:
+        """The ordinary quantized model with these widths."""
+        base = self.models[-1]
+        sites = {site: self.models[index].recipe.sites[site] for site, index in genes.items()}
+        quantizers = {site: self.models[index].quantizers[site] for site, index in genes.items()}
+        recipe = replace(base.recipe, sites={**base.recipe.sites, **sites})
+        return replace(base, recipe=recipe, quantizers={**base.quantizers, **quantizers})
+
+    def bytes_of_weights(self) -> Costs:
+        """Bytes of the codes of the weights whose width is free, packed."""
+        weights = [site for site in self.sites if site.endswith(".weight")]
+        sizes = {site: np.size(self.models[0].model.layer(site.removesuffix(".weight"))["kernel"]) for site in weights}
+        return Costs(self.bits, tuple((size / 8, (site,)) for site, size in sizes.items()))
+
+    def bit_operations(self) -> Costs:
+        """Bit operations of an image: of every product the multiplications, times the widths of both operands, of which
+        one in float has 32. Products that read no tensor of free width have no term.
+        """
+        model, specs, free = self.models[0], self.models[0].recipe.sites, set(self.sites)
+        terms = []
+        for multiplications, operands in _quantized_products(model):
+            chosen = tuple(site for site in operands if site in free)
+            if chosen:
+                fixed = math.prod(specs[site].bits for site in operands if site not in free)
+                fixed *= _FLOAT_BITS ** (2 - len(operands))
+                terms.append((float(multiplications * fixed), chosen))
+        return Costs(self.bits, tuple(terms))
+
+
+def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The multiplications of products that read quantized tensors, and where these are quantized."""
+    sites = sites_of(model.model.architecture)
+    known, specs = {site.name: site for site in sites}, model.recipe.sites
+    for product in products(sites):
+        sources = (name if name in specs else known[name].source for name in product.operands)
+        operands = tuple(name for name in sources if name in specs)
+        if operands:
+            yield product.multiplications, operands
+
+
+def read_by_products(model: Model, recipe: Recipe) -> tuple[str, ...]:
+    """The sites of a recipe that products read: weights and activations."""
+    found = _quantized_products(QuantizedModel(model, recipe, {}))
+    return tuple(dict.fromkeys(site for _, operands in found for site in operands))
+
+
+def loss_of_genes(evaluator: Evaluator, genes: Genes) -> float:
+    """The true loss of a whole model. evaluator: of the stages of `Widths`, which then have these genes."""
+    last = 0
+    for index, stage in enumerate(evaluator.stages):
+        if stage.searchable:
+            candidate = {name: jnp.float32(genes[f"{stage.name}.{name}"]) for name in stage.candidate}
+            evaluator.accept(index, candidate)
+            last = index
+    return evaluator.loss_of(last, evaluator.stages[last].candidate)

@@ -1,0 +1,1 @@
+"""Models as values, and how they are executed and searched."""

@@ -1,0 +1,1 @@
+"""Recipes: for every site its quantizer, bits and granularity."""

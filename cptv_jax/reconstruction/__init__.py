@@ -1,0 +1,1 @@
+"""Block reconstruction after a base method."""

@@ -1,0 +1,174 @@
+"""Block reconstruction: stage by stage, a quantized model learns to give the float model's outputs.
+
+As in BRECQ (Li et al. 2021) and QDrop (Wei et al. 2022) each stage is trained alone against the float stage's output on
+float input, while its own input comes from the quantized stages before it. It follows any base method, and its
+result is an ordinary quantized model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from cptv_jax.interpreters import Tensor
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.reconstruction.importance import output_importance
+from cptv_jax.reconstruction.training import (
+    NO_RECONSTRUCTION,
+    ReconstructionConfig,
+    bound,
+    completed,
+    initial_parameters,
+    integral,
+    optimizer_of,
+    price,
+    relative_error,
+    stage_state,
+    train_step_program,
+    with_stage_state,
+)
+from cptv_jax.runtime.arithmetics import gradient_arithmetic
+from cptv_jax.runtime.forward import apply_stage, array_of
+from cptv_jax.runtime.mesh import DATA, local_mesh, place
+from cptv_jax.runtime.stages import Stage
+
+_bound = jax.jit(bound)
+_relative_errors = jax.jit(jax.vmap(relative_error, (0, 0, None)))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A tensor for every image, on the host: [images, ...], with the scale and zero where it is quantized."""
+
+    stored: np.ndarray
+    scale: Array | None = None
+    zero: Array | None = None
+
+    def take(self, rows: Any, mesh: Mesh) -> Tensor:
+        """Those of some images, divided among the devices."""
+        return Tensor(_divided(mesh, self.stored[rows]), *place(mesh, (self.scale, self.zero)))
+
+
+def _divided(mesh: Mesh, images: np.ndarray) -> PyTree:
+    """Images on the devices: divided where they make equal parts, else all of them on each."""
+    return place(mesh, images, None if len(images) % mesh.shape[DATA] else DATA)
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _outputs(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Examples:
+    """A stage's outputs, so many images at a time."""
+    state = place(mesh, stage.state)
+    parts = [
+        _on_host(apply_stage(stage.function, state, inputs.take(rows, mesh)))
+        for rows in _chunks(len(inputs.stored), size)
+    ]
+    if isinstance(parts[0], Tensor):
+        return Examples(np.concatenate([part.stored for part in parts]), parts[0].scale, parts[0].zero)
+    return Examples(np.concatenate([array_of(part) for part in parts]))
+
+
+def _errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int, mesh: Mesh) -> np.ndarray:
+    """Squared error and squared target of every image, [images, 2]."""
+    parts = [
+        np.stack(_relative_errors(outputs.take(rows, mesh).values, _divided(mesh, targets[rows]), importance), -1)
+        for rows in _chunks(len(targets), size)
+    ]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _relative(errors: np.ndarray) -> float:
+    """Relative squared error over all images."""
+    error, power = errors.sum(0)
+    return float(error / power)
+
+
+def _batches(easiest_first: np.ndarray, config: ReconstructionConfig, key: Array) -> Iterator[np.ndarray]:
+    """Image indices of every step, drawn without replacement from the images that are easy enough by then."""
+    assert config.steps is not None and config.easy_first is not None
+    count, rng = len(easiest_first), np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    size = min(config.batch, count)
+    for step in range(config.steps):
+        share = min(1.0, config.easy_first + (1.0 - config.easy_first) * 2 * step / config.steps)
+        yield easiest_first[rng.choice(max(size, round(share * count)), size, replace=False)]
+
+
+def reconstruct(
+    teacher: Model,
+    model: QuantizedModel,
+    images: np.ndarray,
+    config: ReconstructionConfig,
+    key: Array,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_stage: Callable[[int, QuantizedModel, float, float], None] = lambda index, model, before, after: None,
+    start: int = 0,
+) -> QuantizedModel:
+    """The model with every stage's learned parameters (see learning.bound) that lower its output's error.
+
+    teacher: the float model, as the base method got it. images: normalised calibration images, float32 [images, height,
+    width, channels], of which the first `config.images` are used.
+    on_progress(done, total) counts optimizer steps. on_stage(index, model so far, error before, after) follows each
+    stage; errors are squared, relative to the target, over all images, plus the price of ranks that are being chosen.
+    start: first stage to learn, where `model` has the others already; the result is the same bits.
+
+    Host memory holds four activations of one stage for every image; device memory those of a batch, whose images are
+    divided among this process's devices. The same key gives the same result on as many devices. A stage that training
+    makes worse stays as it was, but for fractional zero points: these are rounded first.
+    """
+    config = completed(config, NO_RECONSTRUCTION)
+    mesh, arithmetic = local_mesh(config.batch), gradient_arithmetic()
+    steps = config.steps
+    assert steps is not None
+    images = images[: config.images]
+    model = replace(model, quantizers={site: integral(quantizer) for site, quantizer in model.quantizers.items()})
+    targets = floats = inputs = Examples(images)
+    label_key = jax.random.fold_in(key, len(teacher.stages()))  # stages fold in their indices
+    importance = output_importance(teacher, images, config.batch, label_key) if config.importance == "fisher" else {}
+    float_stages = teacher.stages()
+    for index, float_stage in enumerate(float_stages):
+        name = float_stage.name
+        floats, targets = targets, _outputs(float_stage, targets, config.batch, mesh)
+        stage = model.stages(arithmetic=arithmetic)[index]
+        weighting = place(mesh, importance.get(name, jnp.ones(())))
+        outputs = _outputs(stage, inputs, config.batch, mesh)
+        if index >= start:
+            errors = _errors(outputs, targets.stored, weighting, config.batch, mesh)
+            state = place(mesh, stage_state(model, name))
+            before = _relative(errors) + float(price(state["quantizers"]))
+            parameters = place(mesh, initial_parameters(state, model.recipe.of_stage(name)))
+            optimizer_state = place(mesh, optimizer_of(config).init(parameters))
+            order_key, mixing_key = jax.random.split(jax.random.fold_in(key, index))
+            for step, rows in enumerate(_batches(np.argsort(errors[:, 0], kind="stable"), config, order_key)):
+                parameters, optimizer_state = train_step_program()(
+                    stage.function,
+                    config,
+                    state,
+                    parameters,
+                    optimizer_state,
+                    inputs.take(rows, mesh),
+                    _divided(mesh, floats.stored[rows]),
+                    _divided(mesh, targets.stored[rows]),
+                    weighting,
+                    place(mesh, jax.random.fold_in(mixing_key, step)),
+                )
+                on_progress(index * steps + step + 1, len(float_stages) * steps)
+            learned = with_stage_state(model, name, _on_host(_bound(state, parameters)))
+            learned_outputs = _outputs(learned.stages(arithmetic=arithmetic)[index], inputs, config.batch, mesh)
+            after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
+            after += float(price(stage_state(learned, name)["quantizers"]))
+            if after < before:
+                model, outputs = learned, learned_outputs
+            on_stage(index, model, before, min(after, before))
+        inputs = outputs
+    return model

@@ -1,0 +1,1 @@
+"""Running stages: compiled programs, devices, arithmetic."""

@@ -1,0 +1,61 @@
+"""Runs of consecutive stages that compute alike, so that one program can loop over them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from cptv_jax.runtime.stages import Stage, StageFunction
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive stages that compute alike: what they have in common and how many there are."""
+
+    function: StageFunction
+    bind: Callable[[PyTree, PyTree], PyTree]
+    move: Callable[[PyTree, PyTree], PyTree]
+    length: int
+
+    def state(self, states: PyTree, index: Array | int) -> PyTree:
+        """One stage's state. states: stacked along a leading axis, where there are several."""
+        if self.length == 1:
+            return states
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
+
+    def apply(self, states: PyTree, start: Array | int, x: PyTree) -> PyTree:
+        """Outputs [K, ...] of the last stage from inputs [K, ...] of the one at `start`, which may be traced."""
+
+        def step(index: Array | int, x: PyTree) -> PyTree:
+            state = self.state(states, index)
+            return jax.vmap(lambda one: self.function(state, one))(x)
+
+        if self.length == 1:
+            return step(0, x)
+        return jax.lax.fori_loop(start, self.length, step, x)
+
+
+def _alike(a: Stage, b: Stage) -> bool:
+    def shapes(stage: Stage) -> Any:
+        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), (stage.state, stage.candidate))
+
+    return (a.function, a.bind, a.move) == (b.function, b.bind, b.move) and shapes(a) == shapes(b)
+
+
+def runs_of(stages: Sequence[Stage]) -> tuple[list[Run], list[tuple[int, int]]]:
+    """Runs of consecutive stages that compute alike, and for each stage its run and its place there."""
+    runs: list[Run] = []
+    home: list[tuple[int, int]] = []
+    for i, stage in enumerate(stages):
+        length = runs[-1].length + 1 if i and _alike(stages[i - 1], stage) else 1
+        runs[len(runs) - (length > 1) :] = [Run(stage.function, stage.bind, stage.move, length)]
+        home.append((len(runs) - 1, length - 1))
+    return runs, home
+
+
+def stacked(trees: Sequence[PyTree]) -> PyTree:
+    """The trees of a run's stages as one with a leading axis; of a single stage, its own."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

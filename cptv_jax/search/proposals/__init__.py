@@ -1,0 +1,1 @@
+"""What proposes steps for all stages at once."""

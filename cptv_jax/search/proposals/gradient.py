@@ -1,0 +1,230 @@
+"""Gradient steps on the candidates of a whole model: they propose where to go, and the evaluator decides."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
+
+from cptv_jax.runtime.mesh import DATA, compiler_options, place
+from cptv_jax.runtime.optimizers import adam_by_tensor
+from cptv_jax.runtime.stacking import Run, runs_of, stacked
+from cptv_jax.runtime.stages import Stage
+from cptv_jax.search.proposals.matching import TEACHER
+from cptv_jax.search.state import Progress, Proposal
+
+Loss = Callable[[PyTree], Array]
+_SAVED_EVERY, _LOGGED_EVERY = 50, 25  # steps
+_KEPT = jax.checkpoint_policies.save_only_these_names(TEACHER)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
+
+    steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
+    step, which the devices share. passes: how many passes share the schedule; each begins with fresh moments, so that
+    nothing of the optimizer outlives a pass. mixup: see `mixed`.
+    """
+
+    steps: int
+    rate: float
+    batch: int
+    passes: int
+    mixup: bool = False
+
+    def rate_at(self, step: Array | int) -> Array:
+        """The rate of a step, counted from the first pass on."""
+        return self.rate * 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(step / (self.steps * self.passes), 1.0)))
+
+
+_ADAM = adam_by_tensor()
+
+
+def _loss(
+    runs: tuple[Run, ...],
+    loss: Loss,
+    batch: int,
+    states: Sequence[PyTree],
+    candidates: Sequence[PyTree],
+    steps: Sequence[PyTree],
+    x: PyTree,
+) -> Array:
+    """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...]; what is there
+    beyond `batch` only makes the pieces equal.
+
+    Only the inputs of stages (and a teacher's outputs) are kept; the activations within are computed again, piece by
+    piece, for the derivative.
+    """
+    for run, *trees in zip(runs, states, candidates, steps, strict=True):
+
+        def stage(x: PyTree, trees: Sequence[PyTree], run: Run = run) -> tuple[PyTree, None]:
+            state, candidate, step = trees
+            bound = run.bind(state, run.move(candidate, step))
+            return jax.lax.map(jax.checkpoint(lambda piece: run.function(bound, piece), policy=_KEPT), x), None
+
+        x, _ = stage(x, trees) if run.length == 1 else jax.lax.scan(stage, x, trees)
+    return loss(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:batch], x))
+
+
+def _descend(
+    runs: tuple[Run, ...],
+    loss: Loss,
+    batch: int,
+    states: Sequence[PyTree],
+    candidates: Sequence[PyTree],
+    steps: Sequence[PyTree],
+    moments: PyTree,
+    rate: Array,
+    x: PyTree,
+) -> tuple[Sequence[PyTree], PyTree, Array]:
+    """One step of Adam: the new steps and moments, and the loss before."""
+    value, gradients = jax.value_and_grad(_loss, 5)(runs, loss, batch, states, candidates, steps, x)
+    found = _by_stage(runs, _ADAM.update, gradients, moments)
+    moved = jax.tree.map(lambda step, update: step - rate * update, steps, [updates for updates, _ in found])
+    return moved, [kept for _, kept in found], value
+
+
+def _by_stage(runs: tuple[Run, ...], function: Callable[..., Any], *trees: Sequence[PyTree]) -> list[Any]:
+    """What a function makes of each stage's own part of the trees, by run, stacked as they are."""
+    return [
+        function(*of_run) if run.length == 1 else jax.vmap(function, axis_size=run.length)(*of_run)
+        for run, *of_run in zip(runs, *trees, strict=True)
+    ]
+
+
+@cache
+def _descend_program() -> Any:
+    return jax.jit(_descend, static_argnums=(0, 1, 2), compiler_options=compiler_options())
+
+
+def _random(key: Array, *numbers: int) -> np.random.Generator:
+    return np.random.default_rng([*np.asarray(jax.random.key_data(key)), *numbers])
+
+
+def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarray]:
+    """Indices of the images of every step: all images in a new order, again and again."""
+    rng = _random(key)
+    order = np.zeros(0, int)
+    for _ in range(steps):
+        if len(order) < size:
+            order = np.resize(rng.permutation(count), max(size, count))  # few images are repeated
+        yield order[:size]
+        order = order[size:]
+
+
+def mixed(
+    images: Float[np.ndarray, "batch height width channels"], rng: np.random.Generator
+) -> Float[np.ndarray, "batch height width channels"]:
+    """Each image and another one of the batch in random proportions (mixup, arXiv 1710.09412).
+
+    A teacher can be asked about them too, and there are more of them than there are images (arXiv 2106.05237).
+    """
+    share = rng.uniform(size=(len(images), 1, 1, 1)).astype(np.float32)
+    return share * images + (1 - share) * images[rng.permutation(len(images))]
+
+
+def _pieces(batch: int, limit: int, devices: int) -> tuple[int, int]:
+    """In how many pieces a batch is computed, and how many images each has room for: whole ones for every device, and
+    no more than the limit if the devices allow."""
+    pieces = math.ceil(batch / (max(1, limit // devices) * devices))
+    return pieces, math.ceil(batch / (pieces * devices)) * devices
+
+
+class GradientProposer:
+    """Proposes steps for the candidates of all stages at once.
+
+    stages: differentiable ones, with candidates like those that the evaluator has. read(indices): images for the first
+    stage, of which there are `count`. loss: of the last stage's output for a batch. at_once: how many images are
+    computed at once, on all devices together. mesh: these are divided among its data axis.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        loss: Loss,
+        descent: Descent,
+        at_once: int,
+        mesh: Mesh,
+    ) -> None:
+        runs, self._home = runs_of(stages)
+        self._runs = tuple(runs)
+        self._names = [stage.name for stage in stages]
+        self._candidates = [stage.candidate for stage in stages]
+        self._states = place(mesh, self._stacked([stage.state for stage in stages]))
+        self.read, self.count, self.loss, self.descent, self.mesh = read, count, loss, descent, mesh
+        self.batch = min(descent.batch, count)
+        self.pieces = _pieces(self.batch, at_once, mesh.shape[DATA])
+
+    def _stacked(self, trees: Sequence[PyTree]) -> list[PyTree]:
+        """Trees of all stages, by run."""
+        by_run = zip(self._home, trees, strict=True)
+        members: list[list[PyTree]] = [[] for _ in self._runs]
+        for (run, _), tree in by_run:
+            members[run].append(tree)
+        return [stacked(of_run) for of_run in members]
+
+    def propose(
+        self,
+        scales: dict[str, PyTree],
+        pass_index: int,
+        key: Array,
+        on_step: Callable[[float], None] = lambda loss: None,
+        progress: Progress | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> Proposal:
+        """Steps by stage name, away from the candidates `scales`, that a pass of descent arrives at, and the mean loss
+        of every 25 batches on the way.
+
+        on_step(loss): called after every step with the loss of its batch before it. progress: what on_progress was last
+        called with, to go on from there as if nothing had been between.
+        """
+        present = [scales.get(name, own) for name, own in zip(self._names, self._candidates, strict=True)]
+        candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
+        steps = jax.tree.map(jnp.zeros_like, candidates)
+        moments = place(self.mesh, _by_stage(self._runs, _ADAM.init, steps))
+        begin, losses = 0, []
+        if progress:
+            begin, losses = int(progress["done"]), [float(loss) for loss in progress["losses"]]
+            leaves, structure = jax.tree.flatten((steps, moments))
+            saved = [jnp.asarray(progress[f"{i:05d}"]) for i in range(len(leaves))]
+            steps, moments = place(self.mesh, jax.tree.unflatten(structure, saved))
+        batches = _batches(self.count, self.batch, self.descent.steps, key)
+        for number, rows in enumerate(batches):
+            if number < begin:
+                continue
+            if number > begin and number % _SAVED_EVERY == 0:
+                leaves = jax.tree.leaves((steps, moments))
+                saved_leaves = {f"{i:05d}": np.asarray(x) for i, x in enumerate(leaves)}
+                on_progress({"done": np.int32(number), "losses": np.asarray(losses, np.float32), **saved_leaves})
+            rate = self.descent.rate_at(pass_index * self.descent.steps + number)
+            images = self.read(rows)
+            if self.descent.mixup:
+                images = mixed(images, _random(key, number))
+            filled = np.resize(images, (math.prod(self.pieces), *images.shape[1:]))
+            x = place(self.mesh, filled.reshape(*self.pieces, *images.shape[1:]), DATA, 1)
+            steps, moments, value = _descend_program()(
+                self._runs, self.loss, self.batch, self._states, candidates, steps, moments, rate, x
+            )
+            losses.append(float(value))
+            on_step(losses[-1])
+        found = {
+            name: self._member(steps, home, place_in_run)
+            for name, (home, place_in_run) in zip(self._names, self._home, strict=True)
+            if name in scales
+        }
+        means = [float(np.mean(losses[i : i + _LOGGED_EVERY])) for i in range(0, len(losses), _LOGGED_EVERY)]
+        return Proposal(found, tuple(means))
+
+    def _member(self, trees: Sequence[PyTree], home: int, index: int) -> PyTree:
+        if self._runs[home].length == 1:
+            return trees[home]
+        return jax.tree.map(lambda leaf: leaf[index], trees[home])

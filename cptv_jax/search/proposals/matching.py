@@ -1,0 +1,126 @@
+"""A student beside its teacher, stage by stage: gradients ask more of it than its last output."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, PyTree
+
+from cptv_jax.runtime.forward import stage_inputs
+from cptv_jax.runtime.stages import Stage, StageFunction
+
+TEACHER = "teacher"  # name of the teacher's activations: a backward pass keeps them instead of computing them again
+_SMALLEST_VARIANCE = 1e-6
+
+Values = Callable[[PyTree], Float[Array, "images ..."]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pair:
+    """Outputs of the same stage of both models for the same images, and the error of the student's so far.
+
+    error: [images], sum over the stages up to here that are compared of relative_errors.
+    """
+
+    student: PyTree
+    teacher: PyTree
+    error: Float[Array, " images"]
+
+
+def relative_errors(
+    student: Float[Array, "images ... channels"],
+    teacher: Float[Array, "images ... channels"],
+    variance: Float[Array, " channels"],
+) -> Float[Array, " images"]:
+    """Mean squared error of each image, every channel's relative to the teacher's variance in it.
+
+    A transformer's residual stream has a few channels hundreds of times as large as others; without the variances these
+    alone would be matched.
+    """
+    error = (student - teacher) ** 2 / (variance + _SMALLEST_VARIANCE)
+    return jnp.mean(error.reshape(error.shape[0], -1), -1)
+
+
+def channel_variances(stages: Sequence[Stage], x: PyTree, values: Values) -> list[Float[Array, " channels"]]:
+    """Of every stage but the last: the variance of each channel of its output, over images and tokens.
+
+    x: the first stage's input for these images.
+    """
+    outputs = (values(x) for x in stage_inputs(stages, x)[1:-1])
+    return [jnp.var(output.reshape(-1, output.shape[-1]), 0) for output in outputs]
+
+
+@dataclass(frozen=True)
+class PairFunction:
+    """Computes a stage of both models. The state has "student" and "teacher", and "variance" by the teacher's channels;
+    the first stage's input is images, that of the others a Pair.
+
+    values: of a stage's output, to compare; None leaves this stage out.
+    """
+
+    student: StageFunction
+    teacher: StageFunction
+    values: Values | None
+
+    def __call__(self, state: PyTree, x: Any) -> Pair:
+        before = x if isinstance(x, Pair) else Pair(x, x, jnp.zeros(x.shape[0]))
+        target = jax.lax.stop_gradient(self.teacher(state["teacher"], before.teacher))
+        target = checkpoint_name(target, TEACHER)
+        output = self.student(state["student"], before.student)
+        if self.values is None:
+            return Pair(output, target, before.error)
+        errors = relative_errors(self.values(output), self.values(target), state["variance"])
+        return Pair(output, target, before.error + errors)
+
+
+@dataclass(frozen=True)
+class PairBinding:
+    """Places a candidate in the student's part of a pair's state. bind: the student's own."""
+
+    bind: Callable[[PyTree, PyTree], PyTree]
+
+    def __call__(self, state: PyTree, candidate: PyTree) -> PyTree:
+        return {**state, "student": self.bind(state["student"], candidate)}
+
+
+def paired(
+    students: Sequence[Stage],
+    teachers: Sequence[Stage],
+    values: Values,
+    variances: Sequence[Float[Array, " channels"]],
+) -> list[Stage]:
+    """The stages of a student and its teacher as those of one model, whose candidates are the student's.
+
+    values: of an output of any stage but the last, the array to compare. variances: see channel_variances; stages
+    without one, as the last, are not compared.
+    """
+    return [
+        replace(
+            student,
+            function=PairFunction(student.function, teacher.function, values if index < len(variances) else None),
+            state={"student": student.state, "teacher": teacher.state}
+            | ({"variance": variances[index]} if index < len(variances) else {}),
+            bind=PairBinding(student.bind),
+        )
+        for index, (student, teacher) in enumerate(zip(students, teachers, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class MatchingLoss:
+    """Loss of a pair's last outputs, and `weight` times the mean error of the stages that are compared.
+
+    objective(student, teacher): of a batch. stages: how many are compared; 0 leaves the objective alone.
+    """
+
+    objective: Callable[[PyTree, PyTree], Array]
+    weight: float
+    stages: int
+
+    def __call__(self, pair: Pair) -> Float[Array, ""]:
+        loss = self.objective(pair.student, pair.teacher)
+        return loss + self.weight * jnp.mean(pair.error) / self.stages if self.stages else loss

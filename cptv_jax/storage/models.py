@@ -1,0 +1,170 @@
+"""Float and quantized models as checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cptv_jax.errors import InputError
+from cptv_jax.models.architecture import FAMILIES, Architecture, abstract_weights
+from cptv_jax.models.preprocessing import Preprocessing
+from cptv_jax.models.timm_weights import from_timm
+from cptv_jax.models.weight_files import read_weights
+from cptv_jax.models.zoo import architecture_named, guess_architecture
+from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.quantizers import (
+    BiasCorrected,
+    DualUniform,
+    Focusing,
+    FractionalUniform,
+    Log2,
+    LogSqrt2,
+    LowRank,
+    OffsetUniform,
+    Quantizer,
+    TwinGelu,
+    TwinSoftmax,
+    Uniform,
+)
+from cptv_jax.recipe.spec import Recipe, SiteSpec
+from cptv_jax.storage.trees import METADATA, restore_tree, save_tree
+
+_QUANTIZERS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        Uniform,
+        OffsetUniform,
+        FractionalUniform,
+        DualUniform,
+        Log2,
+        LogSqrt2,
+        Focusing,
+        BiasCorrected,
+        LowRank,
+        TwinSoftmax,
+        TwinGelu,
+    )
+}
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
+    return asdict(architecture)
+
+
+def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture:
+    try:
+        given = data["preprocessing"].items()
+        preprocessing: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given}
+        config = FAMILIES[data["family"]][0](**data["config"])
+        return Architecture(data["name"], data["family"], config, Preprocessing(**preprocessing))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path / METADATA} describes no architecture that this cptv knows ({error}); use the cptv that wrote it"
+        ) from None
+
+
+def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
+    """The class of a quantizer and of the quantizers within it."""
+    nested = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
+    inner = {name: _quantizer_to_json(value) for name, value in nested.items() if isinstance(value, Quantizer)}
+    return {"kind": type(quantizer).__name__, **inner}
+
+
+def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
+    values = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
+    present = {name: value for name, value in values.items() if value is not None}
+    return {name: _quantizer_to_arrays(v) if isinstance(v, Quantizer) else v for name, v in present.items()}
+
+
+def _quantizer_from(description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:
+    values = {
+        name: _quantizer_from(description[name], value) if name in description else jnp.asarray(value)
+        for name, value in arrays.items()
+    }
+    return _QUANTIZERS[description["kind"]](**values)
+
+
+def save_model(path: Path, model: Model | QuantizedModel) -> None:
+    """Writes a float or quantized model as a checkpoint directory. Raises InputError when `path` exists."""
+    plain = model.model if isinstance(model, QuantizedModel) else model
+    tree: dict[str, Any] = {"weights": plain.weights}
+    metadata: dict[str, Any] = {
+        "kind": "model",
+        "architecture": _architecture_to_json(plain.architecture),
+        "source": plain.source,
+        "sha256": plain.sha256,
+    }
+    if isinstance(model, QuantizedModel):
+        tree["quantizers"] = {site: _quantizer_to_arrays(q) for site, q in model.quantizers.items()}
+        metadata |= {
+            "kind": "quantized",
+            "recipe": {**asdict(model.recipe), "sites": {s: asdict(spec) for s, spec in model.recipe.sites.items()}},
+            "quantizers": {site: _quantizer_to_json(q) for site, q in model.quantizers.items()},
+        }
+    save_tree(path, tree, metadata)
+
+
+def _load_checkpoint(path: Path) -> Model | QuantizedModel:
+    tree, metadata = restore_tree(path)
+    architecture = _architecture_from_json(path, metadata.get("architecture", {}))
+    expected = jax.tree.map(
+        lambda a: tuple(a.shape), abstract_weights(architecture), is_leaf=lambda a: hasattr(a, "shape")
+    )
+    found = jax.tree.map(np.shape, tree.get("weights"))
+    if expected != found:
+        raise InputError(
+            f"{path} holds the weights of another model than the {architecture.name} it names; import again"
+        )
+    weights = jax.tree.map(jnp.asarray, tree["weights"])
+    model = Model(architecture, weights, metadata.get("source", ""), metadata.get("sha256", ""))
+    if metadata.get("kind") != "quantized":
+        return model
+    try:
+        described = metadata["recipe"]
+        recipe = Recipe(**{**described, "sites": {site: SiteSpec(**spec) for site, spec in described["sites"].items()}})
+        # In the recipe's order: JSON keeps it, Orbax sorts.
+        quantizers = {
+            site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path / METADATA} describes no recipe that this cptv knows ({error}); use the cptv that wrote it"
+        ) from None
+    return QuantizedModel(model, recipe, quantizers)
+
+
+def load_model(source: str, architecture: str | None = None) -> Model | QuantizedModel:
+    """A model from a checkpoint, a run directory, a raw weight file (.safetensors, .npz, .pth) or a hub id.
+
+    architecture: timm name; needed where a raw file's name does not contain it. Raises InputError for anything else.
+    """
+    path = Path(source)
+    if path.is_dir():
+        inner = path / "model"
+        if not (path / METADATA).exists() and (path / "run.json").exists():
+            if not inner.exists():
+                raise InputError(f"{path} is a run that has not finished; run its command again to finish it")
+            path = inner
+        model = _load_checkpoint(path)
+        found = (model.model if isinstance(model, QuantizedModel) else model).architecture.name
+        if architecture is not None and architecture_named(architecture).name != found:
+            raise InputError(f"{source} holds a {found}, not a {architecture}; leave out --arch or give the other file")
+        return model
+    file = read_weights(source)
+    chosen = architecture_named(architecture) if architecture else guess_architecture(source)
+    return Model(chosen, from_timm(file.tensors, chosen, file.source), file.source, file.sha256)
+
+
+def load_float_model(source: str, architecture: str | None = None) -> Model:
+    """`load_model`, refusing quantized ones."""
+    model = load_model(source, architecture)
+    if isinstance(model, QuantizedModel):
+        raise InputError(f"{source} is quantized already; give the float model that it was made from")
+    return model
