@@ -1,0 +1,211 @@
+"""Options: frozen dataclasses whose fields are checked whenever one is built, from Python as from YAML."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+
+import pydantic
+from pydantic import ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.registry import Registry
+
+T = TypeVar("T")
+
+_CONFIG = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping of fields",
+    "tuple_type": "a list",
+}
+_BOUNDS = {
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be a finite number",
+    "too_short": "must be a list that is not empty",
+}
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
+"""A tuple of words that is not empty; a list, and a word alone, count as one."""
+
+Numbers = Annotated[tuple[int, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
+"""A tuple of whole numbers that is not empty; a list counts as one."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
+def options(cls: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass whose fields are checked when an instance is built.
+
+    Types are strict (a whole number counts as a number, nothing else is converted), unknown fields are refused, and
+    bounds are those of `pydantic.Field`. A docstring below a field is its help on the command line.
+
+    Example:
+        >>> @options
+        ... class Walk:
+        ...     steps: int = pydantic.Field(default=3, ge=1)
+        ...     '''How many steps to take.'''
+        >>> Walk(steps=0)
+        Traceback (most recent call last):
+        cptv_jax.errors.InputError: steps is 0; it must be at least 1
+
+    Args:
+        cls: A class with annotated fields, as for `dataclasses.dataclass`.
+
+    Returns:
+        The dataclass, which raises InputError where a field is wrong.
+    """
+    built = pydantic.dataclasses.dataclass(cls, frozen=True, config=_CONFIG)
+    checked: Callable[..., None] = built.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            checked(self, *args, **kwargs)
+        except ValidationError as error:
+            raise InputError(_explain(built, error)) from None
+
+    built.__init__ = __init__  # type: ignore[method-assign]
+    return cast("type[T]", built)
+
+
+class _Inside(ValueError):
+    """What is wrong with options that a tag chose, on its way through the options around them."""
+
+    def __init__(self, cls: type[Any], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.cls, self.error = cls, error
+
+
+def tagged(registry: Registry[Any]) -> Any:
+    """The type of a field that holds options of one of several classes, told apart by their name.
+
+    In YAML such a field is a mapping with a `name` beside the fields, or the name alone; in Python it is an instance.
+
+    Args:
+        registry: The classes by name, those that users register included.
+
+    Returns:
+        An annotation for a field of a class of options.
+    """
+
+    def from_tag(value: Any) -> Any:
+        if isinstance(value, tuple(_class_of(known) for known in registry.values())):
+            return value
+        fields = {"name": value} if isinstance(value, str) else value
+        if not isinstance(fields, Mapping) or "name" not in fields:
+            raise ValueError(f"must be a {registry.kind}, or a mapping with its name{did_you_mean('', registry)}")
+        if fields["name"] not in registry:
+            raise ValueError(f"is '{fields['name']}'{did_you_mean(str(fields['name']), registry)}")
+        cls = _class_of(registry[fields["name"]])
+        try:
+            return _read(cls, {name: field for name, field in fields.items() if name != "name"})
+        except ValidationError as error:
+            raise _Inside(cls, error) from None
+
+    return Annotated[Any, pydantic.BeforeValidator(from_tag)]
+
+
+def _class_of(registered: Any) -> type[Any]:
+    """The options of what is registered: a class of options itself, or something that names its `options`."""
+    return registered if isinstance(registered, type) else registered.options
+
+
+@lru_cache(maxsize=64)
+def _adapter(cls: type[Any]) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(cls)
+
+
+def _read(cls: type[T], data: Mapping[str, Any]) -> T:
+    # As JSON, where strictness allows mappings for options and lists for tuples.
+    return cast(T, _adapter(cast(Any, cls)).validate_json(json.dumps(dict(data), default=str)))
+
+
+def from_mapping(cls: type[T], data: Any, source: str) -> T:
+    """Builds options from nested mappings, as YAML and JSON hold them.
+
+    Args:
+        cls: The class of the options.
+        data: Fields by name; options within options are mappings too.
+        source: Where the data come from, for messages.
+
+    Returns:
+        The options, with defaults where the data are silent.
+
+    Raises:
+        InputError: For data that are no mapping, an unknown field, or a value of a wrong type or out of bounds.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"{source}: the configuration must be a mapping of fields")
+    for key in data:
+        if not isinstance(key, str):
+            raise InputError(f"{source}: a field is called {key!r}; names of fields are text")
+    try:
+        return _read(cls, data)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(cls, error)}") from None
+
+
+def to_mapping(value: Any) -> Any:
+    """Options as nested mappings and lists, as YAML and JSON hold them; `from_mapping` reads them back.
+
+    Args:
+        value: Options, or what a field of them holds.
+
+    Returns:
+        Plain data; options that a tag chose have their `name` first.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = getattr(type(value), "name", None)
+        fields = {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"name": name, **fields} if isinstance(name, str) else fields
+    if isinstance(value, Mapping):
+        return {key: to_mapping(item) for key, item in value.items()}
+    return [to_mapping(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _explain(cls: type[Any], error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
+    """The first thing that is wrong, as a sentence that names the field and the remedy."""
+    found = error.errors(include_url=False)[0]
+    path = (*prefix, *(str(part) for part in found["loc"]))
+    if found["type"] != "value_error":
+        return _sentence(cls, found, path, prefix)
+    reason = found["ctx"]["error"]
+    if isinstance(reason, _Inside):
+        return _explain(reason.cls, reason.error, path)
+    return str(reason) if isinstance(reason, InputError) else f"{'.'.join(path)} {reason}"
+
+
+def _sentence(cls: type[Any], found: ErrorDetails, path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
+    kind, value, context, name = found["type"], found["input"], found.get("ctx", {}), ".".join(path)
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        *groups, last = (str(part) for part in found["loc"])
+        return f"unknown field '{name}'{did_you_mean(last, _fields_at(cls, groups))}"
+    if kind == "literal_error":
+        known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
+        return f"{name} is {value!r}{did_you_mean(str(value), known)}"
+    if kind in _BOUNDS:
+        return f"{name} is {value}; it {_BOUNDS[kind].format(**context)}"
+    return f"{name} is {value!r}; it must be {_TYPES[kind]}" if kind in _TYPES else f"{name}: {found['msg']}"
+
+
+def _fields_at(cls: type[Any], groups: list[str]) -> list[str]:
+    """Names of the fields of the options that stand at a path of field names within others."""
+    here: Any = cls
+    for group in groups:
+        inner = {field.name: field.type for field in dataclasses.fields(here)} if dataclasses.is_dataclass(here) else {}
+        here = inner.get(group, here)
+    return [field.name for field in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
