@@ -13,6 +13,7 @@ from cptv_jax.interpreters.arithmetic import PRECISION, rounded_bf16
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, effective_weight, quantize_weight, quantized
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Quantizer, spread, straight_through
+from cptv_jax.recipe.sites import weight_site
 
 _SMALLEST_VARIANCE = 1e-12  # of a constant token, whose LayerNorm has no derivative
 
@@ -98,13 +99,13 @@ class StraightThrough(FakeQuant):
 
     def linear_values(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Array:
         exact = super().linear_values(site, *jax.lax.stop_gradient((kernel, bias)), _exact(x))
-        quantizer = self.quantizers.get(f"{site}.weight")
+        quantizer = self.quantizers.get(weight_site(site))
         weight = Weight(Tensor(kernel)) if quantizer is None else quantize_weight(quantizer, kernel, None, _in_steps)
         smooth = _product(x.values, effective_weight(weight), self._dtype)
         return straight_through(exact, smooth if bias is None else smooth + bias)
 
-    def weight(self, site: str, kernel: Array) -> Weight:
-        return jax.lax.stop_gradient(super().weight(site, kernel))
+    def weight(self, layer: str, kernel: Array) -> Weight:
+        return jax.lax.stop_gradient(super().weight(layer, kernel))
 
     def matmul_values(self, a: Tensor, b: Tensor, factor: float) -> Array:
         exact = super().matmul_values(_exact(a), _exact(b), factor)

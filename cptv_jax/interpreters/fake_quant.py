@@ -23,6 +23,7 @@ from cptv_jax.quantizers import (
     spread,
     true_divide,
 )
+from cptv_jax.recipe.sites import weight_site
 
 _SQRT_HALF = 0.5**0.5
 _LAST_BYTE_COUNTS = 2.0**23
@@ -149,8 +150,9 @@ class FakeQuant:
             return Tensor(true_divide(values, quantizer.scale), quantizer.scale)
         return quantized(quantizer, values)
 
-    def weight(self, site: str, kernel: Array) -> Weight:
+    def weight(self, layer: str, kernel: Array) -> Weight:
         """A linear layer's weight: the one that was given, or its kernel, quantized if the site is."""
+        site = weight_site(layer)
         if site in self.weights:
             return self.weights[site]
         quantizer = self.quantizers.get(site)
@@ -171,7 +173,7 @@ class FakeQuant:
         """What a linear layer gives before it is quantized."""
         if x.scale is not None and x.scale.ndim:  # a scale per input channel cannot wait until after the sum
             x = Tensor(x.values)
-        weight, gain, shift, low_rank = self.weight(f"{site}.weight", kernel)
+        weight, gain, shift, low_rank = self.weight(site, kernel)
         y = rounded_product(self.arithmetic.matmul_weight(x, weight), _product(x.scale, weight.scale, gain))
         if shift is not None:
             y = y + rounded_product(self.arithmetic.row_sums(x), _product(x.scale, shift))

@@ -7,6 +7,7 @@ from jaxtyping import Array
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe.sites import weight_site
 from cptv_jax.recipe.spec import SiteSpec
 
 
@@ -34,6 +35,6 @@ class Initializing(FakeQuant):
     def operand(self, site: str, x: Tensor) -> Tensor:
         return self.emit(site, "operand", x.values) if site in self.specs else x
 
-    def weight(self, site: str, kernel: Array) -> Weight:
-        self._fit(site, kernel)
-        return super().weight(site, kernel)
+    def weight(self, layer: str, kernel: Array) -> Weight:
+        self._fit(weight_site(layer), kernel)
+        return super().weight(layer, kernel)

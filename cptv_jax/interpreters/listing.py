@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.recipe.sites import Site
+from cptv_jax.recipe.sites import Site, weight_site
 
 
 @jax.tree_util.register_dataclass
@@ -33,12 +33,12 @@ class _Listing(FakeQuant):
         self.sites: dict[str, Site] = {}
 
     def emit(self, site: str, kind: str, values: Array) -> Tensor:
-        name = f"{self.stage}.{site}"
-        self.sites[name] = Site(name, kind, values.shape)  # type: ignore[arg-type]
-        return _Named(values, site=name)
+        found = Site(self.stage, site, kind, values.shape)  # type: ignore[arg-type]
+        self.sites[found.name] = found
+        return _Named(values, site=found.name)
 
-    def weight(self, site: str, kernel: Array) -> Weight:
-        self.emit(site, "weight", kernel)
+    def weight(self, layer: str, kernel: Array) -> Weight:
+        self.emit(layer, "weight", kernel)
         return Weight(Tensor(kernel))
 
     def operand(self, site: str, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class _Listing(FakeQuant):
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
         output = super().linear(site, kernel, bias, x, hidden=hidden)
-        self._reads(f"{site}.weight", x)
+        self._reads(weight_site(site), x)
         return output
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.integer_functions import log_int_softmax_exponents
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Log2, Quantizer, true_divide
+from cptv_jax.recipe.sites import weight_site
 from cptv_jax.recipe.spec import SiteSpec
 
 
@@ -59,8 +60,8 @@ class Observing(FakeQuant):
         self._observe(site, x.values)
         return x
 
-    def weight(self, site: str, kernel: Array) -> Weight:
-        self._observe(site, kernel)
+    def weight(self, layer: str, kernel: Array) -> Weight:
+        self._observe(weight_site(layer), kernel)
         return Weight(Tensor(kernel))
 
     def softmax(self, site: str, x: Tensor) -> Tensor:

@@ -5,26 +5,58 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+Role = Literal["weight", "output"]
 Kind = Literal["weight", "tensor", "operand", "linear", "hidden", "matmul", "layer_norm", "softmax", "gelu", "add"]
+
+
+def weight_site(layer: str) -> str:
+    """The name of the site of a linear layer's weight, from the layer's own; the one place where it is made."""
+    return f"{layer}.weight"
 
 
 @dataclass(frozen=True)
 class Site:
     """A named place where a tensor can be quantized.
 
-    kind: the operation that produces it. "hidden" is a linear layer's output that only a GELU reads; "operand" a
-        piece of a tensor on its way into a matmul.
-    shape: of the tensor; the leading axis of an activation is the batch.
-    reads: of a weight, the site whose tensor its layer multiplies it with; of a matmul, the sites of both operands; of
-        other kinds, nothing.
-    source: of an operand, the site that it is a piece of.
+    Names of sites are keys, which nobody takes apart: what they are made of stands here.
+
+    Attributes:
+        stage: The stage that it belongs to ("blocks.3").
+        layer: The operation that produces it, by its path in the stage ("attn.qkv"); of a weight, its linear layer.
+        kind: What produces it. "hidden" is a linear layer's output that only a GELU reads; "operand" a piece of a
+            tensor on its way into a matmul.
+        shape: The tensor's; the leading axis of an activation is the batch.
+        reads: For a weight, the site whose tensor its layer multiplies it with; for a matmul, the sites of both
+            operands; for other kinds, nothing.
+        source: For an operand, the site that it is a piece of.
     """
 
-    name: str
+    stage: str
+    layer: str
     kind: Kind
     shape: tuple[int, ...]
     reads: tuple[str, ...] = ()
     source: str = ""
+
+    @property
+    def role(self) -> Role:
+        """Whether it is a layer's weight or what an operation puts out."""
+        return "weight" if self.kind == "weight" else "output"
+
+    @property
+    def local(self) -> str:
+        """Its name within the stage."""
+        return weight_site(self.layer) if self.role == "weight" else self.layer
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return f"{self.stage}.{self.local}"
+
+    @property
+    def layer_name(self) -> str:
+        """The name of its operation in the model ("blocks.3.attn.qkv"), where a layer's arrays are found."""
+        return f"{self.stage}.{self.layer}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +73,7 @@ def products(sites: Iterable[Site]) -> tuple[Product, ...]:
     found = []
     for site in known.values():
         if site.kind == "weight":
-            output = known[site.name.removesuffix(".weight")]
+            output = known[site.layer_name]
             found.append(Product(math.prod(output.shape[1:]) * site.shape[0], (*site.reads, site.name)))
         elif site.kind == "matmul":
             terms = known[site.reads[0]].shape[-1]
@@ -69,10 +101,12 @@ def keeps_channels(site: Site, sites: Iterable[Site]) -> bool:
 def layer_norm_readers(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
     """By LayerNorm inside the network, the weights of the linear layers that read it.
 
-    The last LayerNorm, which the head reads, is left out, and so is one whose channels a layer does not see unchanged.
+    LayerNorms of the last stage, which the head reads, are left out, and so is one whose channels a layer does not see
+    unchanged.
     """
     known = {site.name: site for site in sites}
-    norms = {name for name, site in known.items() if site.kind == "layer_norm" and not name.startswith("head.")}
+    last = list(known.values())[-1].stage if known else ""
+    norms = {name for name, site in known.items() if site.kind == "layer_norm" and site.stage != last}
     readers: dict[str, list[str]] = {}
     for site in known.values():
         for name in norms.intersection(site.reads):

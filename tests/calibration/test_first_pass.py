@@ -32,15 +32,19 @@ def test_layer_norms_inside_blocks_are_paired_with_what_reads_them(golden: Path)
 
 def test_a_layer_norm_of_other_channels_or_read_by_a_matmul_is_left_alone() -> None:
     def norm(name: str) -> Site:
-        return Site(name, "layer_norm", (1, 4, 8))
+        return Site("blocks", name, "layer_norm", (1, 4, 8))
+
+    def weight(layer: str, inputs: int, outputs: int, reads: str, stage: str = "blocks") -> Site:
+        return Site(stage, layer, "weight", (inputs, outputs), (reads,))
 
     sites = (
-        norm("a"), Site("one.weight", "weight", (8, 3), ("a",)), Site("two.weight", "weight", (8, 5), ("a",)),
-        norm("b"), Site("patches.weight", "weight", (32, 3), ("b",)),
-        norm("c"), Site("three.weight", "weight", (8, 3), ("c",)), Site("product", "matmul", (1, 4, 4), ("c", "c")),
-        norm("head.norm"), Site("head.fc.weight", "weight", (8, 10), ("head.norm",)),
+        norm("a"), weight("one", 8, 3, "blocks.a"), weight("two", 8, 5, "blocks.a"),
+        norm("b"), weight("patches", 32, 3, "blocks.b"),
+        norm("c"), weight("three", 8, 3, "blocks.c"),
+        Site("blocks", "product", "matmul", (1, 4, 4), ("blocks.c", "blocks.c")),
+        Site("head", "norm", "layer_norm", (1, 4, 8)), weight("fc", 8, 10, "head.norm", "head"),
     )  # fmt: skip
-    assert layer_norm_readers(sites) == {"a": ("one.weight", "two.weight")}
+    assert layer_norm_readers(sites) == {"blocks.a": ("blocks.one.weight", "blocks.two.weight")}
 
 
 def normalized(model: Model, norm: str, x: jax.Array) -> jax.Array:
