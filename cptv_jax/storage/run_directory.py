@@ -152,7 +152,7 @@ class RunDirectory:
         if saved is None:
             return None
         trees, described = saved
-        return SearchState(**trees, **{**described, "log": tuple(described["log"])})
+        return SearchState(**{**described, **trees, "log": tuple(described["log"])})
 
     def write_log(self, state: SearchState) -> None:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
