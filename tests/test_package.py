@@ -1,4 +1,4 @@
-"""Importing the package and asking for help import nothing that takes long, and nothing that only POSIX systems have."""
+"""Importing the package and asking for help load nothing that takes long, and no module needs a POSIX system."""
 
 import ast
 import json
@@ -77,7 +77,7 @@ def test_type_checkers_and_the_table_see_the_same_names() -> None:
 def test_every_module_is_imported_without_what_only_posix_has() -> None:
     run(
         "import sys, importlib, pkgutil\n"
-        "import jax, numpy, optax, flax.nnx, filelock, PIL.Image, yaml, tqdm, pydantic, safetensors\n"  # theirs to guard
+        "import jax, numpy, optax, flax.nnx, filelock, PIL.Image, yaml, tqdm, pydantic, safetensors\n"
         "import tempfile, subprocess, multiprocessing, random, shutil\n"
         "for name in sys.argv[1:]: sys.modules[name] = None\n"
         "import os; del os.sched_getaffinity\n"

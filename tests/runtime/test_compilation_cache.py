@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stopped_runs import CONFIG, tiny_model, write_digits
+from stopped_runs import tiny_model, write_digits
 
 from cptv_jax import InputError, save_model
 from cptv_jax.runtime import compilation_cache
@@ -79,9 +79,7 @@ def test_a_folder_that_cannot_be_made_is_refused_and_the_usual_one_is_done_witho
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        InputError, match=r"--compilation-cache .*file cannot be made \(Not a directory\); name another"
-    ):
+    with pytest.raises(InputError, match=r"--compilation-cache .*file cannot be made \(Not a directory\)"):
         use_compilation_cache(str(tmp_path / "file"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -110,10 +108,7 @@ def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path: Path) -> Non
     for seed in (0, 1):
         command = ["quantize", str(tmp_path / "model"), "--images", str(images), "--out", str(tmp_path / str(seed))]
         command += ["--compilation-cache", str(programs), f"--seed={seed}", "--search.strategy=generational"]
-        command += [
-            f"--calibration.images={CONFIG.calibration.images}",
-            f"--calibration.batch={CONFIG.calibration.batch}",
-        ]
+        command += ["--calibration.images=16", "--calibration.batch=8"]
         command += ["--search.passes=1", "--search.rounds=1", "--search.children=4"]
         log = tmp_path / f"{seed}.json"
         wanted = [sys.executable, "-c", COUNTING, str(log), *command]
