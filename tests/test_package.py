@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,17 @@ def test_type_checkers_and_the_table_see_the_same_names() -> None:
             own = f":{alias.name}" if alias.asname else ""
             seen[alias.asname or alias.name] = node.module.removeprefix("cptv_jax.") + own
     assert seen == cptv_jax._EXPORTS
+
+
+def test_no_path_of_a_machine_stands_in_a_file_that_is_shipped_or_shown() -> None:
+    folder = re.compile(rb"(?<![\w.)*-])/(?:work|home|root|mnt|tmp|Users)/[\w.-]+")
+    found = []
+    for top in ("README.md", "CHANGELOG.md", "benchmarks", "cptv_jax", "docs", "colab"):
+        path = REPOSITORY / top
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.suffix in (".md", ".json", ".py", ".yaml", ".ipynb"):
+                found += [(file.name, match) for match in folder.findall(file.read_bytes())]
+    assert found == []
 
 
 def test_every_module_is_imported_without_what_only_posix_has() -> None:
