@@ -1,5 +1,6 @@
 """Small runs for the tests that stop them: what is run, how it is stopped, and everything that such a run leaves."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -83,6 +84,7 @@ class Saboteur:
         self.root, self.done, self.only = root, [], only
         self.armed = True
         self._strike(monkeypatch, os, "replace", self.halve)
+        self._strike(monkeypatch, os, "unlink", self.halve)
         self._strike(monkeypatch, shutil, "rmtree", self.halve)
         self._strike(monkeypatch, ocp.PyTreeCheckpointer, "save", None)
 
@@ -126,8 +128,9 @@ class Saboteur:
     def moment(self) -> str:
         """Tells apart the times at which one file is written anew."""
         results = self.root / "results.json"
-        states = sorted(path.name for path in self.root.glob("state/[0-9]*"))
-        return f"after {states[-1:]}, {results.stat().st_size if results.exists() else 0}"
+        state = self.root / "state" / "state.json"
+        saved = hashlib.sha256(state.read_bytes()).hexdigest()[:8] if state.exists() else "none"
+        return f"after {saved}, {results.stat().st_size if results.exists() else 0}"
 
     @staticmethod
     def halve(path: Path) -> None:

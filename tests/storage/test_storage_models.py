@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny_vit import TINY
 
@@ -171,6 +172,45 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     write_atomically(path, "newer, with ü")
     assert path.read_text(encoding="utf-8") == "newer, with ü"
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_disk_without_room_is_named_and_nothing_is_left_there(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+        with pytest.raises(
+            InputError, match=r"m needs 0\.\d MB, but 0\.\d MB are left on its disk; make room or choose"
+        ):
+            save_model(tmp_path / "m", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_in_between_is_left_as_it_was(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, path: Path, arrays: Any) -> None:
+        path.mkdir(parents=True)
+        (path / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(tmp_path / "m", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_is_not_utf_8_is_written_with_escapes_and_refused_as_a_place(model: Model, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8les"))
+    write_atomically(tmp_path / "report.md", f"weights: {folder.name}")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == r"weights: mod\udce8les"
+    folder.mkdir()
+    for use in (lambda: save_model(folder / "m", model), lambda: load_model(str(folder))):
+        with pytest.raises(InputError, match=r"mod\\udce8les.* is not valid UTF-8; rename it or choose another folder"):
+            use()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate", "flip"])
