@@ -15,6 +15,7 @@ from cptv_jax.interpreters import Tensor
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.pipeline.outcome import Quantization
 from cptv_jax.pipeline.quantize import quantize
 from cptv_jax.progress import bar
@@ -25,7 +26,7 @@ from cptv_jax.storage.models import load_float_model, save_model
 
 DIGITS_VIT = Architecture(
     "digits_vit",
-    "vit",
+    VIT,
     ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 )
