@@ -12,10 +12,11 @@ from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Float as FloatOperations
 from cptv_jax.interpreters import Tensor
-from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
+from cptv_jax.models.architecture import Architecture, Weights
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.models.vit_family import VIT
+from cptv_jax.models.walk import run_stages
 from cptv_jax.pipeline.outcome import Quantization
 from cptv_jax.pipeline.quantize import quantize
 from cptv_jax.progress import bar
@@ -39,10 +40,7 @@ _SHIFT = 3  # pixels, of 32
 
 def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
     """The float forward pass, for training."""
-    x = Tensor(images)
-    for name, graph in stage_graphs(DIGITS_VIT).items():
-        x = call_stage(graph, FloatOperations(), weights[name], x)
-    return x.logits  # type: ignore[attr-defined]
+    return run_stages(DIGITS_VIT, weights, FloatOperations(), Tensor(images)).logits
 
 
 def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:

@@ -155,7 +155,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
             "power-of-two factors that recipe.power_of_two_factor turns off.",
         )
     integer_layer_norm = choice("integer_layer_norm") and factor
-    return Recipe(preset_name, specs, known, integer_layer_norm, log_softmax, preset.scope, remarks)
+    return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope, remarks, known)
 
 
 def _pieces(output: Site, sites: tuple[Site, ...]) -> int:

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.recipe.sites import Site
 from cptv_jax.registry import Registry
 
@@ -114,20 +115,31 @@ class Recipe:
     Attributes:
         name: The preset's.
         sites: The specification of every quantized site, by the site's name.
-        places: Every site of the architecture, quantized or not, by name: what stage, layer and role it has.
         integer_layer_norm: LayerNorms between quantized sites run in integer arithmetic.
         log_int_softmax: Softmaxes between quantized sites run in integer arithmetic.
         scope: "full" or "matmuls", see Preset.
         remarks: Sentences on where the recipe departs from its preset because of other choices, for reports.
+        places: Every site of the architecture, quantized or not, by name: what stage, layer and role it has.
+
+    Raises:
+        InputError: For a specification of a site that the architecture lacks.
     """
 
     name: str
     sites: Mapping[str, SiteSpec]
-    places: Mapping[str, Site] = field(repr=False)
     integer_layer_norm: bool
     log_int_softmax: bool
     scope: str = "full"
     remarks: tuple[str, ...] = ()
+    places: Mapping[str, Site] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.sites:
+            if name not in self.places:
+                raise InputError(
+                    f"recipe {self.name} quantizes {name}, which is no site of its places"
+                    f"{did_you_mean(name, self.places)}; give it the architecture's sites (site_table)"
+                )
 
     def of_stage(self, stage: str) -> dict[str, SiteSpec]:
         """The specifications of one stage.
