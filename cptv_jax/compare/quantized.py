@@ -50,7 +50,7 @@ def _require_keys(recording: Recording, subject: Subject) -> None:
     for site, spec in subject.recipe.sites.items():
         if spec.quantizer != "log2":
             keys += [f"param/{modules[site]}/scale", f"param/{modules[site]}/zero_point"]
-        if site.endswith(".weight"):
+        if subject.recipe.places[site].role == "weight":
             keys.append(f"qweight/{modules[site]}")
     for key in keys:
         recording.raw(key)
@@ -115,10 +115,11 @@ def weight_checks(recording: Recording, subject: Subject, modules: Mapping[str, 
     entries = {entry.key: entry for entry in key_table(subject.model.architecture)}
     weights = []
     for site, quantizer in subject.quantized.quantizers.items():
-        if not site.endswith(".weight"):
+        place = subject.recipe.places[site]
+        if place.role != "weight":
             continue
         entry = entries[f"{modules[site]}.weight"]
-        kernel = subject.quantized.model.layer(site.removesuffix(".weight"))["kernel"]
+        kernel = subject.quantized.model.layer(place.layer_name)["kernel"]
         key = f"qweight/{modules[site]}"
         theirs = entry.to_module(recording.array(key, *entry.shape))
         values, step = (np.asarray(array) for array in _effective_weight(quantizer, kernel))

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptv_jax.errors import InputError
-from cptv_jax.models.architecture import FAMILIES, Architecture, abstract_weights
+from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.models.architecture import Architecture, abstract_weights, site_table
+from cptv_jax.models.family import FAMILIES
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.weight_files import read_weights
@@ -55,19 +56,49 @@ _QUANTIZERS: dict[str, type[Any]] = {
 
 
 def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
-    return asdict(architecture)
+    return {
+        "name": architecture.name,
+        "family": architecture.family.name,
+        "config": asdict(architecture.config),
+        "preprocessing": asdict(architecture.preprocessing),
+    }
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that configurations are made of."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture:
+    family = data.get("family")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(
+            f"{path / METADATA} names the model family {family!r}, which is not registered"
+            f"{did_you_mean(str(family), FAMILIES)}; import the code that registers it (cptv_jax.register_family) first"
+        )
     try:
-        given = data["preprocessing"].items()
-        preprocessing: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given}
-        config = FAMILIES[data["family"]][0](**data["config"])
-        return Architecture(data["name"], data["family"], config, Preprocessing(**preprocessing))
+        config, preprocessing = (
+            {key: _tuples(value) for key, value in data[part].items()} for part in ("config", "preprocessing")
+        )
+        return Architecture(
+            data["name"], FAMILIES[family], FAMILIES[family].config(**config), Preprocessing(**preprocessing)
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path / METADATA} describes no architecture that this cptv knows ({error}); use the cptv that wrote it"
         ) from None
+
+
+def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without its places, which the architecture has."""
+    plain = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "places"}
+    return {**plain, "sites": {site: asdict(spec) for site, spec in recipe.sites.items()}}
+
+
+def _recipe_from_json(data: Mapping[str, Any], architecture: Architecture) -> Recipe:
+    values = {key: _tuples(value) for key, value in data.items()}
+    specs = {site: SiteSpec(**spec) for site, spec in data["sites"].items()}
+    return Recipe(**{**values, "sites": specs, "places": dict(site_table(architecture))})
 
 
 def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
@@ -105,7 +136,7 @@ def save_model(path: Path, model: Model | QuantizedModel) -> None:
         tree["quantizers"] = {site: _quantizer_to_arrays(q) for site, q in model.quantizers.items()}
         metadata |= {
             "kind": "quantized",
-            "recipe": {**asdict(model.recipe), "sites": {s: asdict(spec) for s, spec in model.recipe.sites.items()}},
+            "recipe": _recipe_to_json(model.recipe),
             "quantizers": {site: _quantizer_to_json(q) for site, q in model.quantizers.items()},
         }
     save_tree(path, tree, metadata)
@@ -127,8 +158,7 @@ def _load_checkpoint(path: Path) -> Model | QuantizedModel:
     if metadata.get("kind") != "quantized":
         return model
     try:
-        described = metadata["recipe"]
-        recipe = Recipe(**{**described, "sites": {site: SiteSpec(**spec) for site, spec in described["sites"].items()}})
+        recipe = _recipe_from_json(metadata["recipe"], architecture)
         # In the recipe's order: JSON keeps it, Orbax sorts.
         quantizers = {
             site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites

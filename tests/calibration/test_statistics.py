@@ -8,8 +8,9 @@ import pytest
 from golden_vit import SMALL, images, recipe_of, small_model
 
 from cptv_jax.calibration import observers
-from cptv_jax.calibration.statistics import _observe_stage, calibrate
+from cptv_jax.calibration.statistics import calibrate
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.models.walk import _compiled_visit
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
 from cptv_jax.recipe.presets import PRESETS
@@ -95,7 +96,7 @@ def test_scores_come_from_the_last_batch_and_ranges_from_all(golden: Path) -> No
 def test_all_widths_share_compiled_programs(golden: Path) -> None:
     model, some = small_model(golden), images(golden)[:16]
     calibrate(model, [some[:8], some[8:]], recipe_of(preset="fq-vit"))  # its softmax has four bits
-    compiled = _observe_stage._cache_size()  # type: ignore[attr-defined]
+    compiled = _compiled_visit._cache_size()  # type: ignore[attr-defined]
     for bits in range(2, 9):
         fields = {"weight_bits": bits, "activation_bits": 10 - bits, "softmax_bits": bits}
         recipe = recipe_of(preset="fq-vit", **fields, overrides={"blocks.1.mlp.gelu": {"bits": 3}})
@@ -106,7 +107,7 @@ def test_all_widths_share_compiled_programs(golden: Path) -> None:
             assert isinstance(quantizer, Uniform | Log2)
             assert float(quantizer.high) == low + 2**width - 1
             assert isinstance(quantizer, Log2) or float(quantizer.low) == low
-    assert _observe_stage._cache_size() == compiled  # type: ignore[attr-defined]
+    assert _compiled_visit._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 def test_progress_counts_every_stage_of_every_batch(golden: Path) -> None:

@@ -16,6 +16,7 @@ from cptv_jax.interpreters.integer_functions import integer_layer_norm
 from cptv_jax.models.architecture import Architecture, sites_of, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.quantized.execution import ModelStageFunction
 from cptv_jax.quantizers import BiasCorrected, Log2, Uniform
 from cptv_jax.runtime.forward import forward
@@ -298,9 +299,9 @@ BLOCK = [
 
 def test_the_sites_of_a_vit_are_listed_in_the_order_they_are_reached() -> None:
     config = ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2)
-    sites = sites_of(Architecture("two", "vit", config, Preprocessing(image_size=16)))
+    sites = sites_of(Architecture("two", VIT, config, Preprocessing(image_size=16)))
     assert [(site.name, site.kind) for site in sites] == [
-        ("embed.input", "tensor"),
+        ("embed.input", "image"),
         ("embed.proj.weight", "weight"),
         ("embed.proj", "linear"),
         ("embed.tokens", "tensor"),

@@ -9,12 +9,13 @@ from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.recipe.presets import PRESETS
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 
 ARCHITECTURE = Architecture(
-    "small", "vit", ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2),
+    "small", VIT, ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2),
     Preprocessing(image_size=16),
 )  # fmt: skip
 
