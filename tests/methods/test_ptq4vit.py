@@ -109,8 +109,8 @@ def test_the_published_form_and_metric_give_the_recorded_intervals(golden: Path)
             }.items():
                 found = np.ravel(result.quantizers[f"blocks.{block}.{site}"].scale)
                 np.testing.assert_allclose(found, file[f"param/blocks.{block}.{key}"].ravel(), rtol=1e-6)
-        found = result.quantizers["embed.proj.weight"].scale
-        np.testing.assert_allclose(found, file["param/patch_embed.proj/w_interval"].ravel(), rtol=1e-6)
+        step = result.quantizers["embed.proj.weight"].scale
+        np.testing.assert_allclose(step, file["param/patch_embed.proj/w_interval"].ravel(), rtol=1e-6)
 
 
 def test_calibration_images_matter_and_the_model_is_still_close_to_the_float_one(golden: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_result_is_saved_and_loaded_bit_for_bit(golden: Path, tmp_path: Path
     save_model(tmp_path / "model", result)
     loaded = load_model(str(tmp_path / "model"))
     assert isinstance(loaded, QuantizedModel) and loaded.recipe == result.recipe
-    assert jax.tree.structure(dict(loaded.quantizers)) == jax.tree.structure(dict(result.quantizers))
+    assert jax.tree.structure(dict(loaded.quantizers)) == jax.tree.structure(dict(result.quantizers))  # type: ignore[operator]
     for a, b in zip(jax.tree.leaves(dict(loaded.quantizers)), jax.tree.leaves(dict(result.quantizers)), strict=True):
         np.testing.assert_array_equal(a, b)
     some = images(golden)[:4]

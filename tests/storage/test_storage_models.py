@@ -67,7 +67,7 @@ def quantized(request: pytest.FixtureRequest, model: Model, batch: np.ndarray) -
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)  # type: ignore[operator]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
