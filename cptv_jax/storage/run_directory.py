@@ -10,6 +10,7 @@ import yaml
 
 from cptv_jax.errors import InputError
 from cptv_jax.quantized.model import QuantizedModel
+from cptv_jax.quantizers import free_from_plain, free_to_plain
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import first_difference, refuse_foreign, versions, write_atomically
 from cptv_jax.storage.models import load_model, save_model
@@ -141,7 +142,9 @@ class RunDirectory:
         number = int(earlier[-1].name) + 1 if earlier else 0
         trees = ("scales", "best_scales", "direction", "progress")
         described = {name: value for name, value in vars(state).items() if name not in trees}
-        tree = {name: getattr(state, name) for name in trees if getattr(state, name)}  # Orbax saves no empty tree
+        tree = {
+            name: free_to_plain(getattr(state, name)) for name in trees if getattr(state, name)
+        }  # no empty ones in Orbax
         save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
         self._drop(earlier)
 
@@ -153,7 +156,7 @@ class RunDirectory:
         tree, metadata = restore_tree(saved[-1])
         described = dict(metadata["search"])
         described["log"] = tuple(described["log"])
-        return SearchState(**tree, **described)
+        return SearchState(**free_from_plain(tree), **described)
 
     def write_log(self, state: SearchState) -> None:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
