@@ -13,7 +13,7 @@ from cptv_jax.data import Images
 from cptv_jax.pipeline.plan import Split, searched_sites
 from cptv_jax.progress import bar
 from cptv_jax.quantized.candidate import Space
-from cptv_jax.quantized.execution import Float, Simulated, Unrounded
+from cptv_jax.quantized.execution import FullPrecision, Simulated, Unrounded
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.runtime.forward import activation_bytes, outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once
@@ -68,7 +68,7 @@ def _teacher_stages(
     teacher: Model, base: QuantizedModel, search: SearchConfig, approximate: bool = False
 ) -> Sequence[Stage]:
     """What the quantized model is compared with. approximate: it need not be exact."""
-    return base.stages(Unrounded()) if search.teacher == "published" else teacher.stages(Float(approximate))
+    return base.stages(Unrounded()) if search.teacher == "published" else teacher.stages(FullPrecision(approximate))
 
 
 def evaluator_of(

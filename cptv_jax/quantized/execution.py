@@ -104,7 +104,7 @@ def _unquantized_state(parts: StageParts) -> dict[str, PyTree]:
 
 
 @dataclass(frozen=True)
-class Float:
+class FullPrecision:
     """Without any quantizer: the teacher.
 
     Attributes:

@@ -10,7 +10,7 @@ import numpy as np
 from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.models.architecture import Architecture, Weights, stage_graphs
 from cptv_jax.quantized.candidate import Binding, Space, StageParts, place_candidate
-from cptv_jax.quantized.execution import Execution, Float, ModelStageFunction, Simulated
+from cptv_jax.quantized.execution import Execution, FullPrecision, ModelStageFunction, Simulated
 from cptv_jax.quantized.layers import Path, arrays_at, layers_by_name, path_of, replace_arrays, stage_sites
 from cptv_jax.quantizers import Free, Quantizer, move_candidate
 from cptv_jax.recipe.spec import Recipe
@@ -40,7 +40,7 @@ class Model:
         source = f", from {self.source}" if self.source else ""
         return f"Model({self.architecture.name}: {count:,} weights in {len(self.weights)} stages{source})"
 
-    def stages(self, execution: Execution = Float()) -> tuple[Stage, ...]:  # noqa: B008 - frozen
+    def stages(self, execution: Execution = FullPrecision()) -> tuple[Stage, ...]:  # noqa: B008 - frozen
         """The stages of the float forward pass: the teacher.
 
         Args:
@@ -51,7 +51,7 @@ class Model:
         """
         return tuple(self.stage(name, execution) for name in stage_graphs(self.architecture))
 
-    def stage(self, name: str, execution: Execution = Float()) -> Stage:  # noqa: B008 - frozen
+    def stage(self, name: str, execution: Execution = FullPrecision()) -> Stage:  # noqa: B008 - frozen
         """One stage of the float forward pass.
 
         Args:

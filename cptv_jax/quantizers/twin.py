@@ -27,7 +27,8 @@ class TwinSoftmax(ScaledQuantizer):
 
     scale: fine step, (); where it changes, the coarse step and the split change by the same factor. ratio: coarse step
         over fine step, a power of two, so that steps are integers. levels: 2^(bits - 1) - 1.
-    overlap: 0, or 1 for the formula of the published code, which adds both ranges' results instead of choosing one: split more above the split, round(split / coarse step) coarse steps more below it.
+    overlap: 0, or 1 for the formula of the published code, which adds both ranges' results instead of
+        choosing one: split more above the split, round(split / coarse step) coarse steps more below it.
     """
 
     scale: Float[Array, ""]

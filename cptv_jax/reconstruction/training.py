@@ -66,7 +66,7 @@ def completed(config: ReconstructionConfig, defaults: ReconstructionConfig) -> R
 # ---- parameters ---------------------------------------------------------------------------------------------------
 # What is learned are steps of three kinds: "sites", of a candidate that holds what quantizers and biases have to move
 # (a dictionary of Free by site, which a search could go on with); "kernels", of quantized weights whose quantizer has
-# no learned rounding; "weights", of arrays that stay in float. The last two are added, by the array's path in the stage.
+# no learned rounding; "weights", of arrays that stay in float. The last two are added, by the array's path.
 
 
 @jax.tree_util.register_dataclass

@@ -142,9 +142,8 @@ class RunDirectory:
         number = int(earlier[-1].name) + 1 if earlier else 0
         trees = ("scales", "best_scales", "direction", "progress")
         described = {name: value for name, value in vars(state).items() if name not in trees}
-        tree = {
-            name: free_to_plain(getattr(state, name)) for name in trees if getattr(state, name)
-        }  # no empty ones in Orbax
+        present = [name for name in trees if getattr(state, name)]  # Orbax saves no empty tree
+        tree = {name: free_to_plain(getattr(state, name)) for name in present}
         save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
         self._drop(earlier)
 
