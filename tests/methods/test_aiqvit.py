@@ -15,7 +15,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.methods.aiqvit import AiqvitOptions, fit_focusing, quantize
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import Focusing, LowRank, OffsetUniform
+from cptv_jax.quantizers import Focusing, Free, LowRank, OffsetUniform
 from cptv_jax.reconstruction.blocks import reconstruct
 from cptv_jax.reconstruction.training import ReconstructionConfig
 from cptv_jax.runtime.forward import forward
@@ -132,7 +132,9 @@ def test_reconstruction_learns_terms_and_intervals_and_leaves_an_ordinary_model(
     assert isinstance(again, QuantizedModel)
     np.testing.assert_array_equal(logits(again, golden), logits(model, golden))
     scale = model.quantizers["blocks.1.attn.softmax"].scale
-    assert np.any(logits(model.with_parameters({"blocks.1.attn.softmax": scale * 2}), golden) != logits(model, golden))
+    assert np.any(
+        logits(model.with_candidates({"blocks.1": {"attn.softmax": Free(scale * 2)}}), golden) != logits(model, golden)
+    )
 
 
 def test_what_cannot_work_is_named(golden: Path) -> None:
