@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def _parser(command_given: str) -> argparse.ArgumentParser:
+def _parser(command_given: str = "quantize") -> argparse.ArgumentParser:
     """The whole command line, with what takes long to import only for the command that was given."""
     parser = _Parser(prog="cptv", description="Quantize Vision Transformers in JAX and improve them with CPT-V.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -37,7 +37,7 @@ OPTIONS = [
 CLI = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from cptv_jax.cli import main
+from cptv_jax.cli.main import main
 main()
 """
 
