@@ -69,7 +69,7 @@ class Model:
         return replace(self, weights=weights)
 
     def _path(self, site: str) -> tuple[str, list[str]]:
-        stage = next(name for name in self.weights if site.startswith(name + "."))
+        stage = max((name for name in self.weights if site.startswith(name + ".")), key=len)
         return stage, site.removeprefix(stage + ".").split(".")
 
 
@@ -112,11 +112,8 @@ class QuantizedModel:
         stages = []
         for name, graph in stage_graphs(self.model.architecture).items():
             prefix = name + "."
-            quantizers = {
-                site.removeprefix(prefix): quantizer
-                for site, quantizer in self.quantizers.items()
-                if site.startswith(prefix)
-            }
+            places = self.recipe.places
+            quantizers = {places[s].local: q for s, q in self.quantizers.items() if places[s].stage == name}
             weights = self.model.weights[name]
             if turned:
                 quantizers = _with_roundings(quantizers, weights, [s for s in quantizers if searched(prefix + s)])
