@@ -135,11 +135,16 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def _without_folder(word: str) -> str:
+    """A path without the folders of this machine, which say nothing to whoever reads the command."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def main() -> None:
     options = parse()
     measured: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *map(_without_folder, sys.argv[1:])]),
         "machine": machine(),
         "load_before": os.getloadavg()[0],
     }

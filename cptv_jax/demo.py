@@ -22,7 +22,7 @@ from cptv_jax.pipeline.quantize import quantize
 from cptv_jax.progress import bar
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.resolve import RecipeConfig
-from cptv_jax.storage.files import claimed
+from cptv_jax.storage.files import lock
 from cptv_jax.storage.models import load_float_model, save_model
 
 DIGITS_VIT = Architecture(
@@ -100,7 +100,7 @@ def run_demo(
     The trained model is kept beside it, as `{out}-model`.
     """
     checkpoint = out.with_name(f"{out.name}-model")
-    with claimed(out):  # what is wrong with it is said before the training, and two demos do not train one model
+    with lock(out):  # what is wrong with it is said before the training, and two demos do not train one model
         if (out / "run.json").exists() and not checkpoint.exists():
             raise InputError(f"{out} holds a run, but {checkpoint}, the demo's model, is absent; choose another --out")
         if checkpoint.exists():

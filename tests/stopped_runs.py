@@ -1,5 +1,6 @@
 """Small runs for the tests that stop them: what is run, how it is stopped, and everything that such a run leaves."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -43,8 +44,8 @@ def outcome_of(run: Path) -> dict[str, Any]:
         del metadata["files"]  # Orbax names them at random
         name = str(folder.relative_to(run))
         found[name] = metadata
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            found[name + jax.tree_util.keystr(path)] = (leaf.dtype, leaf.shape, leaf.tobytes())
+        for where, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[name + jax.tree_util.keystr(where)] = (leaf.dtype, leaf.shape, leaf.tobytes())
     for path in sorted(run.rglob("*")):
         if path.is_file() and not any(folder in path.parents for folder in checkpoints):
             found[str(path.relative_to(run))] = path.read_bytes()
@@ -80,9 +81,11 @@ class Saboteur:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, only: str = "") -> None:
         """only: strikes only at steps with this in their name."""
-        self.root, self.done, self.only = root, [], only
+        self.root, self.only = root, only
+        self.done: list[str] = []
         self.armed = True
         self._strike(monkeypatch, os, "replace", self.halve)
+        self._strike(monkeypatch, os, "unlink", self.halve)
         self._strike(monkeypatch, shutil, "rmtree", self.halve)
         self._strike(monkeypatch, ocp.PyTreeCheckpointer, "save", None)
 
@@ -126,8 +129,9 @@ class Saboteur:
     def moment(self) -> str:
         """Tells apart the times at which one file is written anew."""
         results = self.root / "results.json"
-        states = sorted(path.name for path in self.root.glob("state/[0-9]*"))
-        return f"after {states[-1:]}, {results.stat().st_size if results.exists() else 0}"
+        state = self.root / "state" / "state.json"
+        saved = hashlib.sha256(state.read_bytes()).hexdigest()[:8] if state.exists() else "none"
+        return f"after {saved}, {results.stat().st_size if results.exists() else 0}"
 
     @staticmethod
     def halve(path: Path) -> None:

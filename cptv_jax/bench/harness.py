@@ -26,7 +26,7 @@ from cptv_jax.progress import bar
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
 from cptv_jax.runtime.mesh import shared_by
-from cptv_jax.storage.files import claimed, digest, first_difference, refuse_foreign, write_atomically
+from cptv_jax.storage.files import digest, first_difference, lock, refuse_foreign, write_atomically
 from cptv_jax.storage.models import load_float_model
 
 KIND = "bench"  # bench.json tells a bench's directory
@@ -207,7 +207,7 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
     for run in runs:
         if configs.setdefault(run.name, run.config) != run.config:
             raise InputError(f"two different runs would be called {run.name}; give one of their files another name")
-    with claimed(out, KIND):
+    with lock(out, KIND):
         check_identity(out, identity)
         yield Bench(source, out, table, identity, refused)
 

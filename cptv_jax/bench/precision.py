@@ -28,7 +28,7 @@ from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
 from cptv_jax.report.plots import plotted
 from cptv_jax.runtime.mesh import make_mesh
 from cptv_jax.search import Evaluator, Objective
-from cptv_jax.storage.files import claimed, digest, refuse_foreign, write_atomically
+from cptv_jax.storage.files import digest, lock, refuse_foreign, write_atomically
 from cptv_jax.storage.models import load_float_model, save_model
 
 NAME = "precision"
@@ -188,7 +188,7 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
         "budget": options.budget,
         "config": to_mapping(config),
     }
-    with claimed(options.out, KIND):
+    with lock(options.out, KIND):
         check_identity(options.out, identity)
         kept = _Kept(options.out / f"{NAME}-measured.json")
         models = _models(model, plans, progress)

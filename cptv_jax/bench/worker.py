@@ -5,8 +5,8 @@ parent is gone) it ends too.
 """
 
 import json
+import math
 import os
-import resource
 import sys
 import threading
 import time
@@ -79,6 +79,10 @@ def peak_mib() -> float:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return float(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * _KIB / _MIB
     except (OSError, StopIteration):
+        try:
+            import resource  # here, not above: Windows has none
+        except ImportError:
+            return math.nan
         unit = 1 if sys.platform == "darwin" else _KIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
 

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from cptv_jax.runtime.mesh import stay_on_cpu
-
 _OF_CHILDREN = ("methods", "search")  # benches whose work is done by processes of their own
 
 
@@ -76,6 +74,15 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
 
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that every command has which computes."""
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="DIR|off",
+        help="where compiled programs are kept for the next run (default: a folder of the user's cache directory)",
+    )
+
+
 def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     """What every bench reads and where it writes."""
     parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
@@ -83,6 +90,7 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     parser.add_argument("--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND")
     parser.add_argument("--eval", dest="evaluation", required=True, help="labelled images, only evaluated on")
     parser.add_argument("--out", required=True, help="directory of the bench; an interrupted one is continued")
+    add_compilation_cache(parser)
     if held_out:
         text = "further images that only the objective in the table is measured on (default: 100)"
         parser.add_argument("--held-out", type=int, default=100, metavar="N", help=text)
@@ -92,6 +100,8 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the bench that was asked for and prints its table; 1 where no run could be measured."""
+    from cptv_jax.runtime.mesh import stay_on_cpu
+
     if args.bench in _OF_CHILDREN:
         stay_on_cpu()
     text, measured = {"methods": _methods, "search": _search, "precision": _precision}[args.bench](args)

@@ -1,16 +1,16 @@
 """The command `cptv`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cptv_jax.cli.bench import add_benches
-from cptv_jax.config.schema import QuantizeConfig, flatten
+from cptv_jax.cli.bench import add_benches, add_compilation_cache
 from cptv_jax.errors import InputError, did_you_mean
-from cptv_jax.runtime.mesh import use_all_cores
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command_given: str) -> argparse.ArgumentParser:
+    """The whole command line, with what takes long to import only for the command that was given."""
     parser = _Parser(prog="cptv", description="Quantize Vision Transformers in JAX and improve them with CPT-V.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -56,20 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND"
     )
-    quantize.add_argument("--config", help="YAML file (see configs/)")
+    quantize.add_argument("--config", help="YAML file, or the name of a shipped one (see cptv configs)")
     quantize.add_argument("--eval", dest="evaluation", help="labelled images, only evaluated on at the end")
     quantize.add_argument("--out", required=True, help="run directory; an interrupted run there is continued")
 
-    fields = quantize.add_argument_group("fields of the configuration", "They win over the file; values are YAML.")
-    for name, default in flatten(QuantizeConfig()).items():
-        shown = "null" if default is None else str(default).replace("%", "%%")
-        fields.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default: {shown}")
+    if command_given == "quantize":
+        _add_fields(quantize)
 
     evaluate = command("evaluate", "Accuracy of a run or a model on labelled images.")
     evaluate.add_argument("model", help="run directory, checkpoint, timm weight file or hub:ORG/NAME")
     evaluate.add_argument("--arch", help="timm name, where the file's name does not contain it")
     evaluate.add_argument("--images", required=True, help="labelled images: a folder or tfds:NAME:SPLIT")
     evaluate.add_argument("--limit", type=int, help="use so many images, chosen by seed 0")
+
+    command("configs", "List the configurations that come with the package, for --config NAME.")
 
     report = command("report", "Print a run's report.")
     report.add_argument("run", help="run directory")
@@ -78,7 +79,18 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = command("compare", "Hold this library against results of PyTorch code in the interchange format.")
     compare.add_argument("files", nargs="+", metavar="FILE", help="result files (.npz)")
+    for computing in (demo, quantize, evaluate, compare):
+        add_compilation_cache(computing)
     return parser
+
+
+def _add_fields(quantize: argparse.ArgumentParser) -> None:
+    from cptv_jax.config.schema import QuantizeConfig, flatten
+
+    fields = quantize.add_argument_group("fields of the configuration", "They win over the file; values are YAML.")
+    for name, default in flatten(QuantizeConfig()).items():
+        shown = "null" if default is None else str(default).replace("%", "%%")
+        fields.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"default: {shown}")
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -93,7 +105,7 @@ def _import(args: argparse.Namespace) -> int:
 def _quantize(args: argparse.Namespace) -> int:
     from cptv_jax import data
     from cptv_jax.config.loading import load_config, override
-    from cptv_jax.config.schema import check
+    from cptv_jax.config.schema import QuantizeConfig, check, flatten
     from cptv_jax.evaluation import check_labels, check_unseen
     from cptv_jax.pipeline.quantize import quantize
     from cptv_jax.storage.files import refuse_foreign
@@ -145,6 +157,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _configs(args: argparse.Namespace) -> int:
+    from cptv_jax.config.shipped import names, summary_of
+
+    width = max(map(len, names()))
+    for name in names():
+        print(f"{name:{width}s}  {summary_of(name)}")
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     path = Path(args.run) / "report.md"
     if not path.exists():
@@ -183,10 +204,22 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "import": _import,
     "quantize": _quantize,
     "evaluate": _evaluate,
+    "configs": _configs,
     "report": _report,
     "bench": _bench,
     "compare": _compare,
 }
+
+
+def _prepare(compilation_cache: str | None) -> None:
+    """What a command that computes asks of JAX, before JAX starts."""
+    from cptv_jax.runtime.compilation_cache import use_compilation_cache
+
+    use_compilation_cache(compilation_cache)  # before JAX is imported
+    from cptv_jax.runtime.mesh import use_all_cores
+
+    with suppress(InputError):  # a program that calls main() may have started JAX as it likes
+        use_all_cores()
 
 
 def _complain(message: str) -> None:
@@ -195,9 +228,13 @@ def _complain(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command; exits 0, 1 (compare: beyond tolerance), 2 (bad input) or 130 (interrupted)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is shown with escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        use_all_cores()
-        args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+        given = list(sys.argv[1:] if argv is None else argv)
+        args = _parser(given[0] if given else "").parse_args(given)
+        if "compilation_cache" in args:
+            _prepare(args.compilation_cache)
         code = _COMMANDS[args.command](args)
         sys.stdout.flush()
     except InputError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# "What parity means" in shared/golden/README.md, steps 1 to 5.
+# What parity with the recordings means; each step allows what the ones before it cannot exclude.
 PARAMETER_RELATIVE = 1e-4
 PARAMETERS_OFF = 1e-3  # fraction of all values
 WEIGHT_ABSOLUTE = 1e-5
@@ -60,7 +60,8 @@ class Floor:
     logits_mean: float
 
 
-# Source: the table "Noise floor" in shared/golden/README.md, columns "block_out elems off" and "mean abs diff".
+# How far the published code is off itself from one machine to the next: the share of elements of a block's output that
+# differ, and the mean difference of logits.
 _FLOORS = {
     "evolq_cfg_w4a8": Floor("evol-q", 0.014, 0.0057),
     "evolq_fq_w4a8": Floor("evol-q", 0.012, 0.0043),

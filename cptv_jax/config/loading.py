@@ -4,26 +4,34 @@ import dataclasses
 import types
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from cptv_jax.config.schema import QuantizeConfig, flatten, to_mapping
+from cptv_jax.config.shipped import find_config
 from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.storage.run_file import refuse_config_of_other_format
 
 T = TypeVar("T")
 
 
 def load_config(path: str | None) -> QuantizeConfig:
-    """The configuration in a YAML file (defaults where it is silent), or all defaults for None.
+    """Reads a configuration; fields that it does not set have their defaults.
 
-    Raises InputError for a missing or malformed file, an unknown field or a value of the wrong type.
+    Args:
+        path: a YAML file, or the name of a shipped configuration such as "evol-q_w4a8"; None for all defaults.
+
+    Raises:
+        InputError: the file is missing, malformed or of a run of another format, a field is unknown, or a value has
+            the wrong type.
     """
     if path is None:
         return QuantizeConfig()
+    file = find_config(path)
+    refuse_config_of_other_format(file)
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no configuration file {path}; check --config") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -128,7 +128,7 @@ def quantize(
     # Candidates are dropped between chunks of images, so there should be several.
     size = options.images_at_once or max(1, min(rows, len(images) // _CHUNKS))
     at_once = options.candidates_at_once or max(1, min(rows // size, _AT_ONCE))
-    search = resolve(options, recipe.name, at_once, arithmetic_for(recipe))
+    search = resolve(options, recipe.name, at_once, arithmetic_for(model.architecture, recipe))
     inputs, outputs = float_stage_inputs(model, _chunks(images, size))
     gradients = None
     if search.loss.metric == "hessian":

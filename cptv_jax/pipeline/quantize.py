@@ -17,7 +17,7 @@ from cptv_jax.pipeline.search_phase import improve
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.reconstruction.blocks import reconstruct
-from cptv_jax.storage.files import claimed, digest
+from cptv_jax.storage.files import digest, lock
 from cptv_jax.storage.run_directory import RunDirectory
 
 
@@ -97,7 +97,7 @@ def quantize(
         "weights": digest(model.weights),
         "images": digest(images.pixels),
     }
-    with claimed(Path(out)):
+    with lock(Path(out)):
         run = RunDirectory(Path(out), identity)
         return _continue(model, plan, run, evaluation, progress, on_phase)
 

@@ -18,17 +18,36 @@ _MEMORY_SHARE = 0.5  # of an accelerator's memory, for activations
 
 
 def use_all_cores() -> None:
-    """Makes every CPU core a device of its own, where JAX has not started yet and nobody has chosen otherwise.
+    """Makes every CPU core a device of its own; call it before JAX computes anything.
 
-    XLA's CPU backend runs most operations on one core; two programs side by side keep two cores busy.
+    XLA's CPU backend runs most operations on one core; two programs side by side keep two cores busy. Losses and
+    logits are the same bits on any number of devices. A number of devices that somebody has chosen already
+    (`jax_num_cpu_devices`, or `xla_force_host_platform_device_count` in XLA_FLAGS) stays. The command line does this by
+    itself; on accelerators it changes nothing that matters.
+
+    Raises:
+        InputError: JAX has started with fewer devices, and nothing can be changed in this process.
+
+    Example:
+        >>> import cptv_jax
+        >>> cptv_jax.use_all_cores()
+        >>> import jax
+        >>> jax.device_count()  # on a machine of two cores
+        2
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.config.jax_num_cpu_devices not in (-1, 1):  # type: ignore[attr-defined]
         return
     try:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    except (RuntimeError, AttributeError):  # JAX has started; or this system has no affinities
-        return
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError:
+        found = len(jax.local_devices(backend="cpu"))
+        if found < cores:
+            raise InputError(
+                f"JAX has started already, with {found} CPU device(s) for {cores} cores; "
+                "call cptv_jax.use_all_cores() before anything that computes"
+            ) from None
 
 
 def stay_on_cpu() -> None:

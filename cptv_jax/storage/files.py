@@ -1,44 +1,22 @@
 """Files written whole or not at all, digests of arrays, and directories held by one process."""
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import filelock
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from cptv_jax.errors import InputError
-
-# ---- trees of arrays ------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    """sha256 of every file below a directory, by relative path."""
-    digests = {}
-    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with file.open("rb") as opened:
-            digests[file.relative_to(directory).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
-
 
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network and user-space file systems answer
@@ -47,26 +25,72 @@ _PACKAGES = ("cptv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 _logger = logging.getLogger(__name__)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old content or the new, whatever happens in between.
+
+    Args:
+        path: the file to write or to replace; its folder exists.
+        text: the content, written as UTF-8. Bytes of a file name that are not UTF-8 appear as escapes.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+    replace_atomically(path, lambda file: file.write(content))
+
+
+def replace_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Lets a function write a file that then appears under its name whole; an error leaves nothing behind.
+
+    Args:
+        path: the file to write or to replace; its folder exists.
+        write: writes the content to an open binary file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def digest_files(directory: Path) -> dict[str, str]:
+    """Returns the sha256 of every file below a directory, by relative path."""
+    digests = {}
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with file.open("rb") as opened:
+            digests[file.relative_to(directory).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
 def digest(tree: PyTree) -> str:
-    """sha256 over the shapes, dtypes and bytes of a pytree's arrays."""
+    """Returns the sha256 over the shapes, dtypes and bytes of a pytree's arrays."""
     hashed = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf, order="C")
         hashed.update(f"{array.shape}{array.dtype}".encode())
         hashed.update(array.data)
     return hashed.hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that determine the numbers."""
+    """Returns the versions of Python and of the packages that determine the numbers."""
     packages = {name: version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **packages}
 
 
 def refuse_foreign(path: Path, kind: str = "run") -> None:
-    """Raises InputError where a run (or, by {kind}.json, another kind of work) cannot live: a file, or a directory
-    that holds something else.
+    """Refuses a path where no run can live: a file, or a directory that holds something else.
+
+    Args:
+        path: the directory that --out names; it need not exist.
+        kind: what shall live there, as in the name of its file {kind}.json.
+
+    Raises:
+        InputError: the path cannot be used.
     """
+    refuse_undecodable(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {path} is a file; choose a directory")
     if (
@@ -77,31 +101,46 @@ def refuse_foreign(path: Path, kind: str = "run") -> None:
         raise InputError(f"--out {path} is not empty and not a {kind}; choose another directory")
 
 
+def refuse_undecodable(path: Path) -> None:
+    """Raises InputError for a checkpoint's path that is not UTF-8: Orbax can neither write nor read there."""
+    try:
+        os.fspath(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fspath(path.absolute()).encode("utf-8", "backslashreplace").decode("utf-8")
+        raise InputError(f"the name of {shown} is not valid UTF-8; rename it or choose another folder") from None
+
+
 @contextmanager
-def claimed(path: Path, kind: str = "run") -> Iterator[None]:
+def lock(path: Path, kind: str = "run") -> Iterator[None]:
     """Holds the directory of a run (or of another kind of work), made if need be, for one process at a time.
 
-    The kernel lets go of the lock when the process ends, however it ends; the (hidden, empty) file stays.
-    Raises InputError where it cannot live or another process holds the directory.
+    The system releases the lock when the process ends, however it ends; the (hidden, empty) file stays. On a file
+    system without locks there is only a warning.
+
+    Args:
+        path: the directory.
+        kind: see `refuse_foreign`.
+
+    Raises:
+        InputError: the directory cannot be used, or another process holds it.
     """
     refuse_foreign(path, kind)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / _LOCK, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process is working in {path}; wait for it or end it, or choose another --out"
-            ) from None
+            held = filelock.lock_descriptor(file.fileno(), blocking=False)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             _logger.warning("%s is on a file system without locks; start one process only", path)
+            held = True
+        if not held:
+            raise InputError(f"another process is working in {path}; wait for it or end it, or choose another --out")
         yield
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> str | None:
-    """Where two nested mappings of plain data differ first, in words; None where they are equal."""
+    """Says in words where two nested mappings of plain data differ first; None where they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
             different = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)

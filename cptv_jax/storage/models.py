@@ -17,40 +17,9 @@ from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import architecture_named, guess_architecture
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.quantizers import (
-    BiasCorrected,
-    DualUniform,
-    Focusing,
-    FractionalUniform,
-    Log2,
-    LogSqrt2,
-    LowRank,
-    OffsetUniform,
-    Quantizer,
-    TwinGelu,
-    TwinSoftmax,
-    Uniform,
-)
+from cptv_jax.quantizers import QUANTIZERS, Quantizer, name_of_quantizer
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 from cptv_jax.storage.trees import METADATA, restore_tree, save_tree
-
-_QUANTIZERS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Uniform,
-        OffsetUniform,
-        FractionalUniform,
-        DualUniform,
-        Log2,
-        LogSqrt2,
-        Focusing,
-        BiasCorrected,
-        LowRank,
-        TwinSoftmax,
-        TwinGelu,
-    )
-}
-
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
@@ -101,11 +70,18 @@ def _recipe_from_json(data: Mapping[str, Any], architecture: Architecture) -> Re
     return Recipe(**{**values, "sites": specs, "places": dict(site_table(architecture))})
 
 
-def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
-    """The class of a quantizer and of the quantizers within it."""
+def _quantizer_to_json(site: str, quantizer: Quantizer) -> dict[str, Any]:
+    """The registered names of a quantizer's class and of those within it. Raises InputError where one has none."""
+    kind = name_of_quantizer(quantizer)
+    if kind is None:
+        cls = type(quantizer).__name__
+        raise InputError(
+            f"the quantizer of {site} is a {cls}, a class that no file could name; "
+            f'call register_quantizer("{cls}", {cls}) where it is defined, then save again'
+        )
     nested = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
-    inner = {name: _quantizer_to_json(value) for name, value in nested.items() if isinstance(value, Quantizer)}
-    return {"kind": type(quantizer).__name__, **inner}
+    inner = {name: _quantizer_to_json(site, value) for name, value in nested.items() if isinstance(value, Quantizer)}
+    return {"kind": kind, **inner}
 
 
 def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
@@ -114,12 +90,17 @@ def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
     return {name: _quantizer_to_arrays(v) if isinstance(v, Quantizer) else v for name, v in present.items()}
 
 
-def _quantizer_from(description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:
+def _quantizer_from(where: str, description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:
     values = {
-        name: _quantizer_from(description[name], value) if name in description else jnp.asarray(value)
+        name: _quantizer_from(where, description[name], value) if name in description else jnp.asarray(value)
         for name, value in arrays.items()
     }
-    return _QUANTIZERS[description["kind"]](**values)
+    if description["kind"] not in QUANTIZERS:
+        raise InputError(
+            f"{where} is of class '{description['kind']}', which is not registered here; "
+            "import the code that registers it first"
+        )
+    return QUANTIZERS[description["kind"]](**values)
 
 
 def save_model(path: Path, model: Model | QuantizedModel) -> None:
@@ -137,7 +118,7 @@ def save_model(path: Path, model: Model | QuantizedModel) -> None:
         metadata |= {
             "kind": "quantized",
             "recipe": _recipe_to_json(model.recipe),
-            "quantizers": {site: _quantizer_to_json(q) for site, q in model.quantizers.items()},
+            "quantizers": {site: _quantizer_to_json(site, q) for site, q in model.quantizers.items()},
         }
     save_tree(path, tree, metadata)
 
@@ -161,7 +142,10 @@ def _load_checkpoint(path: Path) -> Model | QuantizedModel:
         recipe = _recipe_from_json(metadata["recipe"], architecture)
         # In the recipe's order: JSON keeps it, Orbax sorts.
         quantizers = {
-            site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites
+            site: _quantizer_from(
+                f"{path / METADATA}: the quantizer of {site}", metadata["quantizers"][site], tree["quantizers"][site]
+            )
+            for site in recipe.sites
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -10,62 +10,69 @@ import yaml
 
 from cptv_jax.errors import InputError
 from cptv_jax.quantized.model import QuantizedModel
+from cptv_jax.quantizers import free_from_plain, free_to_plain
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import first_difference, refuse_foreign, versions, write_atomically
 from cptv_jax.storage.models import load_model, save_model
-from cptv_jax.storage.trees import restore_tree, save_tree
+from cptv_jax.storage.run_file import RUN_FILE, RUN_FORMAT, read_run_file
+from cptv_jax.storage.search_states import load_search_state, remove_leftovers, save_search_state
+
+_TREES = ("scales", "best_scales", "direction", "progress")  # of a search's state: what holds arrays
 
 
 class RunDirectory:
-    """Files of one run.
+    """The files of one run.
 
-    config.yaml: the resolved configuration. run.json: identity (configuration, model, images), versions, status.
-    One process at a time works in it, under `claimed`.
-    base/, model/: checkpoints before and after the search. reconstruction/: while blocks are reconstructed, the model
-    so far, named by the stages that are done. state/: where the search stands, one checkpoint a step,
-    the newest only. results.json: accuracies. log.jsonl: accepted steps and passes.
+    config.yaml: the resolved configuration. run.json: the format of the directory, the run's identity (configuration,
+    model, images) and versions. base/, model/: checkpoints before and after the search. reconstruction/: while blocks
+    are reconstructed, the model so far, named by the number of stages that are done. state/: where the search stands.
+    results.json: accuracies. log.jsonl: accepted steps and passes.
+
+    One process at a time works in a run, under `files.lock`.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Opens a directory, new or of an interrupted run.
+        """Opens a directory, a new one or that of an interrupted run.
 
-        identity: everything that determines the result. Raises InputError when the directory holds anything else than
-        a run with the same identity.
+        Args:
+            path: the directory, made if need be.
+            identity: everything that determines the result, as plain data; "config" is the configuration.
+
+        Raises:
+            InputError: the directory holds anything else than a run of this format with the same identity.
         """
         self.path = path
         refuse_foreign(path)
-        known = path / "run.json"
+        known = path / RUN_FILE
         identity = json.loads(json.dumps(identity))  # as it is read back
         if known.exists():
-            try:
-                found = json.loads(known.read_text(encoding="utf-8"))["identity"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{known} is damaged; choose another --out") from None
-            different = first_difference(found, identity)
+            begun = read_run_file(known)
+            different = first_difference(begun["identity"], identity)
             if different:
                 raise InputError(
                     f"{path} holds a run with other settings ({different}); "
                     "choose another --out, or repeat the original command to continue it"
                 )
-            self._refuse_other_versions(known)
+            self._refuse_other_versions(begun)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
+            description = {"format": RUN_FORMAT, "identity": identity, "versions": versions()}
+            write_atomically(known, json.dumps(description, indent=1))
         write_atomically(path / "config.yaml", yaml.safe_dump(identity["config"], sort_keys=False))
         # What an interruption left:
-        self._drop(self._numbered("state")[:-1])
+        remove_leftovers(path / "state")
         if (path / "base").exists():
             self.drop_reconstruction()
         else:
             self._drop(self._numbered("reconstruction")[:-1])
 
-    def _refuse_other_versions(self, known: Path) -> None:
-        """An unfinished run goes on with what it began with, or its result would be neither version's."""
-        begun, here = (
+    def _refuse_other_versions(self, begun: Mapping[str, Any]) -> None:
+        """An unfinished run goes on with the versions that it began with, or its result would be neither's."""
+        there, here = (
             {name: number for name, number in found.items() if name != "python"}
-            for found in (json.loads(known.read_text(encoding="utf-8")).get("versions", {}), versions())
+            for found in (begun.get("versions", {}), versions())
         )
-        different = first_difference(begun, here) if begun else None
+        different = first_difference(there, here) if there else None
         if different and not (self.path / "model").exists():
             raise InputError(
                 f"{self.path} holds an unfinished run of other versions ({different}); "
@@ -132,28 +139,22 @@ class RunDirectory:
             shutil.rmtree(path)
 
     def save_state(self, state: SearchState) -> None:
-        """Rewrites the log and writes the search's state, then drops older ones.
+        """Rewrites the log and saves the search's state; arrays that did not change are not written again.
 
         The log comes first: ahead of the state it is only written again, behind the last state it would stay so.
         """
         self.write_log(state)
-        earlier = self._numbered("state")
-        number = int(earlier[-1].name) + 1 if earlier else 0
-        trees = ("scales", "best_scales", "direction", "progress")
-        described = {name: value for name, value in vars(state).items() if name not in trees}
-        tree = {name: getattr(state, name) for name in trees if getattr(state, name)}  # Orbax saves no empty tree
-        save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
-        self._drop(earlier)
+        described = {name: value for name, value in vars(state).items() if name not in _TREES}
+        trees = {name: free_to_plain(getattr(state, name)) for name in _TREES}
+        save_search_state(self.path / "state", trees, described)
 
     def state(self) -> SearchState | None:
-        """The newest saved state, if any."""
-        saved = self._numbered("state")
-        if not saved:
+        """Reads the saved state, if there is one. Raises InputError where it is damaged."""
+        saved = load_search_state(self.path / "state")
+        if saved is None:
             return None
-        tree, metadata = restore_tree(saved[-1])
-        described = dict(metadata["search"])
-        described["log"] = tuple(described["log"])
-        return SearchState(**tree, **described)
+        trees, described = saved
+        return SearchState(**{**described, **free_from_plain(trees), "log": tuple(described["log"])})
 
     def write_log(self, state: SearchState) -> None:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))

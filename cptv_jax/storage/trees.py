@@ -9,42 +9,66 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from cptv_jax.errors import InputError
-from cptv_jax.storage.files import _digests, write_atomically
+from cptv_jax.storage.files import digest_files, refuse_undecodable, write_atomically
 from cptv_jax.storage.interrupts import interrupts_deferred
 
 FORMAT = "cptv-jax checkpoint"
 VERSION = 1
 METADATA = "metadata.json"
 _ARRAYS = "arrays"
+_MB = 1e6
 
 
 def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     """Writes nested dictionaries of arrays and their metadata as a new directory; it appears whole or not at all.
 
-    Raises InputError when `path` exists.
+    Args:
+        path: the directory to make, and its parents.
+        tree: nested dictionaries of arrays.
+        metadata: plain data, which `restore_tree` returns with the arrays.
+
+    Raises:
+        InputError: `path` exists, is not UTF-8, or is on a disk that has no room.
     """
+    import orbax.checkpoint as ocp  # here, not above: it takes a third of a second to import
+
     if path.exists():
         raise InputError(f"{path} exists already; choose another name or remove it first")
+    refuse_undecodable(path)
+    arrays = jax.tree.map(np.asarray, tree)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    arrays = jax.tree.map(np.asarray, tree)
-    # An interrupt that unwound Orbax halfway would leave threads behind that print tracebacks as the process ends.
-    with interrupts_deferred(), ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        **metadata,
-        "tree": jax.tree.map(lambda _: "array", arrays),
-        "files": _digests(temporary / _ARRAYS),
-    }
-    write_atomically(temporary / METADATA, json.dumps(description, indent=1))
-    os.replace(temporary, path)
+    _refuse_full_disk(path, sum(array.nbytes for array in jax.tree.leaves(arrays)))
+    try:
+        # An interrupt that unwound Orbax halfway would leave threads behind that print tracebacks as the process ends.
+        with interrupts_deferred(), ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            **metadata,
+            "tree": jax.tree.map(lambda _: "array", arrays),
+            "files": digest_files(temporary / _ARRAYS),
+        }
+        write_atomically(temporary / METADATA, json.dumps(description, indent=1))
+        os.replace(temporary, path)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _refuse_full_disk(path: Path, needed: int) -> None:
+    """Raises InputError for too little space for so many bytes: Orbax would print tracebacks from its threads."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise InputError(
+            f"{path} needs {needed / _MB:.1f} MB, but {free / _MB:.1f} MB are left on its disk; "
+            "make room or choose another place"
+        )
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -71,10 +95,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def restore_tree(path: Path) -> tuple[PyTree, dict[str, Any]]:
-    """Arrays (NumPy) and metadata of a checkpoint directory. Raises InputError where it is damaged."""
+    """Reads a checkpoint directory.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        Its nested dictionaries of arrays (NumPy), and its metadata.
+
+    Raises:
+        InputError: it is no checkpoint, of a newer format, or damaged.
+    """
+    import orbax.checkpoint as ocp  # as in save_tree
+
+    refuse_undecodable(path)
     metadata = read_metadata(path)
     # Checked before Orbax reads them: of a damaged file it also prints tracebacks from its threads.
-    expected, found = metadata.get("files"), _digests(path / _ARRAYS)
+    expected, found = metadata.get("files"), digest_files(path / _ARRAYS)
     if not isinstance(expected, dict) or not isinstance(metadata.get("tree"), dict):
         raise InputError(f"{path / METADATA} does not describe its arrays; import or quantize again")
     for name, digest in expected.items():

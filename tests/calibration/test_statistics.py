@@ -11,6 +11,7 @@ from cptv_jax.calibration import observers
 from cptv_jax.calibration.statistics import calibrate
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.walk import _compiled_visit
+from cptv_jax.quantized.execution import FullPrecision
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
 from cptv_jax.recipe.presets import PRESETS
@@ -54,7 +55,7 @@ def test_ranges_are_those_of_the_float_forward_pass_stage_after_stage(golden: Pa
     model, recipe = small_model(golden), recipe_of(**PLAIN)
     batches = [images(golden)[:8], images(golden)[8:16]]
     quantizers = calibrate(model, batches, recipe)
-    outputs = [stage_inputs(model.stages(all_tokens=True), batch) for batch in batches]
+    outputs = [stage_inputs(model.stages(FullPrecision(all_tokens=True)), batch) for batch in batches]
     # Each stage's last site is its output, so a stage fed with anything else would show. XLA compiles the observed
     # forward anew, hence a few roundings.
     last_sites = ["embed.sum", *(f"blocks.{i}.residual2" for i in range(3))]

@@ -18,6 +18,7 @@ from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.models.vit_family import VIT
+from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime import arithmetics
@@ -110,7 +111,7 @@ def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: s
         images = jnp.asarray(file["calib_images"].transpose(0, 2, 3, 1)[:32])
     recipe = resolve(RecipeConfig(preset=preset, weight_bits=bits), sites_of(SMALL))
     quantized = METHODS["fq-vit"].quantize(model, [images], recipe, jax.random.key(0))
-    outputs = {name: forward(quantized.stages(arithmetic=name), images) for name in supported_arithmetics()}
+    outputs = {name: forward(quantized.stages(Simulated(name)), images) for name in supported_arithmetics()}
     for name in supported_arithmetics():
         np.testing.assert_array_equal(outputs[name].logits, outputs["float32"].logits, name)
         np.testing.assert_array_equal(outputs[name].features, outputs["float32"].features, name)
@@ -118,7 +119,7 @@ def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: s
         site: replaced_zero_point(quantizer) if site == "blocks.0.norm1" else quantizer
         for site, quantizer in quantized.quantizers.items()
     }
-    stages = type(quantized)(model, recipe, fractional).stages(arithmetic=supported_arithmetics()[-1])
+    stages = type(quantized)(model, recipe, fractional).stages(Simulated(supported_arithmetics()[-1]))
     assert stages[1].function.arithmetic.name == "float32"  # type: ignore[attr-defined]
 
 

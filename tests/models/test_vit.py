@@ -18,6 +18,7 @@ from cptv_jax.models.vit import VisionTransformer, ViTConfig
 from cptv_jax.models.vit_family import VIT
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import ZOO
+from cptv_jax.quantized.execution import FullPrecision
 from cptv_jax.quantized.model import Model
 from cptv_jax.runtime.forward import apply_stage, forward, stage_inputs
 
@@ -163,7 +164,7 @@ def test_blocks_of_deit_tiny_on_timm_s_input_are_timm_s(shared: Path, first: str
     model, arrays = tiny(shared)
     names = TINY.stage_names
     x: Any = Tensor(jnp.asarray(arrays[f"stage:{first}"]))
-    for stage in model.stages(all_tokens=True)[names.index(first) + 1 : names.index(last) + 1]:
+    for stage in model.stages(FullPrecision(all_tokens=True))[names.index(first) + 1 : names.index(last) + 1]:
         x = apply_stage(stage.function, stage.state, x)
     expected = arrays[f"stage:{last}"]
     # Five or six blocks; a token's few large channels carry errors of 2^-23 of their own size.

@@ -27,7 +27,7 @@ from cptv_jax.quantizers import BiasCorrected
 from cptv_jax.recipe.resolve import RecipeConfig
 from cptv_jax.runtime.forward import forward
 from cptv_jax.search import Objective
-from cptv_jax.storage.files import claimed
+from cptv_jax.storage.files import lock
 
 TINY = Architecture(
     "tiny",
@@ -343,7 +343,7 @@ def test_a_finished_run_measures_other_evaluation_images_anew(
 
 
 def test_a_run_that_another_process_works_on_is_refused(model: Model, calibration: Images, tmp_path: Path) -> None:
-    with claimed(tmp_path / "run"):  # a lock belongs to the opened file, so this stands for another process
+    with lock(tmp_path / "run"):  # a lock belongs to the opened file, so this stands for another process
         with pytest.raises(InputError, match="another process is working in"):
             quantize(model, calibration, CONFIG, out=tmp_path / "run")
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

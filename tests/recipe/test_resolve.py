@@ -100,7 +100,7 @@ def test_what_stays_in_float(preset: str) -> None:
 def test_ptq4vit_and_its_baseline(preset: str) -> None:
     """What linear layers and matmuls read, and weights, but not the image; signed symmetric, set by the method."""
     recipe = make(preset=preset, weight_bits=4, activation_bits=6)
-    common = {"signed": True, "symmetric": True, "observer": "method"}
+    common: dict[str, Any] = {"signed": True, "symmetric": True, "observer": "method"}
     weight, activation = SiteSpec("uniform", 4, **common), SiteSpec("uniform", 6, **common)
     head = SiteSpec("uniform", 6, per_head=True, **common)
     qkv = SiteSpec("uniform", 4, parts=3, **common)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from stopped_runs import CONFIG, DEEPER, Saboteur, assert_same, outcome_of
@@ -36,17 +36,17 @@ def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
     saboteur = Saboteur(tmp_path / "killed", monkeypatch)
     saboteur.go_on_until_done(lambda: call(tmp_path / "killed"))
     assert sum(label.startswith("replace log.jsonl") for label in saboteur.done) == 5
+    assert sum(label.startswith("replace state/state.json") for label in saboteur.done) == 5
     assert sum(label.startswith("replace results.json") for label in saboteur.done) == 3
+    for step in ("replace", "unlink"):  # parts of the state, written before it names them and removed after
+        assert any(label.startswith(f"{step} state/") and ".npz " in label for label in saboteur.done)
     saboteur.assert_struck(
         "replace run.json",
         "replace config.yaml",
         "save .base.tmp/arrays",
         "replace base",
-        "save state/.000000.tmp/arrays",
-        "replace state/000000",
-        "rmtree state/000003",
         "replace log.jsonl",
-        "replace state/000004",
+        "replace state/state.json",
         "save .model.tmp/arrays",
         "replace model",
         "replace results.json",
@@ -70,7 +70,7 @@ def test_a_guided_run_goes_on_from_within_a_proposal(
     outcome = call(tmp_path / "whole")
     taken = [record["fraction"] for record in outcome.log if record["event"] == "proposal"]
     assert any(taken) and len(taken) == 3  # two openings and the proposal
-    saboteur = Saboteur(tmp_path / "killed", monkeypatch, only="save state/")
+    saboteur = Saboteur(tmp_path / "killed", monkeypatch, only="replace state/state.json")
     saboteur.go_on_until_done(lambda: call(tmp_path / "killed"))
     assert (
         len(saboteur.done) == 1 + 2 + 2 + 1 + 4
@@ -97,7 +97,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
     first = call(tmp_path / "run")
     expected = outcome_of(tmp_path / "run")
 
-    def fail(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> NoReturn:
         raise AssertionError("computed again")
 
     with pytest.MonkeyPatch.context() as patch:

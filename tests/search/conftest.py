@@ -17,6 +17,7 @@ from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.models.vit_family import VIT
+from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime.forward import forward
@@ -160,7 +161,8 @@ def make_vit(vit_model: tuple[QuantizedModel, np.ndarray]) -> Callable[[Sequence
     quantized, images = vit_model
 
     def make(sites: Sequence[str]) -> Subject:
-        stages = quantized.stages(lambda site: site.startswith("blocks.") and site.split(".", 2)[2] in sites)
+        searched = [s for s in quantized.quantizers if s.startswith("blocks.") and s.split(".", 2)[2] in sites]
+        stages = quantized.stages(space=Space(searched))
         return Subject(stages, quantized.model.stages(), images)
 
     return make

@@ -28,6 +28,7 @@ from cptv_jax.models.preprocessing import Preprocessing  # noqa: E402
 from cptv_jax.models.timm_weights import from_timm  # noqa: E402
 from cptv_jax.models.vit import ViTConfig  # noqa: E402
 from cptv_jax.models.vit_family import VIT  # noqa: E402
+from cptv_jax.quantized.candidate import Space  # noqa: E402
 from cptv_jax.quantized.model import Model  # noqa: E402
 from cptv_jax.recipe.resolve import RecipeConfig, resolve  # noqa: E402
 from cptv_jax.runtime.forward import outputs  # noqa: E402
@@ -43,7 +44,9 @@ with np.load(folder / "data.npz") as file:
     images = np.ascontiguousarray(file["calib_images"].transpose(0, 2, 3, 1)[:48])
 recipe = resolve(RecipeConfig(weight_bits=4, activation_observer="minmax"), sites_of(architecture))
 quantized = METHODS["fq-vit"].quantize(model, [jnp.asarray(images[:16])], recipe, jax.random.key(0))
-stages = quantized.stages(lambda site: site.endswith(("attn.qkv.weight", "attn.proj.weight")))
+stages = quantized.stages(
+    space=Space([site for site in quantized.quantizers if site.endswith(("attn.qkv.weight", "attn.proj.weight"))])
+)
 batches = [images[:24], images[24:]]
 teacher = [outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
 strategy = Generational(sigma=0.05, children=8)

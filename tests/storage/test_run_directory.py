@@ -1,24 +1,24 @@
 """The directory of a run: what it holds, and whom it lets in."""
 
 import errno
-import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
-from cptv_jax import InputError
+from cptv_jax import InputError, load_config
 from cptv_jax.search.state import SearchState
-from cptv_jax.storage.files import claimed, digest, versions
+from cptv_jax.storage.files import digest, lock, versions
 from cptv_jax.storage.run_directory import RunDirectory
+from cptv_jax.storage.run_file import RUN_FORMAT
 
 IDENTITY: dict[str, Any] = {
     "config": {"seed": 0, "search": {"sites": ("a", "b"), "step": None}},
@@ -29,7 +29,10 @@ IDENTITY: dict[str, Any] = {
 
 
 def state(position: int) -> SearchState:
-    scales = {"blocks.0": {"attn.qkv.weight": np.float32([0.1, 1e-30]) * position}, "blocks.1": {"fc": jnp.ones(())}}
+    scales = {
+        "blocks.0": {"attn.qkv.weight": np.array([0.1, 1e-30], np.float32) * position},
+        "blocks.1": {"fc": jnp.ones(())},
+    }
     log = tuple({"event": "accepted", "loss": 0.1 * i, "held_out": None} for i in range(position + 1))
     return SearchState(scales, 0, position, loss=0.1 + position, evaluations=3 * position, best_scales=scales, log=log)
 
@@ -84,8 +87,8 @@ def test_a_run_with_another_identity_is_refused_by_the_difference(
 HOLD = """
 import sys, time
 from pathlib import Path
-from cptv_jax.storage.files import claimed
-with claimed(Path(sys.argv[1])):
+from cptv_jax.storage.files import lock
+with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -98,12 +101,12 @@ def test_one_process_at_a_time_holds_a_run_and_a_killed_one_holds_nothing(tmp_pa
         try:
             assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
             says = r"another process is working in .*run; wait for it or end it, or choose another --out"
-            with pytest.raises(InputError, match=says), claimed(out):
+            with pytest.raises(InputError, match=says), lock(out):
                 pass
         finally:
             holder.kill()
     for _ in range(2):  # after the kill, and after an orderly end
-        with claimed(out):
+        with lock(out):
             RunDirectory(out, IDENTITY)
 
 
@@ -112,7 +115,7 @@ def test_claiming_refuses_foreign_content_and_leaves_nothing_there(tmp_path: Pat
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "photo").touch()
     for name, says in (("file", "is a file; choose a directory"), ("folder", "is not empty and not a run")):
-        with pytest.raises(InputError, match=says), claimed(tmp_path / name):
+        with pytest.raises(InputError, match=says), lock(tmp_path / name):
             pass
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["photo"]
 
@@ -120,12 +123,23 @@ def test_claiming_refuses_foreign_content_and_leaves_nothing_there(tmp_path: Pat
 def test_a_file_system_without_locks_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unsupported(*args: Any) -> None:
+    def unsupported(*args: Any, **kwargs: Any) -> bool:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with claimed(tmp_path / "run"):
+    monkeypatch.setattr(filelock, "lock_descriptor", unsupported)
+    with lock(tmp_path / "run"):
         assert "without locks" in caplog.text
+
+
+def test_another_error_of_a_lock_is_not_taken_for_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", broken)
+    with pytest.raises(OSError, match="Input/output error"), lock(tmp_path / "run"):
+        pass
 
 
 def test_a_state_comes_back_whole(tmp_path: Path) -> None:
@@ -141,17 +155,12 @@ def test_a_state_comes_back_whole(tmp_path: Path) -> None:
             assert scales["blocks.0"]["attn.qkv.weight"].tobytes() == wanted.tobytes()
             assert np.shape(scales["blocks.1"]["fc"]) == ()
         assert log_of(run) == list(state(position).log)
-        assert [path.name for path in (tmp_path / "state").iterdir()] == [f"{position:06d}"]
 
 
 def test_the_log_is_never_behind_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path, IDENTITY)
     run.save_state(state(0))
-
-    def fail(path: Path, ignore_errors: bool = False) -> None:
-        if path.exists():
-            raise OSError("interrupted")
-
+    before = sorted(path.name for path in (tmp_path / "state").iterdir())
     replace = os.replace
 
     def fail_for_log(old: Path, new: Path) -> None:
@@ -159,22 +168,26 @@ def test_the_log_is_never_behind_the_state(tmp_path: Path, monkeypatch: pytest.M
             raise OSError("interrupted")
         replace(old, new)
 
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise OSError("interrupted")
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail_for_log)
         with pytest.raises(OSError, match="interrupted"):
             run.save_state(state(1))
     found = RunDirectory(tmp_path, IDENTITY).state()
     assert found is not None
-    assert log_of(run) == list(found.log)
+    assert log_of(run) == list(found.log) == list(state(0).log)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", fail)  # as the older state is dropped
+        patch.setattr(Path, "unlink", fail)  # as the older part is dropped
         with pytest.raises(OSError, match="interrupted"):
             run.save_state(state(1))
+    assert len(list((tmp_path / "state").iterdir())) == len(before) + 1
     again = RunDirectory(tmp_path, IDENTITY)
     found = again.state()
     assert found is not None
     assert log_of(again) == list(found.log) == list(state(1).log)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000001"]  # the older one is dropped on opening
+    assert len(list((tmp_path / "state").iterdir())) == len(before)  # the older part is dropped on opening
 
 
 def test_results_come_back(tmp_path: Path) -> None:
@@ -194,10 +207,37 @@ def test_a_damaged_run_is_refused(tmp_path: Path, content: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+def older(known: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in known.items() if name != "format"}
+
+
+@pytest.mark.parametrize("change", [older, lambda known: {**known, "format": RUN_FORMAT + 1}], ids=["older", "newer"])
+def test_a_run_of_another_format_is_refused_and_its_configuration_too(tmp_path: Path, change: Any) -> None:
+    RunDirectory(tmp_path, IDENTITY)
+    known = change(json.loads((tmp_path / "run.json").read_text()))
+    (tmp_path / "run.json").write_text(json.dumps(known))
+    number = known.get("format", 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    says = f"run.json has run format {number}, but this cptv reads {RUN_FORMAT}; choose another --out"
+    with pytest.raises(InputError, match=says):
+        RunDirectory(tmp_path, IDENTITY)
+    with pytest.raises(InputError, match=f"config.yaml belongs to a run of format {number}"):
+        load_config(str(tmp_path / "config.yaml"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_out_that_is_not_utf_8_is_refused_and_shown(tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8les"))
+    with pytest.raises(InputError, match=r"mod\\udce8les is not valid UTF-8; rename it"), lock(out):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_digest_sees_bits_shapes_and_types() -> None:
     base = np.arange(6, dtype=np.float32)
     variants = [base, base.reshape(2, 3), base.astype(np.float64), -base, base.view(np.int32), np.append(base, 0)]
     assert len({digest(variant) for variant in variants}) == len(variants)
     assert digest(np.asfortranarray(base.reshape(2, 3))) == digest(base.reshape(2, 3))
     assert digest({"a": base, "b": jnp.ones(2)}) == digest({"b": np.ones(2, np.float32), "a": base})
+    assert digest(np.float32(1)) != digest(np.ones(1, np.float32))
     assert digest({"a": np.float32(0.0)}) != digest({"a": np.float32(-0.0)})
