@@ -95,7 +95,7 @@ def write_report(directory: Path, outcome: "Quantization") -> Path:
 Weights: {teacher.source or "given as arrays"}{f" (sha256 {teacher.sha256[:16]}...)" if teacher.sha256 else ""}.
 {"Fully quantized" if recipe.scope == "full" else "Matmul-only: weights and what linear layers and matmuls read"}; \
 LayerNorm runs in {"integer" if recipe.integer_layer_norm else "float"} arithmetic, softmax in \
-{"integer (log-int-softmax)" if recipe.log_int_softmax else "float"}.
+{"integer (log-int-softmax)" if recipe.log_int_softmax else "float"}.{"".join(f" {r}" for r in recipe.remarks)}
 
 ## Accuracy
 
