@@ -18,7 +18,7 @@ from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.presets import PRESETS
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.recipe.spec import Recipe, SiteSpec
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.runtime.forward import forward
 from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective

@@ -15,7 +15,7 @@ from cptv_jax.calibration.observers import fit, update
 from cptv_jax.interpreters import effective_weight, quantize_weight
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, innermost, offsets, spread, with_rounding
-from cptv_jax.search.state import Scales
+from cptv_jax.search.proposals.base import Scales
 
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter
 _RIDGE = 0.01  # of the mean square of what a layer reads

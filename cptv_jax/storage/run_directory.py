@@ -10,6 +10,7 @@ import yaml
 
 from cptv_jax.errors import InputError
 from cptv_jax.quantized.model import QuantizedModel
+from cptv_jax.search.events import to_record
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import first_difference, refuse_foreign, versions, write_atomically
 from cptv_jax.storage.models import load_model, save_model
@@ -139,10 +140,8 @@ class RunDirectory:
         self.write_log(state)
         earlier = self._numbered("state")
         number = int(earlier[-1].name) + 1 if earlier else 0
-        trees = ("scales", "best_scales", "direction", "progress")
-        described = {name: value for name, value in vars(state).items() if name not in trees}
-        tree = {name: getattr(state, name) for name in trees if getattr(state, name)}  # Orbax saves no empty tree
-        save_tree(self.path / "state" / f"{number:06d}", tree, {"kind": "state", "search": described})
+        trees, plain = state.to_saved()  # without empty trees, which Orbax does not save
+        save_tree(self.path / "state" / f"{number:06d}", trees, {"kind": "state", "search": plain})
         self._drop(earlier)
 
     def state(self) -> SearchState | None:
@@ -150,10 +149,8 @@ class RunDirectory:
         saved = self._numbered("state")
         if not saved:
             return None
-        tree, metadata = restore_tree(saved[-1])
-        described = dict(metadata["search"])
-        described["log"] = tuple(described["log"])
-        return SearchState(**tree, **described)
+        trees, metadata = restore_tree(saved[-1])
+        return SearchState.from_saved(trees, metadata["search"])
 
     def write_log(self, state: SearchState) -> None:
-        write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
+        write_atomically(self.path / "log.jsonl", "".join(json.dumps(to_record(event)) + "\n" for event in state.log))
