@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from cptv_jax.bench.harness import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import Cell, rows_of
@@ -68,7 +69,7 @@ def _with_objective(label: str, search: SearchConfig, word: str) -> tuple[str, S
     proposing, _, deciding = names.rpartition("/")
     of = partial(Objective, on=on or search.judge.on, temperature=search.judge.temperature)  # type: ignore[arg-type]
     judge, strategy = of(deciding), search.strategy
-    if "objective" in (field.name for field in fields_of(type(strategy))):
+    if "objective" in (field.name for field in fields_of(cast(Any, type(strategy)))):
         strategy = replace(strategy, objective=of(proposing).name if proposing else None)
     elif proposing:
         raise InputError(

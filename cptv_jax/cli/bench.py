@@ -40,7 +40,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         help="the search on top, as a configuration has it (default: guided, with 60 steps)",
     )
     methods.add_argument(
-        "--config", metavar="YAML", help="what all runs share; options of its method are for runs of it"
+        "--config", metavar="YAML", help="what all runs share, with options for the runs of its method"
     )
 
     summary = "Search strategies, objectives and budgets on one base method; repeat the command to continue it."

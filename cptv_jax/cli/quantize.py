@@ -46,7 +46,7 @@ def parser_for(config: QuantizeConfig, prog: str = "cptv quantize", summary: str
         prog=prog,
         description=f"{summary} {_INTRODUCTION.strip()}",
         formatter_class=_formatter,
-        usage=f"{prog} MODEL --images IMAGES --out OUT [--eval IMAGES] [--config YAML] [--FIELD VALUE ...]",
+        usage=f"{prog} MODEL --images IMAGES --out OUT [--eval IMAGES]\n{' ' * 21}[--config YAML] [--FIELD VALUE ...]",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint, timm weight file or hub:ORG/NAME")
     parser.add_argument("--arch", metavar="NAME", help="timm name, where the file's name does not contain it")

@@ -66,9 +66,7 @@ def refuse_older(data: Mapping[str, Any], source: str) -> None:
         where = present_name(names[0])
         if names[0] in _METHODS:
             where = f"{{name: {_METHODS[names[0]]}, ...}} under method"
-        raise InputError(
-            f"{source}: {names[0]} is of an older cptv, whose options were sorted otherwise; write {where}"
-        )
+        raise InputError(f"{source}: {names[0]} is of an older cptv, which sorted options otherwise; write {where}")
 
 
 def is_older(data: Mapping[str, Any]) -> bool:
@@ -115,7 +113,8 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
         The same in the present form; options of other methods are left out.
     """
     name = config.get("method", "fq-vit")
-    own = next((config[section] for section, method in _METHODS.items() if method == name and section in config), {})
+    sections = [config[key] for key, method in _METHODS.items() if method == name and key in config]
+    own: Mapping[str, Any] = sections[0] if sections else {}
     rest = {key: value for key, value in config.items() if key not in (*_METHODS, "method", "search")}
     return {"method": {"name": name, **_given(own)}, **rest, "search": translate_search(config.get("search", {}))}
 

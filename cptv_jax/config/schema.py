@@ -111,12 +111,12 @@ class SearchConfig:
 
 @options
 class QuantizeConfig:
-    """Everything that determines a quantization, beside the model and the images."""
+    """Everything that determines a quantization, apart from the model and the images."""
 
     method: tagged(METHODS) = FqVitOptions()  # type: ignore[valid-type]
     """The base method."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of everything that is drawn: image order, held-out slice, and what base method, reconstruction and search draw."""
+    """Of everything that is drawn: image order, held-out slice, and what method, reconstruction and search draw."""
     recipe: RecipeConfig = RecipeConfig()
     """What is quantized and how."""
     calibration: CalibrationConfig = CalibrationConfig()

@@ -9,9 +9,10 @@ from cptv_jax.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads version 1.1, in which on, off, yes and no are truth values, 010 is eight, 1:30 ninety, and 1e-3 text.
+    """Knows the core schema of version 1.2.
 
-    This one knows the core schema of version 1.2.
+    PyYAML's own reads version 1.1, in which on, off, yes and no are truth values, 010 is eight, 1:30 ninety and 1e-3
+    text.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own

@@ -72,7 +72,7 @@ def quantize(
         config: What to do.
         out: A run directory; the same call with the same `out` continues an interrupted run, and ends with the same
             bits as an uninterrupted one.
-        evaluation: Labelled images, none of which calibrates; they are only ever evaluated on, after the search is over.
+        evaluation: Labelled images, none of which calibrates; they are only evaluated on, after the search is over.
         progress: Whether to show bars.
         on_phase: Called with "base", "search" and "evaluation" as these begin; one that is done already, or not asked
             for, is passed over.
@@ -85,7 +85,8 @@ def quantize(
             process is working in.
 
     Example:
-        >>> outcome = quantize(model, images, QuantizeConfig(method=ErqOptions(), search=SearchConfig(strategy=Guided())))
+        >>> config = QuantizeConfig(method=ErqOptions(), search=SearchConfig(strategy=Guided()))
+        >>> outcome = quantize(model, images, config)
         >>> outcome.save("quantized")
     """
     if not isinstance(config, QuantizeConfig):

@@ -17,7 +17,7 @@ _WORDS = {bool: "true or false", str: "a name"}
 
 @options
 class RecipeConfig:
-    """What is quantized and how; `resolve` turns it into a table of sites. Null means the preset's choice."""
+    """What is quantized and how; null means the preset's choice."""
 
     preset: str | None = None
     """A published recipe, which fixes what kinds of site are quantized and how; null means the base method's own."""

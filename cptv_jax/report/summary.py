@@ -13,6 +13,7 @@ from cptv_jax.evaluation import Accuracy
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe.sites import Site
 from cptv_jax.search.events import Accepted, PassEnd, Proposed, Start
 
 if TYPE_CHECKING:
@@ -173,10 +174,9 @@ def changes(base: QuantizedModel, final: QuantizedModel) -> tuple[Change, ...]:
             if name not in _NOT_STORED and value.shape == before.get(path, value).shape:
                 changed[name] += int(np.sum(value != before.get(path, value)))
                 total[name] += value.size
-    weights = (site for site in sites_of(final.model.architecture) if site.role == "weight")
-    for site in (site for site in weights if site.name in final.quantizers):
-        kernel = final.model.layer(site.layer_name)["kernel"]
-        changed[_ROUNDING] += _rounded_otherwise(final.quantizers[site.name], kernel)
+    for weight in _quantized_weights(final):
+        kernel = final.model.layer(weight.layer_name)["kernel"]
+        changed[_ROUNDING] += _rounded_otherwise(final.quantizers[weight.name], kernel)
         total[_ROUNDING] += kernel.size
     before, after = _leaves(base.model.weights), _leaves(final.model.weights)
     for path, value in after.items():
@@ -184,6 +184,10 @@ def changes(base: QuantizedModel, final: QuantizedModel) -> tuple[Change, ...]:
             changed["bias"] += int(np.sum(value != before[path]))
             total["bias"] += value.size
     return tuple(Change(_WORDS.get(name, name), count, total[name]) for name, count in changed.items() if count)
+
+
+def _quantized_weights(model: QuantizedModel) -> list[Site]:
+    return [s for s in sites_of(model.model.architecture) if s.role == "weight" and s.name in model.quantizers]
 
 
 def _rounded_otherwise(quantizer: Quantizer, kernel: jax.Array) -> int:
@@ -209,9 +213,7 @@ def weight_bytes(model: QuantizedModel) -> tuple[int, int]:
         float32.
     """
     packed, plain = 0, 0
-    for site in sites_of(model.model.architecture):
-        if site.role != "weight" or site.name not in model.quantizers:
-            continue
+    for site in _quantized_weights(model):
         size = model.model.layer(site.layer_name)["kernel"].size
         stored = (
             value.size

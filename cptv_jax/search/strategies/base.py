@@ -49,6 +49,9 @@ class StageContext:
     carried: float | None = None
 
 
+NO_CONTEXT = StageContext()
+
+
 class Strategy:
     """Evolution of one stage's candidate at a time; subclasses are options too (see `cptv_jax.options.options`).
 
@@ -104,7 +107,7 @@ class Strategy:
         """What proposes steps for all stages at the start of a pass, in this order."""
         return ()
 
-    def init(self, candidate: PyTree, loss: float, context: StageContext = StageContext()) -> Any:
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> Any:
         """Begins at a stage.
 
         Args:

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from pydantic import Field
 
 from cptv_jax.options import options
-from cptv_jax.search.strategies.base import StageContext, Strategy
+from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
 
 def published_step(bits: int) -> float:
@@ -64,7 +64,7 @@ class EvolQ(Strategy):
     step: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Half-width of the mutation, in input units; null means 1e-4 for 8-bit weights and 1e-3 otherwise."""
 
-    def init(self, candidate: PyTree, loss: float, context: StageContext = StageContext()) -> State:  # noqa: B008
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         def copies(leaf: Any) -> np.ndarray:
             return np.repeat(np.asarray(leaf, np.float64)[None], self.population, 0)
 

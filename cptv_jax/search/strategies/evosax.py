@@ -15,7 +15,7 @@ from pydantic import Field
 from cptv_jax.errors import InputError
 from cptv_jax.options import options
 from cptv_jax.runtime.stages import scaled
-from cptv_jax.search.strategies.base import StageContext, Strategy
+from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
 # Distributions that need a mean to start from and nothing else.
 Algorithm = Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"]
@@ -94,7 +94,7 @@ class Evosax(Strategy):
         leaves, structure = jax.tree.flatten(candidate)
         return _algorithm(self.algorithm, self.children, structure, tuple(jnp.shape(leaf) for leaf in leaves))
 
-    def init(self, candidate: PyTree, loss: float, context: StageContext = StageContext()) -> State:  # noqa: B008
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         candidate = jax.tree.map(jnp.asarray, candidate)
         algorithm = self._of(candidate)
         # The key is not used by these algorithms: the mean is given.

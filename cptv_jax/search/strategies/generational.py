@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from pydantic import Field
 
 from cptv_jax.options import options
-from cptv_jax.search.strategies.base import StageContext, Strategy
+from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
 TARGET_SUCCESS = 0.2  # Rechenberg's one-fifth rule
 
@@ -50,8 +50,9 @@ def _select(parents: PyTree, children: PyTree, order: Array) -> PyTree:
 class Generational(Strategy):
     """Evolution by generations: many children at once, steps in log-scale.
 
-    A (survivors + children) evolution strategy. Children multiply a random survivor's scales by exp(sigma * normal), so scales stay positive and a step means the
-    same at every bit width. sigma grows when more than a fifth of the children beat the best parent, else it shrinks.
+    A (survivors + children) evolution strategy. Children multiply a random survivor's scales by exp(sigma * normal), so
+    scales stay positive and a step means the same at every bit width. sigma grows when more than a fifth of the
+    children beat the best parent, else it shrinks.
     """
 
     name: ClassVar[str] = "generational"
@@ -70,7 +71,7 @@ class Generational(Strategy):
     def candidates(self) -> int:
         return self.children
 
-    def init(self, candidate: PyTree, loss: float, context: StageContext = StageContext()) -> State:  # noqa: B008
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         parents = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], self.survivors, 0), candidate)
         return State(parents, np.full(self.survivors, loss), self.sigma)
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from cptv_jax.options import options
 from cptv_jax.search.objective import ObjectiveName
 from cptv_jax.search.proposals.base import ClosedForms, Gradients, ProposerOptions
-from cptv_jax.search.strategies.base import Defaults, Move, StageContext, Strategy
+from cptv_jax.search.strategies.base import NO_CONTEXT, Defaults, Move, StageContext, Strategy
 from cptv_jax.search.strategies.generational import TARGET_SUCCESS
 
 _KINDS = 5  # of children: along the direction, elements taken back, random, along by parameter, parameters taken back
@@ -121,7 +121,7 @@ class Guided(Strategy):
             self.steps, self.rate, self.batch, objective, self.matching, self.mirror, self.mixup
         )
 
-    def init(self, candidate: PyTree, loss: float, context: StageContext = StageContext()) -> State:  # noqa: B008
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         candidate = jax.tree.map(jnp.asarray, candidate)
         direction = jax.tree.map(jnp.zeros_like, candidate) if context.direction is None else context.direction
         sigma = self.sigma if context.carried is None else context.carried
