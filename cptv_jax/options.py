@@ -27,13 +27,16 @@ _TYPES = {
     "tuple_type": "a list",
 }
 _BOUNDS = {
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
     "finite_number": "must be a finite number",
     "too_short": "must be a list that is not empty",
 }
+
+
+_LIMITS = ("gt", "ge", "lt", "le")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -228,7 +231,8 @@ def _sentence(cls: type[Any], found: ErrorDetails, path: tuple[str, ...], prefix
         known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
         return f"{name} is {value!r}{did_you_mean(str(value), known)}"
     if kind in _BOUNDS:
-        return f"{name} is {value}; it {_BOUNDS[kind].format(**context)}"
+        bounds = {key: int(bound) if bound == int(bound) else bound for key, bound in context.items() if key in _LIMITS}
+        return f"{name} is {value}; it {_BOUNDS[kind].format(**bounds)}"
     return f"{name} is {value!r}; it must be {_TYPES[kind]}" if kind in _TYPES else f"{name}: {found['msg']}"
 
 

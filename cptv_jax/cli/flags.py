@@ -265,5 +265,5 @@ def explain(value: Any, option: str) -> str | None:
             if field in (own.name for own in fields_of(_class(thing)))
         ]
         if having:
-            return f", which {type(flag.value).name} has not; {' and '.join(having)} do: give --{flag.name} NAME"
+            return f", which is an option of {' and '.join(having)}, not of {type(flag.value).name}; give --{flag.name} NAME"
     return None

@@ -167,12 +167,12 @@ def _check_flags(config: RecipeConfig, preset: str, factor: bool) -> None:
             if getattr(config, name):
                 raise InputError(
                     f"recipe.{name} is true, but preset {preset} quantizes only what matmuls read; leave it out, or "
-                    "set --recipe.preset to one that quantizes the whole network"
+                    "set recipe.preset to one that quantizes the whole network"
                 )
     if config.integer_layer_norm and not factor:
         raise InputError(
             "recipe.integer_layer_norm is true, but its arithmetic needs power-of-two factors; "
-            "set --recipe.power_of_two_factor true, or leave it out"
+            "set recipe.power_of_two_factor to true, or leave it out"
         )
 
 

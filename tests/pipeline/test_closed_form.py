@@ -16,7 +16,7 @@ from cptv_jax.models.architecture import sites_of
 from cptv_jax.pipeline.closed_form import steps_to_least_error, steps_to_least_output_error
 from cptv_jax.quantized.candidate import move_candidate
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.search.state import Scales
+from cptv_jax.search.proposals.base import Scales
 
 LAYERS = ("attn.qkv", "mlp.fc2")
 
