@@ -16,7 +16,6 @@ import numpy as np
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray
 
-
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int does for a float
 
 
