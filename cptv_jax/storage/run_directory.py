@@ -16,6 +16,8 @@ from cptv_jax.storage.files import first_difference, refuse_foreign, versions, w
 from cptv_jax.storage.models import load_model, save_model
 from cptv_jax.storage.trees import restore_tree, save_tree
 
+FORMAT = 2  # of run.json and state/; 1 had no number
+
 
 class RunDirectory:
     """Files of one run.
@@ -39,9 +41,15 @@ class RunDirectory:
         identity = json.loads(json.dumps(identity))  # as it is read back
         if known.exists():
             try:
-                found = json.loads(known.read_text(encoding="utf-8"))["identity"]
+                whole = json.loads(known.read_text(encoding="utf-8"))
+                found, form = whole["identity"], whole.get("format", 1)
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{known} is damaged; choose another --out") from None
+            if form != FORMAT:
+                raise InputError(
+                    f"{path} holds a run of format {form}, but this cptv continues {FORMAT}; choose another --out, or "
+                    "continue it with the cptv that began it"
+                )
             different = first_difference(found, identity)
             if different:
                 raise InputError(
@@ -51,7 +59,9 @@ class RunDirectory:
             self._refuse_other_versions(known)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, json.dumps({"identity": identity, "versions": versions()}, indent=1))
+            write_atomically(
+                known, json.dumps({"format": FORMAT, "identity": identity, "versions": versions()}, indent=1)
+            )
         write_atomically(path / "config.yaml", yaml.safe_dump(identity["config"], sort_keys=False))
         # What an interruption left:
         self._drop(self._numbered("state")[:-1])

@@ -201,3 +201,15 @@ def test_the_digest_sees_bits_shapes_and_types() -> None:
     assert digest(np.asfortranarray(base.reshape(2, 3))) == digest(base.reshape(2, 3))
     assert digest({"a": base, "b": jnp.ones(2)}) == digest({"b": np.ones(2, np.float32), "a": base})
     assert digest({"a": np.float32(0.0)}) != digest({"a": np.float32(-0.0)})
+
+
+def test_a_run_of_an_older_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run", {"config": {"seed": 0}})
+    path = tmp_path / "run" / "run.json"
+    written = json.loads(path.read_text())
+    assert written.pop("format") == 2
+    path.write_text(json.dumps(written))
+    with pytest.raises(
+        InputError, match=r"run holds a run of format 1, but this cptv continues 2; choose another --out"
+    ):
+        RunDirectory(tmp_path / "run", {"config": {"seed": 0}})
