@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from cptv_jax import InputError
+from cptv_jax.search.events import Accepted, Event, log_from
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import claimed, digest, versions
 from cptv_jax.storage.run_directory import RunDirectory
@@ -30,12 +31,12 @@ IDENTITY: dict[str, Any] = {
 
 def state(position: int) -> SearchState:
     scales = {"blocks.0": {"attn.qkv.weight": np.float32([0.1, 1e-30]) * position}, "blocks.1": {"fc": jnp.ones(())}}
-    log = tuple({"event": "accepted", "loss": 0.1 * i, "held_out": None} for i in range(position + 1))
+    log = tuple(Accepted(1, "blocks.0", i, 0.1 * i) for i in range(position + 1))
     return SearchState(scales, 0, position, loss=0.1 + position, evaluations=3 * position, best_scales=scales, log=log)
 
 
-def log_of(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+def log_of(run: RunDirectory) -> list[Event]:
+    return list(log_from(json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()))
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -209,7 +210,5 @@ def test_a_run_of_an_older_format_is_refused_with_the_remedy(tmp_path: Path) -> 
     written = json.loads(path.read_text())
     assert written.pop("format") == 2
     path.write_text(json.dumps(written))
-    with pytest.raises(
-        InputError, match=r"run holds a run of format 1, but this cptv continues 2; choose another --out"
-    ):
+    with pytest.raises(InputError, match=r"holds a run of format 1, but this cptv continues 2; choose another --out"):
         RunDirectory(tmp_path / "run", {"config": {"seed": 0}})
