@@ -27,6 +27,7 @@ from cptv_jax import (
     quantize,
     save_model,
 )
+from cptv_jax.bench import worker
 from cptv_jax.bench.harness import Children
 from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.worker import Task, measure
@@ -98,6 +99,16 @@ class Halving(Strategy):
 
     def best(self, state: Any) -> tuple[PyTree, float]:
         return state[:2]
+
+
+def test_a_bench_tells_its_children_what_to_import(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("w", None, "i", "e", 0, config, Path("run"), Path("measured"))
+    assert json.loads(task.to_json())["modules"] == [__name__]
+    plain = replace(task, config=QuantizeConfig())
+    assert json.loads(plain.to_json())["modules"] == []
+    imported: list[str] = []
+    monkeypatch.setattr(worker, "import_module", imported.append)
+    assert Task.from_json(task.to_json()) == task and imported == [__name__]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -92,7 +92,7 @@ def test_yaml_and_back_is_the_same_configuration(config: QuantizeConfig, tmp_pat
         ({"search": {"compute": {"memory_gib": float("inf")}}}, "search.compute.memory_gib is inf; it must be a"),
         ({"calibration": {"batch": 1}}, "calibration.batch is 1, but search.judge.objective infonce contrasts"),
         ([], "the configuration must be a mapping of fields"),
-        ({3: 3}, "a field is called 3, not by text"),
+        ({3: 3}, "a field is called 3; names of fields are text"),
     ],
 )  # fmt: skip
 def test_what_no_run_can_use_is_refused_by_name(data: Any, says: str) -> None:
