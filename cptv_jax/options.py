@@ -173,13 +173,23 @@ def from_mapping(cls: type[T], data: Any, source: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: the configuration must be a mapping of fields")
-    for key in data:
-        if not isinstance(key, str):
-            raise InputError(f"{source}: a field is called {key!r}; names of fields are text")
+    _check_keys(data, source)
     try:
         return _read(cls, data)
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(cls, error)}") from None
+
+
+def _check_keys(data: Mapping[Any, Any], source: str, name: str = "") -> None:
+    """Raises InputError for a key that is no text: JSON, which options are read as, would make it text."""
+    for key, value in data.items():
+        if not isinstance(key, str):
+            what = (
+                f"{name} has the key {key!r}; it must be" if name else f"a field is called {key!r}; names of fields are"
+            )
+            raise InputError(f"{source}: {what} text")
+        if isinstance(value, Mapping):
+            _check_keys(value, source, f"{name}.{key}" if name else key)
 
 
 def to_mapping(value: Any) -> Any:

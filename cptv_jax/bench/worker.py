@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,24 @@ class Task:
 
     def to_json(self) -> str:
         """One line, which `from_json` reads."""
-        return json.dumps({**vars(self), "config": to_mapping(self.config)}, default=str)  # paths as text
+        config = {"config": to_mapping(self.config), "modules": _users_modules(self.config)}
+        return json.dumps({**vars(self), **config}, default=str)  # paths as text
 
     @classmethod
     def from_json(cls, text: str) -> "Task":
         values = json.loads(text)
+        for module in values.pop("modules"):
+            import_module(module)
         values["config"] = config_from(values["config"], "task")
         for name in ("run", "measured"):
             values[name] = Path(values[name])
         return cls(**values)
+
+
+def _users_modules(config: QuantizeConfig) -> list[str]:
+    """Modules of a user's that define the method or the strategy; importing them has to register these."""
+    modules = dict.fromkeys(type(options).__module__ for options in (config.method, config.search.strategy))
+    return [module for module in modules if module.partition(".")[0] not in ("cptv_jax", "__main__")]
 
 
 def read_measured(path: Path) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def spell(message: str, names: Sequence[str]) -> str:
         The sentence, in which they have dashes in front, but for plain words within it.
     """
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if "." in name)
-    message = re.sub(rf"(?<![\w.-])({known})(?![\w-]|\.\w)", r"--\1", message)
+    message = re.sub(rf"(?<![\w.-])({known})(?![\w-]|\.[a-z])", r"--\1", message)
     first = message.partition(" ")[0]
     return f"--{message}" if first in names and "." not in first else message
 
@@ -247,5 +247,6 @@ def explain(value: Any, option: str) -> str | None:
             if field in (own.name for own in fields_of(_class(thing)))
         ]
         if having:
-            return f", which is an option of {' and '.join(having)}, not of {type(flag.value).name}; give --{flag.name} NAME"
+            owners, present = " and ".join(having), type(flag.value).name
+            return f", which is an option of {owners}, not of {present}; give --{flag.name} NAME"
     return None

@@ -131,10 +131,10 @@ def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> Non
         with pytest.raises(InputError, match=f"is {number}; it must be at least"):
             bench_precision(replace(options, **{field: number}))  # type: ignore[arg-type]
     for change, message in (
-        ({"search": SearchConfig(compute=ComputeConfig(race=True))}, "search.compute.race is True, which has no meani"),
+        ({"search": SearchConfig(compute=ComputeConfig(race=True))}, "search.compute.race is True, which has no me"),
         (
             {"search": SearchConfig(judge=JudgeConfig(teacher="published"))},
-            "search.judge.teacher is published, which h",
+            "search.judge.teacher is published, which",
         ),
         ({"method": "erq"}, "method erq makes other weights at every width; .*set method to fq-vit or omse$"),
         ({"method": "ptq4vit"}, "method ptq4vit fits other scales of activations .*fq-vit or omse, or .*--genes all"),

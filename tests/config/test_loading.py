@@ -89,7 +89,7 @@ def test_a_pattern_in_a_value_needs_no_quotes(text: str, value: Any) -> None:
 
 
 def test_a_value_that_is_no_yaml_is_refused_by_its_flag() -> None:
-    with pytest.raises(InputError, match="--recipe.overrides is not valid YAML"):
+    with pytest.raises(InputError, match=r"--recipe\.overrides is not valid YAML"):
         read_value("{", "--recipe.overrides")
 
 

@@ -62,35 +62,35 @@ def test_yaml_and_back_is_the_same_configuration(config: QuantizeConfig, tmp_pat
         ({"method": {"name": ["erq"]}}, "method is '['erq']'"),
         ({"method": {"name": "erq", "flip": 3}}, "unknown field 'method.flip'; did you mean 'flips'?"),
         ({"method": {"name": "fq-vit", "flips": 3}}, "unknown field 'method.flips'"),
-        ({"method": {"name": "ptq4vit", "metric": "l3"}}, "method.metric is 'l3'; did you mean 'l2'?"),
+        ({"method": {"name": "ptq4vit", "metric": "l3"}}, "method.metric is 'l3'; known: cosine, hessian, l2"),
         ({"method": {"name": "ptq4vit", "softmax_form": "x"}}, "method.softmax_form is 'x'"),
         ({"recipe": {"weight_bits": "4"}}, "recipe.weight_bits is '4'; it must be a whole number"),
         ({"recipe": {"weight_bits": 9}}, "recipe.weight_bits is 9; it must be at most 8"),
         ({"recipe": {"weight_signed": 1}}, "recipe.weight_signed is 1; it must be true or false"),
         ({"recipe": {"overrides": ["a"]}}, "recipe.overrides is ['a']; it must be a mapping"),
-        ({"reconstruction": {"importance": "fischer"}}, "reconstruction.importance is 'fischer'; did you mean 'fisher'?"),
+        ({"reconstruction": {"importance": "fischer"}}, "reconstruction.importance is 'fischer'; did you mean"),
         ({"reconstruction": {"float_input": 1.5}}, "reconstruction.float_input is 1.5; it must be at most 1"),
         ({"search": None}, "search is None; it must be a mapping of fields"),
         ({"search": {"strategy": "evolq"}}, "search.strategy is 'evolq'; did you mean 'evol-q'?"),
         ({"search": {"strategy": {"passes": 3}}}, "search.strategy must be a strategy, or a mapping with its name"),
-        ({"search": {"strategy": {"name": "evol-q", "passes": 1.5}}}, "search.strategy.passes is 1.5; it must be a whole"),
+        ({"search": {"strategy": {"name": "evol-q", "passes": 1.5}}}, "search.strategy.passes is 1.5; it must be a"),
         ({"search": {"strategy": {"name": "evol-q", "steps": 3}}}, "unknown field 'search.strategy.steps'"),
-        ({"search": {"strategy": {"name": "guided", "objective": "infonse"}}}, "search.strategy.objective is 'infonse'; did"),
+        ({"search": {"strategy": {"name": "guided", "objective": "infonse"}}}, "search.strategy.objective is 'infons"),
         ({"search": {"judge": {"objective": "kl+x"}}}, "search.judge.objective is 'kl+x'"),
         ({"search": {"judge": {"teacher": "flaot"}}}, "search.judge.teacher is 'flaot'; did you mean 'float'?"),
         ({"search": {"judge": {"holdout": 1.0}}}, "search.judge.holdout is 1.0; it must be below 1"),
         ({"search": {"judge": {"holdout": float("nan")}}}, "search.judge.holdout is nan; it must be"),
         ({"search": {"judge": {"holdout": True}}}, "search.judge.holdout is True; it must be a number"),
-        ({"search": {"space": {"sites": []}}}, "search.space.sites is ()"),
+        ({"search": {"space": {"sites": []}}}, "search.space.sites is []"),
         ({"search": {"space": {"sites": [1]}}}, "search.space.sites.0 is 1; it must be text"),
-        ({"search": {"space": {"offsets": True}}}, "search.space.offsets is true, but the steps of evol-q are for scales"),
+        ({"search": {"space": {"offsets": True}}}, "search.space.offsets is true, but the steps of evol-q"),
         (
             {"search": {"strategy": "guided", "space": {"offsets": False, "rounding": True}}},
             "search.space.rounding is true, but search.space.offsets false",
         ),
         ({"search": {"compute": {"arithmetic": "int3"}}}, "search.compute.arithmetic is 'int3'"),
-        ({"search": {"compute": {"memory_gib": float("inf")}}}, "search.compute.memory_gib is inf; it must be a finite"),
-        ({"calibration": {"batch": 1}}, "calibration.batch is 1, but search.judge.objective infonce contrasts the images"),
+        ({"search": {"compute": {"memory_gib": float("inf")}}}, "search.compute.memory_gib is inf; it must be a"),
+        ({"calibration": {"batch": 1}}, "calibration.batch is 1, but search.judge.objective infonce contrasts"),
         ([], "the configuration must be a mapping of fields"),
         ({3: 3}, "a field is called 3; names of fields are text"),
     ],
@@ -171,8 +171,14 @@ def test_the_recipe_in_a_mapping_is_plain_data() -> None:
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("evol-q", (10, 3, 1)), ("generational", (10, 3, 8)), ("evosax", (10, 3, 8)), ("guided", (1, 1, 3)), ("none", (0,) * 3)],
-)  # fmt: skip
+    [
+        ("evol-q", (10, 3, 1)),
+        ("generational", (10, 3, 8)),
+        ("evosax", (10, 3, 8)),
+        ("guided", (1, 1, 3)),
+        ("none", (0, 0, 0)),
+    ],
+)
 def test_a_search_does_what_its_strategy_needs_unless_told(name: str, wanted: tuple[int, int, int]) -> None:
     strategy = SearchConfig(strategy=name).strategy
     assert (strategy.passes, strategy.rounds, strategy.candidates if strategy.passes else 0) == wanted
@@ -197,9 +203,7 @@ def test_guided_judges_on_some_of_the_images_unless_told(
 
 def test_judging_images_that_are_no_whole_batches_are_refused() -> None:
     search = SearchConfig(judge=JudgeConfig(images=250))
-    with pytest.raises(
-        InputError, match=r"search.judge.images is 250, which are no whole batches of 100; set it to 200"
-    ):
+    with pytest.raises(InputError, match=r"judge.images is 250, which are no whole batches of 100; set it to 200"):
         judging_batches(search, 100, 9)
     with pytest.raises(InputError, match=r"search.judge.images is 250; it must lie between 100 \(a batch\) and 200"):
         judging_batches(search, 100, 2)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from cptv_jax import InputError, load_config
+from cptv_jax.search.events import Accepted, Event, log_from
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import digest, lock, versions
 from cptv_jax.storage.run_directory import RunDirectory
@@ -33,12 +34,12 @@ def state(position: int) -> SearchState:
         "blocks.0": {"attn.qkv.weight": np.array([0.1, 1e-30], np.float32) * position},
         "blocks.1": {"fc": jnp.ones(())},
     }
-    log = tuple({"event": "accepted", "loss": 0.1 * i, "held_out": None} for i in range(position + 1))
+    log = tuple(Accepted(1, "blocks.0", i, 0.1 * i) for i in range(position + 1))
     return SearchState(scales, 0, position, loss=0.1 + position, evaluations=3 * position, best_scales=scales, log=log)
 
 
-def log_of(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+def log_of(run: RunDirectory) -> list[Event]:
+    return list(log_from(json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()))
 
 
 def changed(**changes: Any) -> dict[str, Any]:
