@@ -55,9 +55,7 @@ def integral(quantizer: Quantizer) -> Quantizer:
 
 
 def _learned_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
-    """The fields of Free that are learned of a site. Power-of-two factors stay, and so do the zero points that a
-    LayerNorm's integer form shifts by.
-    """
+    """The fields of Free that are learned of a site; where there are power-of-two factors, the zero point stays too."""
     rates = {
         "scale": config.scale_rate,
         "bias": config.weight_rate,

@@ -92,7 +92,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> tuple[QuantizedModel, np.ndarray]:
     monkeypatch.setitem(architectures.FAMILIES, "named", (Config, Named))
     architecture = Architecture("named", "named", Config(), Preprocessing(image_size=4))
     sites = sites_of(architecture)
-    recipe = resolve(RecipeConfig(preset="omse", weight_bits=4, activation_observer="minmax"), sites)
+    recipe = resolve(RecipeConfig(preset="evol-q", weight_bits=4, activation_observer="minmax"), sites)
     images = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype(np.float32)
     plain = Model(architecture, architecture.initialize(0))
     return QuantizedModel(plain, recipe, calibrate(plain, [jnp.asarray(images)], recipe)), images
