@@ -104,8 +104,8 @@ def check_population(groups: int) -> None:
     """
     if groups > jax.device_count():
         raise InputError(
-            f"search.population_devices is {groups}, but there are {jax.device_count()} devices; "
-            f"set --search.population_devices to at most {jax.device_count()}"
+            f"search.compute.population_devices is {groups}, but there are {jax.device_count()} devices; "
+            f"set search.compute.population_devices to at most {jax.device_count()}"
         )
 
 

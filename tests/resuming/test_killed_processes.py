@@ -31,13 +31,18 @@ PHASES = {  # how far a run is that has this file, in order
 }
 OPTIONS = [
     *("--recipe.weight_bits=3", "--calibration.images=16", "--calibration.batch=8", "--search.strategy=generational"),
-    *("--search.passes=2", "--search.rounds=1", "--search.children=4", "--search.sigma=0.1"),
+    *(
+        "--search.strategy.passes=2",
+        "--search.strategy.rounds=1",
+        "--search.strategy.children=4",
+        "--search.strategy.sigma=0.1",
+    ),
 ]
 # Tests that run in the background of a script ignore SIGINT, which their children inherit: here it acts again.
 CLI = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from cptv_jax.cli import main
+from cptv_jax.cli.main import main
 main()
 """
 
