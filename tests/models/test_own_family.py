@@ -13,6 +13,7 @@ from flax import nnx
 from cptv_jax import (
     Architecture,
     CalibrationConfig,
+    Generational,
     InputError,
     Model,
     Output,
@@ -27,6 +28,7 @@ from cptv_jax import (
     resolve,
     save_model,
 )
+from cptv_jax.config.schema import JudgeConfig
 from cptv_jax.interpreters import Operations, Tensor
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.family import Family, register_family
@@ -171,9 +173,8 @@ def config(**recipe: Any) -> QuantizeConfig:
     return QuantizeConfig(
         recipe=RecipeConfig(weight_bits=3, **recipe),
         calibration=CalibrationConfig(images=12, batch=4),
-        search=SearchConfig(
-            strategy="generational", passes=1, children=3, rounds=1, sigma=0.1, holdout=0.0, sites=MIXER.searched_sites
-        ),
+        # The sites are the family's own.
+        search=SearchConfig(Generational(passes=1, children=3, rounds=1, sigma=0.1), JudgeConfig(holdout=0.0)),
     )
 
 
