@@ -24,6 +24,8 @@ from cptv_jax.interpreters import ARITHMETICS, Arithmetic, Tensor
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.zoo import architecture_named
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime.arithmetics import fastest_arithmetic
@@ -138,9 +140,10 @@ def main() -> None:
         for batch in batches
     ]
     mesh = make_mesh()
+    space = Space([site for site in model.quantizers if site.endswith(SITES)])
     logits = {}
     for name in args.arithmetics:
-        stages = model.stages(lambda site: site.endswith(SITES), arithmetic=name)
+        stages = model.stages(Simulated(name), space)
         logits[name] = outputs(stages, lambda a, b: images[a:b], 20).logits
         row = activation_bytes(stages, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
         at_once, width = pieces_at_once(mesh, row, args.images, 1)
@@ -161,7 +164,7 @@ def main() -> None:
         for ms, operation in profile(lambda: evaluator.losses(1, population)):
             print(f"  {ms:9.3f} ms  {operation[:110]}")
     if args.passes:
-        stages = model.stages(lambda site: site.endswith(SITES))
+        stages = model.stages(Simulated(), space)
         evaluator = Evaluator(stages, batches, teacher, Objective(), at_once, width, mesh)
         strategy = EvolQ()
 

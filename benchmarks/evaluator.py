@@ -35,6 +35,8 @@ from cptv_jax import (
 )
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import Simulated
 from cptv_jax.runtime.arithmetics import fastest_arithmetic
 from cptv_jax.runtime.forward import activation_bytes, outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once, use_all_cores
@@ -138,7 +140,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = float_model(options)
     images = input_images(options, model)
     base = calibrated(model, images, options.weight_bits)
-    stages = base.stages(lambda site: site.endswith(SEARCHED), arithmetic=options.arithmetic)
+    stages = base.stages(
+        Simulated(options.arithmetic), Space([site for site in base.quantizers if site.endswith(SEARCHED)])
+    )
     mesh = make_mesh()
     batch = min(options.batch, options.count)
     starts = range(0, options.count // batch * batch, batch)

@@ -12,9 +12,11 @@ from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Float as FloatOperations
 from cptv_jax.interpreters import Tensor
-from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
+from cptv_jax.models.architecture import Architecture, Weights
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
+from cptv_jax.models.walk import run_stages
 from cptv_jax.pipeline.outcome import Quantization
 from cptv_jax.pipeline.quantize import quantize
 from cptv_jax.progress import bar
@@ -25,7 +27,7 @@ from cptv_jax.storage.models import load_float_model, save_model
 
 DIGITS_VIT = Architecture(
     "digits_vit",
-    "vit",
+    VIT,
     ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 )
@@ -38,10 +40,7 @@ _SHIFT = 3  # pixels, of 32
 
 def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
     """The float forward pass, for training."""
-    x = Tensor(images)
-    for name, graph in stage_graphs(DIGITS_VIT).items():
-        x = call_stage(graph, FloatOperations(), weights[name], x)
-    return x.logits  # type: ignore[attr-defined]
+    return run_stages(DIGITS_VIT, weights, FloatOperations(), Tensor(images)).logits
 
 
 def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:

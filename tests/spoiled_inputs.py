@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ class Inputs(dict[str, object]):
     def copied(self, original: Path) -> Path:
         return Path(shutil.copytree(original, self.folder / "copy"))
 
-    def described(self, original: Path, change: Callable[[dict[str, object]], object]) -> Path:
+    def described(self, original: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         """A checkpoint whose description is changed."""
         copy = self.copied(original)
         metadata = json.loads((copy / "metadata.json").read_text())

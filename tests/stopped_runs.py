@@ -44,8 +44,8 @@ def outcome_of(run: Path) -> dict[str, Any]:
         del metadata["files"]  # Orbax names them at random
         name = str(folder.relative_to(run))
         found[name] = metadata
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            found[name + jax.tree_util.keystr(path)] = (leaf.dtype, leaf.shape, leaf.tobytes())
+        for where, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[name + jax.tree_util.keystr(where)] = (leaf.dtype, leaf.shape, leaf.tobytes())
     for path in sorted(run.rglob("*")):
         if path.is_file() and not any(folder in path.parents for folder in checkpoints):
             found[str(path.relative_to(run))] = path.read_bytes()
@@ -81,7 +81,8 @@ class Saboteur:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, only: str = "") -> None:
         """only: strikes only at steps with this in their name."""
-        self.root, self.done, self.only = root, [], only
+        self.root, self.only = root, only
+        self.done: list[str] = []
         self.armed = True
         self._strike(monkeypatch, os, "replace", self.halve)
         self._strike(monkeypatch, os, "unlink", self.halve)

@@ -74,8 +74,8 @@ def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequ
     config = options.config
     activations: tuple[str, ...] = ()
     if options.genes == "all":
-        read = read_by_products(model, planned(model, images, _at_width(config, widths[0])).recipe)
-        activations = tuple(site for site in read if not site.endswith(".weight"))
+        recipe = planned(model, images, _at_width(config, widths[0])).recipe
+        activations = tuple(site for site in read_by_products(model, recipe) if recipe.places[site].role != "weight")
     return {bits: planned(model, images, _at_width(config, bits, activations)) for bits in widths}
 
 

@@ -2,23 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.calibration import percentile
 from cptv_jax.interpreters import Initializing, Tensor
-from cptv_jax.models.architecture import call_stage, sites_of, stage_graphs
+from cptv_jax.models.architecture import site_table, sites_of
+from cptv_jax.models.walk import Run, walk
 from cptv_jax.quantized.model import Model
 from cptv_jax.quantizers import FractionalUniform, OffsetUniform, Quantizer
-from cptv_jax.recipe.sites import layer_norm_readers
+from cptv_jax.recipe.sites import full_name, layer_norm_readers
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 
-Specs = tuple[tuple[str, SiteSpec], ...]
 Batch = Float[Array, "batch height width channels"]
 
 
@@ -34,27 +34,37 @@ def first_images(batches: Sequence[Batch], count: int) -> Batch:
 
 
 def reparameterized(model: Model, recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """By LayerNorm to be reparameterized, the layers that read it.
+    """Finds the LayerNorms to be reparameterized.
 
-    Those inside the blocks (both codes leave the head's alone) that the recipe quantizes per tensor and whose readers
-    have a bias to take up the shift.
+    These are the LayerNorms before the last stage (both codes leave the head's alone) that the recipe quantizes per
+    tensor and whose readers have a bias to take up the shift.
+
+    Args:
+        model: The float model.
+        recipe: What is quantized, and how.
+
+    Returns:
+        By LayerNorm, the linear layers that read it.
     """
     found = {}
+    table = site_table(model.architecture)
     for norm, weights in layer_norm_readers(sites_of(model.architecture)).items():
-        layers = tuple(weight.removesuffix(".weight") for weight in weights)
+        layers = tuple(table[weight].layer_name for weight in weights)
         spec = recipe.sites.get(norm)
         if spec is not None and not spec.per_channel and all("bias" in model.layer(layer) for layer in layers):
             found[norm] = layers
     return found
 
 
-def _initialize(graph: nnx.GraphDef[Any], specs: Specs, weights: PyTree, x: PyTree) -> tuple[PyTree, Any]:
-    ops = Initializing(dict(specs), percentile.fit)
-    output = call_stage(graph, ops, weights, x)
-    return output, ops.fitted
+@dataclass(frozen=True)
+class _Initialize:
+    """Visits a stage with the interpreter Initializing. specs: by site, relative to the stage."""
 
+    specs: tuple[tuple[str, SiteSpec], ...]
 
-_initialize_stage = jax.jit(_initialize, static_argnums=(0, 1))
+    def __call__(self, run: Run, x: PyTree, arrays: PyTree) -> tuple[PyTree, PyTree]:
+        ops = Initializing(dict(self.specs), percentile.fit)
+        return run(ops, x), ops.fitted
 
 
 def initialize(
@@ -66,22 +76,33 @@ def initialize(
     on_stage: Callable[[], None] = lambda: None,
     inputs: Mapping[str, PyTree] = MappingProxyType({}),
 ) -> dict[str, Quantizer]:
-    """Quantizers fitted in one quantizing forward pass: each on what its quantized predecessors give it.
+    """Fits quantizers in one quantizing forward pass: each on what its quantized predecessors give it.
 
-    channel_wise: sites that get a scale for each channel whatever the recipe says. weights: whether weights are
-    quantized too, or float. on_stage is called after every stage. One stage is in memory at a time.
-    inputs: by stage, what to feed it instead of the output of the stage before (for comparisons with recordings).
+    One stage is in memory at a time.
+
+    Args:
+        model: The float model.
+        images: Normalised calibration images.
+        recipe: What is quantized, and how.
+        channel_wise: Sites that get a scale for each channel whatever the recipe says.
+        weights: Whether weights are quantized too, or stay in float.
+        on_stage: Called after every stage.
+        inputs: By stage, what to feed it instead of the output of the stage before it (for comparisons with
+            recordings).
+
+    Returns:
+        The quantizers by site.
     """
-    x: PyTree = Tensor(images)
+    specs: dict[str, list[tuple[str, SiteSpec]]] = {stage: [] for stage in model.architecture.stage_names}
+    for name, spec in recipe.sites.items():
+        site = recipe.places[name]
+        if weights or site.role != "weight":
+            spec = dataclasses.replace(spec, per_channel=spec.per_channel or name in channel_wise)
+            specs[site.stage].append((site.local, spec))
+    visits = {stage: _Initialize(tuple(found)) for stage, found in specs.items()}
     quantizers: dict[str, Quantizer] = {}
-    for stage, graph in stage_graphs(model.architecture).items():
-        specs = {
-            site: dataclasses.replace(spec, per_channel=spec.per_channel or f"{stage}.{site}" in channel_wise)
-            for site, spec in recipe.of_stage(stage).items()
-            if weights or not site.endswith(".weight")
-        }
-        x, fitted = _initialize_stage(graph, tuple(specs.items()), model.weights[stage], inputs.get(stage, x))
-        quantizers.update({f"{stage}.{site}": quantizer for site, quantizer in fitted.items()})
+    for stage, _, fitted in walk(model.architecture, model.weights, Tensor(images), visits, inputs=inputs):
+        quantizers.update({full_name(stage, site): quantizer for site, quantizer in fitted.items()})
         on_stage()
     return quantizers
 

@@ -14,6 +14,7 @@ from cptv_jax.calibration.layerwise import Layer, Operation, Samples
 from cptv_jax.interpreters import FakeQuant, Tensor
 from cptv_jax.interpreters.arithmetic import Arithmetic
 from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe.sites import weight_site
 from cptv_jax.runtime.mesh import compiler_options
 
 Metric = Literal["hessian", "l2", "cosine"]
@@ -75,7 +76,7 @@ def _output(
     if operation.weight is None:
         b = _operand(quantizers[1], samples.operands[1])
         return FakeQuant({}, arithmetic=arithmetic).matmul("layer", a, b, operation.factor).values  # type: ignore[arg-type]
-    quantizer = {} if quantizers[1] is None else {"layer.weight": quantizers[1]}
+    quantizer = {} if quantizers[1] is None else {weight_site("layer"): quantizers[1]}
     return FakeQuant(quantizer, arithmetic=arithmetic).linear("layer", *operation.weight, a).values
 
 

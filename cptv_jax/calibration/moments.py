@@ -2,18 +2,18 @@
 (ERQ, arXiv 2407.06794; GPTQ, arXiv 2210.17323)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.interpreters import Capturing, Tensor
-from cptv_jax.models.architecture import call_stage, sites_of, stage_graphs
+from cptv_jax.models.architecture import site_table
+from cptv_jax.models.walk import Run, visit_stage, walk
 from cptv_jax.quantized.model import Model
 from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe.sites import Site, full_name
 from cptv_jax.recipe.spec import Recipe
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -24,15 +24,29 @@ Batch = Float[Array, "batch height width channels"]
 class Layer:
     """A linear layer with a quantized weight.
 
-    name: its site. reads: the site of its input. channels: of an input that is an image (the layer is then a
-    convolution, which reads patches of it), else the inputs. per_image: it reads one row an image, not one a token.
+    Attributes:
+        site: The site of its weight.
+        inputs: Length of a row that its weight multiplies.
+        channels: Channels of an input that is an image (the layer is then a convolution, which reads patches of it),
+            else the inputs.
+        per_image: It reads one row for each image, not one for each token.
     """
 
-    name: str
-    reads: str
+    site: Site
     inputs: int
     channels: int
     per_image: bool
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return self.site.layer_name
+
+    @property
+    def reads(self) -> str:
+        """The site of its input."""
+        (reads,) = self.site.reads
+        return reads
 
     @property
     def convolution(self) -> bool:
@@ -52,65 +66,70 @@ class Moments:
 
 
 def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
-    """The linear layers whose weights the recipe quantizes, in the order of the forward pass."""
-    sites = {site.name: site for site in sites_of(model.architecture)}
+    """Finds the linear layers whose weights a recipe quantizes.
+
+    Args:
+        model: The float model.
+        recipe: What is quantized, and how.
+
+    Returns:
+        The layers in the order of the forward pass.
+    """
+    sites = site_table(model.architecture)
     found = []
     for site in sites.values():
-        if site.kind == "weight" and site.name in recipe.sites:
-            name, (reads,) = site.name.removesuffix(".weight"), site.reads
-            inputs, image = site.shape[0], sites[reads].kind == "tensor"
-            channels = sites[reads].shape[-1] if image else inputs
-            found.append(Layer(name, reads, inputs, channels, per_image=len(sites[name].shape) == 2))
+        if site.role == "weight" and site.name in recipe.sites:
+            (reads,), inputs = site.reads, site.shape[0]
+            channels = sites[reads].shape[-1] if sites[reads].kind == "image" else inputs
+            found.append(Layer(site, inputs, channels, per_image=len(sites[site.layer_name].shape) == 2))
     return tuple(found)
 
 
-def _stage_moments(
-    graph: nnx.GraphDef[Any],
-    layers: tuple[Layer, ...],
-    weights: PyTree,
-    parameters: Mapping[str, Mapping[str, Array]],
-    quantizers: Mapping[str, Quantizer],
-    x: PyTree,
-) -> tuple[PyTree, dict[str, Moments]]:
-    ops = Capturing({}, [layer.name for layer in layers], all_tokens=True)
-    output = call_stage(graph, ops, weights, x)
-    found = {}
-    for layer in layers:
-        (read,) = ops.inputs[layer.name]
-        rows = read.reshape(-1, read.shape[-1])
-        quantizer = quantizers.get(layer.reads)
-        if quantizer is not None:
-            rows = quantizer.values(quantizer.codes(rows))
-        rows = jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], 1)
-        kernel = extended(parameters[layer.name])
-        result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
-        residual = ops.outputs[layer.name].reshape(result.shape) - result
-        gram = jnp.matmul(rows.T, rows, precision=_PRECISION)
-        found[layer.name] = Moments(gram, jnp.matmul(rows.T, residual, precision=_PRECISION))
-    return output, found
+@dataclass(frozen=True)
+class _CollectMoments:
+    """Visits a stage and sums up moments of some of its layers. Its arrays are the layers' parameters and, where their
+    inputs are quantized, the inputs' quantizers, by layer; layers are named relative to the stage.
+    """
+
+    layers: tuple[str, ...]
+
+    def __call__(self, run: Run, x: PyTree, arrays: PyTree) -> tuple[PyTree, PyTree]:
+        parameters, quantizers = arrays
+        ops = Capturing({}, self.layers, all_tokens=True)
+        output = run(ops, x)
+        found = {}
+        for layer in self.layers:
+            (read,) = ops.inputs[layer]
+            rows = read.reshape(-1, read.shape[-1])
+            quantizer = quantizers.get(layer)
+            if quantizer is not None:
+                rows = quantizer.values(quantizer.codes(rows))
+            rows = jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], 1)
+            kernel = extended(parameters[layer])
+            result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
+            residual = ops.outputs[layer].reshape(result.shape) - result
+            gram = jnp.matmul(rows.T, rows, precision=_PRECISION)
+            found[layer] = Moments(gram, jnp.matmul(rows.T, residual, precision=_PRECISION))
+        return output, found
 
 
-_run_stage_moments = jax.jit(_stage_moments, static_argnums=(0, 1))
+def _visits(
+    model: Model, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
+) -> tuple[dict[str, _CollectMoments], dict[str, PyTree]]:
+    """By stage, the visit that collects the moments of its layers, and its arrays."""
+    visits, arrays = {}, {}
+    for stage in model.architecture.stage_names:
+        inside = {layer.site.layer: layer for layer in layers if layer.site.stage == stage}
+        visits[stage] = _CollectMoments(tuple(inside))
+        parameters = {local: model.layer(layer.name) for local, layer in inside.items()}
+        read = {local: quantizers[layer.reads] for local, layer in inside.items() if layer.reads in quantizers}
+        arrays[stage] = (parameters, read)
+    return visits, arrays
 
 
-def _moments_of(
-    model: Model, stage: str, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer], x: PyTree
-) -> tuple[PyTree, dict[str, Moments]]:
-    """A stage's output for one batch of inputs, and the moments of those of the layers that it has, by full name."""
-    prefix = f"{stage}."
-    inside = [layer for layer in layers if layer.name.startswith(prefix)]
-    relative = tuple(
-        replace(layer, name=layer.name.removeprefix(prefix), reads=layer.reads.removeprefix(prefix)) for layer in inside
-    )
-    read = {layer.reads.removeprefix(prefix): quantizers[layer.reads] for layer in inside if layer.reads in quantizers}
-    parameters = {layer.name.removeprefix(prefix): model.layer(layer.name) for layer in inside}
-    graph = stage_graphs(model.architecture)[stage]
-    output, found = _run_stage_moments(graph, relative, model.weights[stage], parameters, read, x)
-    return output, {prefix + name: moments for name, moments in found.items()}
-
-
-def _sum(sums: dict[str, Moments], new: Mapping[str, Moments]) -> None:
-    for name, moments in new.items():
+def _sum(sums: dict[str, Moments], stage: str, new: Mapping[str, Moments]) -> None:
+    for local, moments in new.items():
+        name = full_name(stage, local)
         sums[name] = jax.tree.map(jnp.add, sums[name], moments) if name in sums else moments
 
 
@@ -128,16 +147,25 @@ def collect_moments(
     quantizers: Mapping[str, Quantizer],
     on_stage: Callable[[], None] = lambda: None,
 ) -> dict[str, Moments]:
-    """Moments of every layer over all batches, in the float model, with each layer's input quantized by itself.
+    """Collects the moments of layers over all batches, in the float model, with each layer's input quantized by itself.
 
     One batch and one stage are in memory at a time, and the moments, whose size does not depend on the images.
+
+    Args:
+        model: The float model.
+        batches: Normalised calibration images.
+        layers: The layers.
+        quantizers: Of the layers' inputs, by site; an input without one stays in float.
+        on_stage: Called after every stage of every batch.
+
+    Returns:
+        The moments by layer.
     """
+    visits, arrays = _visits(model, layers, quantizers)
     found: dict[str, Moments] = {}
     for batch in batches:
-        x: PyTree = Tensor(batch)
-        for stage in stage_graphs(model.architecture):
-            x, moments = _moments_of(model, stage, layers, quantizers, x)
-            _sum(found, moments)
+        for stage, _, moments in walk(model.architecture, model.weights, Tensor(batch), visits, arrays):
+            _sum(found, stage, moments)
             on_stage()
     return found
 
@@ -145,14 +173,24 @@ def collect_moments(
 def moments_by_stage(
     model: Model, batches: Iterable[Batch], layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
 ) -> Iterator[dict[str, Moments]]:
-    """`collect_moments` of one stage after the other.
+    """Does what `collect_moments` does, one stage after the other.
 
     The inputs of one stage for all batches are in memory at a time, and that stage's moments.
+
+    Args:
+        model: The float model.
+        batches: Normalised calibration images.
+        layers: The layers.
+        quantizers: Of the layers' inputs, by site; an input without one stays in float.
+
+    Yields:
+        The moments of a stage's layers, by layer.
     """
+    visits, arrays = _visits(model, layers, quantizers)
     xs: list[PyTree] = [Tensor(batch) for batch in batches]
-    for stage in stage_graphs(model.architecture):
+    for stage, visit in visits.items():
         found: dict[str, Moments] = {}
         for index, x in enumerate(xs):
-            xs[index], moments = _moments_of(model, stage, layers, quantizers, x)
-            _sum(found, moments)
+            xs[index], moments = visit_stage(model.architecture, model.weights, stage, visit, x, arrays[stage])
+            _sum(found, stage, moments)
         yield found

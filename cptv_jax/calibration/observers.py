@@ -1,4 +1,17 @@
-"""Calibration statistics, and the quantizer parameters that follow from them."""
+"""Calibration statistics, and the quantizer parameters that follow from them.
+
+Two open tables decide what the statistics-based methods (fq-vit, omse) do at a site: STATISTICS, by the site's
+observer, says how a range is kept and how a uniform grid follows from it; FITS, by the site's quantizer, says which
+quantizer is made of the range. A user's own quantizer joins with `register_fit`, an observer with `register_observer`.
+
+A new quantizer for attention maps takes a class and a function:
+
+    def fit_cube_root(spec: SiteSpec, found: Range, x: Array) -> CubeRoot:
+        return CubeRoot(found.maximum, jnp.float32(2.0**spec.bits - 1))
+
+    register_fit("cube-root", fit_cube_root, attention_only=True)
+    config = RecipeConfig(preset="omse", overrides={"*.softmax": {"quantizer": "cube-root", "observer": "minmax"}})
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers import LARGEST_EXPONENT, BiasCorrected, Log2, Quantizer, Uniform, grid, true_divide
-from cptv_jax.recipe.spec import SiteSpec
+from cptv_jax.recipe.spec import OBSERVERS, QUANTIZERS, ObserverRules, QuantizerRules, SiteSpec
+from cptv_jax.registry import Registry
 
 _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).eps)
 _EMA_MOMENTUM = 0.01  # weight of the newest batch, for EMA and percentile
@@ -20,7 +34,12 @@ _OMSE_STEP = 0.01
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Range:
-    """Running minimum and maximum of a site: () per tensor, (channels,) per channel."""
+    """Running minimum and maximum of a site: () per tensor, (channels,) per channel.
+
+    Attributes:
+        minimum: The smallest value, or what the observer takes for it.
+        maximum: The largest value, or what the observer takes for it.
+    """
 
     minimum: Float[Array, "..."]
     maximum: Float[Array, "..."]
@@ -98,23 +117,111 @@ def _power_of_two_factor(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     return Uniform(scale, whole.zero_point, whole.low, whole.high)
 
 
-_MEASURES: dict[str, Callable[[Array, SiteSpec], Range]] = {"percentile": _quantiles}
-_MERGES: dict[str, Callable[[Range, Range], Range]] = {"ema": _moving, "percentile": _moving}
-_FITS: dict[str, Callable[[Range, Array, SiteSpec], Uniform]] = {"omse": _omse, "ptf": _power_of_two_factor}
+@dataclass(frozen=True)
+class Statistic:
+    """What an observer keeps of the calibration batches, and the uniform grid that follows from it.
+
+    Attributes:
+        measure: From one batch's tensor and the specification to its range.
+        merge: From the range so far and a new batch's to the range from then on.
+        fit: From the range over all batches, the last batch's tensor and the specification to the grid.
+    """
+
+    measure: Callable[[Array, SiteSpec], Range] = _extremes
+    merge: Callable[[Range, Range], Range] = _widest
+    fit: Callable[[Range, Array, SiteSpec], Uniform] = _from_range
+
+
+Fit = Callable[[SiteSpec, Range, Array], Quantizer]
+"""From a specification, the range over all batches and the last batch's tensor to a quantizer; traced by jax.jit."""
+
+STATISTICS: Registry[Statistic] = Registry("observer")
+FITS: Registry[Fit] = Registry("quantizer fit")
+
+
+def register_observer(name: str, statistic: Statistic, per_channel: bool | None = None) -> Statistic:
+    """Makes an observer known to recipes and to the statistics-based methods.
+
+    Args:
+        name: What recipes call it.
+        statistic: What it does.
+        per_channel: Whether a site must have a scale for each channel (True) or one for the whole tensor (False); None
+            allows both.
+
+    Returns:
+        The statistic.
+
+    Raises:
+        InputError: Where the name is another observer's.
+    """
+    if name not in STATISTICS:  # a second registration is for the registry of statistics to refuse
+        OBSERVERS.register(name, ObserverRules(per_channel))
+    return STATISTICS.register(name, statistic)
+
+
+def register_fit(name: str, fit: Fit, attention_only: bool = False) -> Fit:
+    """Makes a quantizer known to recipes and to the statistics-based methods.
+
+    Args:
+        name: What recipes call the quantizer.
+        fit: Makes the quantizer of a site.
+        attention_only: Its levels are those of values from 0 to 1, so recipes may ask for it at attention maps alone.
+
+    Returns:
+        The function.
+
+    Raises:
+        InputError: Where the name is another quantizer's.
+    """
+    if name not in FITS:  # a second registration is for the registry of fits to refuse
+        QUANTIZERS.register(name, QuantizerRules(attention_only))
+    return FITS.register(name, fit)
+
+
+def _fit_uniform(spec: SiteSpec, found: Range, x: Array) -> Uniform:
+    return STATISTICS[spec.observer].fit(found, x, spec)
+
+
+def _fit_log2(spec: SiteSpec, found: Range, x: Array) -> Log2:
+    return Log2(jnp.float32(grid(spec.bits, signed=False)[1]))
+
+
+# Recipes know these names already.
+STATISTICS.register("minmax", Statistic())
+STATISTICS.register("ema", Statistic(merge=_moving))
+STATISTICS.register("percentile", Statistic(_quantiles, _moving))
+STATISTICS.register("omse", Statistic(fit=_omse))
+STATISTICS.register("ptf", Statistic(fit=_power_of_two_factor))
+FITS.register("uniform", _fit_uniform)
+FITS.register("log2", _fit_log2)
 
 
 def update(spec: SiteSpec, previous: Range | None, x: Float[Array, "..."]) -> Range:
-    """The site's range after one more batch; previous is None for the first."""
-    new = _MEASURES.get(spec.observer, _extremes)(x, spec)
-    return new if previous is None else _MERGES.get(spec.observer, _widest)(previous, new)
+    """Updates a site's range by one more batch.
+
+    Args:
+        spec: The site's specification.
+        previous: The range so far; None for the first batch.
+        x: The batch's tensor.
+
+    Returns:
+        The range from then on.
+    """
+    statistic = STATISTICS[spec.observer]
+    new = statistic.measure(x, spec)
+    return new if previous is None else statistic.merge(previous, new)
 
 
 def fit(spec: SiteSpec, found: Range, x: Float[Array, "..."]) -> Quantizer:
-    """The site's quantizer: parameters from the range over all batches, scored on x where the observer scores.
+    """Makes a site's quantizer.
 
-    x is the last calibration batch: the published observers score candidates on that one alone.
+    Args:
+        spec: The site's specification.
+        found: The range over all batches.
+        x: The last calibration batch's tensor: the published observers score candidates on that one alone.
+
+    Returns:
+        The quantizer.
     """
-    if spec.quantizer == "log2":
-        return Log2(jnp.float32(grid(spec.bits, signed=False)[1]))
-    uniform = _FITS.get(spec.observer, _from_range)(found, x, spec)
-    return BiasCorrected(uniform, jnp.ones_like(uniform.scale)) if spec.bias_correction else uniform
+    quantizer = FITS[spec.quantizer](spec, found, x)
+    return BiasCorrected(quantizer, jnp.ones_like(quantizer.scale)) if spec.bias_correction else quantizer  # type: ignore[arg-type]

@@ -1,36 +1,32 @@
 """Calibration shared by the methods that fit every quantizer from statistics of a float forward pass."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import jax
-from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.calibration import observers
 from cptv_jax.calibration.observers import Range
 from cptv_jax.interpreters import Observing, Tensor
-from cptv_jax.models.architecture import call_stage, stage_graphs
+from cptv_jax.models.walk import Run, walk
 from cptv_jax.quantized.model import Model
 from cptv_jax.quantizers import Quantizer
-from cptv_jax.recipe.spec import Recipe, SiteSpec
+from cptv_jax.recipe.sites import full_name
+from cptv_jax.recipe.spec import Recipe
 
 
-def _observe(
-    graph: nnx.GraphDef[Any],
-    fit: bool,
-    log_int_softmax: bool,
-    specs: dict[str, SiteSpec],
-    weights: PyTree,
-    ranges: dict[str, Range],
-    x: PyTree,
-) -> tuple[PyTree, dict[str, Range], dict[str, Quantizer]]:
-    ops = Observing(observers, specs, ranges, fit=fit, log_int_softmax=log_int_softmax)
-    output = call_stage(graph, ops, weights, x)
-    return output, ops.ranges, ops.fitted
+@dataclass(frozen=True)
+class _Observe:
+    """Visits a stage with the interpreter Observing. Its arrays are specifications and ranges so far, by site."""
 
+    fit: bool
+    log_int_softmax: bool
 
-_observe_stage = jax.jit(_observe, static_argnums=(0, 1, 2))
+    def __call__(self, run: Run, x: PyTree, arrays: PyTree) -> tuple[PyTree, PyTree]:
+        specs, ranges = arrays
+        ops = Observing(observers, specs, ranges, fit=self.fit, log_int_softmax=self.log_int_softmax)
+        output = run(ops, x)
+        return output, (ops.ranges, ops.fitted)
 
 
 def calibrate(
@@ -39,22 +35,30 @@ def calibrate(
     recipe: Recipe,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Quantizer]:
-    """Quantizers of every site in the recipe, from a float forward pass over the batches.
+    """Fits a quantizer for every site of a recipe, in a float forward pass over calibration images.
 
     Ranges come from all batches; scores (OMSE, power-of-two factor) from the last one alone, as FQ-ViT and Evol-Q do.
-    One batch and one stage are in memory at a time. on_progress(done, total) counts stages run.
+    One batch and one stage are in memory at a time.
+
+    Args:
+        model: The float model.
+        batches: Normalised calibration images.
+        recipe: What is quantized, and how.
+        on_progress: Called as on_progress(done, total) after every stage.
+
+    Returns:
+        The quantizers by site, in the recipe's order.
     """
-    graphs = stage_graphs(model.architecture)
-    specs = {name: recipe.of_stage(name) for name in graphs}
-    ranges: dict[str, dict[str, Range]] = {name: {} for name in graphs}
+    stages = model.architecture.stage_names
+    specs = {stage: recipe.of_stage(stage) for stage in stages}
+    ranges: dict[str, dict[str, Range]] = {stage: {} for stage in stages}
     quantizers: dict[str, Quantizer] = {}
     for index, batch in enumerate(batches):
-        x: PyTree = Tensor(batch)
-        fit = index == len(batches) - 1
-        for done, (name, graph) in enumerate(graphs.items(), 1):
-            x, ranges[name], fitted = _observe_stage(
-                graph, fit, recipe.log_int_softmax, specs[name], model.weights[name], ranges[name], x
-            )
-            quantizers.update({f"{name}.{site}": quantizer for site, quantizer in fitted.items()})
-            on_progress(index * len(graphs) + done, len(batches) * len(graphs))
+        visit = _Observe(fit=index == len(batches) - 1, log_int_softmax=recipe.log_int_softmax)
+        arrays = {stage: (specs[stage], ranges[stage]) for stage in stages}
+        passed = walk(model.architecture, model.weights, Tensor(batch), dict.fromkeys(stages, visit), arrays)
+        for done, (stage, _, found) in enumerate(passed, 1):
+            ranges[stage], fitted = found
+            quantizers.update({full_name(stage, site): quantizer for site, quantizer in fitted.items()})
+            on_progress(index * len(stages) + done, len(batches) * len(stages))
     return {site: quantizers[site] for site in recipe.sites}

@@ -66,7 +66,7 @@ def _title(recording: Recording) -> str:
         bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations"))
         return f"{recording.reference}, {recording.kind}; bits: {bits}"
     bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations", "softmax"))
-    observers = f"{meta.choice('observer.weights', OBSERVERS)}/{meta.choice('observer.activations', OBSERVERS)}"
+    observers = "/".join(meta.choice(f"observer.{kind}", tuple(OBSERVERS)) for kind in ("weights", "activations"))
     options = ("ptf", "integer_layer_norm", "log_int_softmax", "bias_correction", "quantize_input")
     active = ", ".join(name for name in options if meta.flag(name))
     return f"{recording.reference}, {recording.kind}; bits: {bits}; observers: {observers}; {active}"

@@ -58,9 +58,9 @@ def compare_erq(recording: Recording) -> list[Check]:
     moments = collect_moments(model, [jnp.asarray(batch) for batch in subject.calibration], layers, quantizers)
     rewritten, noise = {}, {}
     for layer in layers:
-        spec, correct = recipe.sites[f"{layer.name}.weight"], layer.reads in quantizers
+        spec, correct = recipe.sites[layer.site.name], layer.reads in quantizers
         rewritten[layer.name] = rewrite(layer, model.layer(layer.name), spec, moments[layer.name], options, correct)
-        quantizers[f"{layer.name}.weight"] = rewritten[layer.name].quantizer
+        quantizers[layer.site.name] = rewritten[layer.name].quantizer
         penalty, _ = penalties(layer, float(moments[layer.name].gram[-1, -1]), options.coe)
         noise[layer.name] = max(WEIGHT_ABSOLUTE, _inverse_noise(moments[layer.name], penalty))
     corrected = model.with_layers({name: layer.corrected for name, layer in rewritten.items()})

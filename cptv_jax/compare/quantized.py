@@ -15,6 +15,7 @@ from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Tensor, effective_weight, quantize_weight
 from cptv_jax.models.timm_weights import key_table
+from cptv_jax.quantized.execution import Simulated, Unrounded
 from cptv_jax.quantizers import Log2, Quantizer, Uniform, spread
 from cptv_jax.runtime.forward import apply_stage
 
@@ -38,7 +39,7 @@ def compare_quantized(recording: Recording) -> list[Check]:
     # Only Evol-Q's code has such a pass.
     if recording.reference == "evol-q" or "dequant_state_logits" in recording:
         recorded = subject.recorded_logits(recording, "dequant_state_logits")
-        ours = subject.logits(subject.quantized.stages(rounding=False))
+        ours = subject.logits(subject.quantized.stages(Unrounded()))
         found += checks.logits_checks(DEQUANTIZED, ours, recorded, subject.limits)
     return found
 
@@ -50,7 +51,7 @@ def _require_keys(recording: Recording, subject: Subject) -> None:
     for site, spec in subject.recipe.sites.items():
         if spec.quantizer != "log2":
             keys += [f"param/{modules[site]}/scale", f"param/{modules[site]}/zero_point"]
-        if site.endswith(".weight"):
+        if subject.recipe.places[site].role == "weight":
             keys.append(f"qweight/{modules[site]}")
     for key in keys:
         recording.raw(key)
@@ -115,10 +116,11 @@ def weight_checks(recording: Recording, subject: Subject, modules: Mapping[str, 
     entries = {entry.key: entry for entry in key_table(subject.model.architecture)}
     weights = []
     for site, quantizer in subject.quantized.quantizers.items():
-        if not site.endswith(".weight"):
+        place = subject.recipe.places[site]
+        if place.role != "weight":
             continue
         entry = entries[f"{modules[site]}.weight"]
-        kernel = subject.quantized.model.layer(site.removesuffix(".weight"))["kernel"]
+        kernel = subject.quantized.model.layer(place.layer_name)["kernel"]
         key = f"qweight/{modules[site]}"
         theirs = entry.to_module(recording.array(key, *entry.shape))
         values, step = (np.asarray(array) for array in _effective_weight(quantizer, kernel))
@@ -128,7 +130,7 @@ def weight_checks(recording: Recording, subject: Subject, modules: Mapping[str, 
 
 def block_checks(recording: Recording, subject: Subject) -> list[Check]:
     """Step 3: every block on the input that the reference's own block had."""
-    stages = subject.quantized.stages(all_tokens=True)
+    stages = subject.quantized.stages(Simulated(all_tokens=True))
     found = []
     tokens, width = subject.config.num_tokens, subject.config.width
     recording.array("block_in/0", None, tokens, width)

@@ -13,6 +13,10 @@ from cptv_jax.compare.names import sites_by_module
 from cptv_jax.compare.quantized import parameter_checks
 from cptv_jax.compare.subject import Subject, prepare
 from cptv_jax.errors import InputError
+from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import Simulated, Unrounded
+from cptv_jax.quantizers import Free
 from cptv_jax.runtime.forward import forward
 from cptv_jax.search.evaluator import Evaluator
 from cptv_jax.search.objective import Objective
@@ -38,14 +42,15 @@ class _Layout:
     def total(self) -> int:
         return sum(self.sizes.values())
 
-    def split(self, flat: Flat) -> dict[str, Flat]:
-        """By site."""
+    def split(self, flat: Flat) -> dict[str, Free]:
+        """The scales by site, as a candidate or a population."""
         bounds = np.cumsum(list(self.sizes.values()))[:-1]
-        return dict(zip(self.sizes, np.split(flat, bounds, axis=-1), strict=True))
+        parts = zip(self.sizes, np.split(flat, bounds, axis=-1), strict=True)
+        return {site: Free(part) for site, part in parts}
 
-    def join(self, candidate: Mapping[str, np.ndarray]) -> Flat:
+    def join(self, candidate: Mapping[str, Free]) -> Flat:
         """The inverse of `split`."""
-        return np.concatenate([np.asarray(candidate[site]) for site in self.sizes], -1)
+        return np.concatenate([np.asarray(candidate[site].scale) for site in self.sizes], -1)
 
 
 def compare_search(recording: Recording) -> list[Check]:
@@ -57,8 +62,10 @@ def compare_search(recording: Recording) -> list[Check]:
         raise InputError(f"{recording.path}: the searched blocks must be recorded under 'evo/0/', 'evo/1/' and so on")
     for key in ("fp_logits", "o_fps", "q_logits_before", "q_top1_before"):
         recording.raw(key)
-    stages = subject.quantized.stages(lambda site: site.endswith(_SEARCHED))
-    teacher = subject.targets(subject.quantized.stages(rounding=False))
+    sites = sites_of(subject.quantized.model.architecture)
+    space = Space([site.name for site in sites if site.local in _SEARCHED])
+    stages = subject.quantized.stages(Simulated(), space)
+    teacher = subject.targets(subject.quantized.stages(Unrounded()))
     objective = Objective("infonce", "logits", meta.number("temperature"))
     strategy = EvolQ(
         meta.number("step"), meta.integer("population"), meta.integer("samples"), rounds=meta.integer("cycles")
@@ -108,7 +115,7 @@ def _layout(recording: Recording, subject: Subject, evaluator: Evaluator, group:
         order = [known.get(name, name).removeprefix(f"{stage.name}.") for name in names]
         if sorted(order) != sorted(_SEARCHED):
             raise InputError(f"{recording.path}: '{group}/order' must name {module}.qkv and {module}.proj, once each")
-    sizes = {site: int(np.size(stage.candidate[site])) for site in order}
+    sizes = {site: int(np.size(stage.candidate[site].scale)) for site in order}
     if f"{group}/indices" in recording:
         indices = recording.integers(f"{group}/indices", len(order) + 1)
         if indices.tolist() != [0, *np.cumsum(list(sizes.values())).tolist()]:
@@ -139,8 +146,7 @@ def _candidate_checks(recording: Recording, subject: Subject, evaluator: Evaluat
         theirs = recording.array(f"{group}/calib_logits", len(candidates), images, subject.config.num_classes)
         for i, candidate in enumerate(candidates):
             stages = list(evaluator.stages)
-            bound = {site: np.asarray(part, np.float32) for site, part in layout.split(candidate).items()}
-            stages[layout.stage] = stages[layout.stage].bound(bound)
+            stages[layout.stage] = stages[layout.stage].bound(layout.split(np.asarray(candidate, np.float32)))
             ours = np.concatenate([np.asarray(forward(stages, batch).logits) for batch in subject.calibration])
             found.append(_mean_check(group, f"calib_logits {i}", ours - theirs[i], subject))
     return found

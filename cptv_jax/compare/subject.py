@@ -17,6 +17,7 @@ from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
@@ -114,7 +115,7 @@ def architecture_of(meta: Meta) -> Architecture:
         )
     # The images are already normalised; only the number of channels matters here.
     flat = Preprocessing(config.image_size, mean=(0.5,) * channels, std=(0.5,) * channels)
-    return Architecture("the model in meta", "vit", config, flat)
+    return Architecture("the model in meta", VIT, config, flat)
 
 
 def recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
@@ -129,8 +130,8 @@ def recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
         weight_bits=bits["weights"],
         activation_bits=bits["activations"],
         softmax_bits=bits["softmax"],
-        weight_observer=weight_observer,  # type: ignore[arg-type]
-        activation_observer=meta.choice("observer.activations", _PUBLISHED_OBSERVERS),  # type: ignore[arg-type]
+        weight_observer=weight_observer,
+        activation_observer=meta.choice("observer.activations", _PUBLISHED_OBSERVERS),
         weight_signed=not meta.flag("weights_unsigned"),
         bias_correction=meta.flag("bias_correction"),
         power_of_two_factor=meta.flag("ptf"),

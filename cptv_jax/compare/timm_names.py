@@ -5,6 +5,7 @@ from typing import Literal
 
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.timm_weights import key_table
+from cptv_jax.recipe.sites import full_name, weight_site
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ def operands_by_site(architecture: Architecture) -> dict[str, Operand]:
             found[f"blocks.{i}.{site}"] = Operand(f"blocks.{i}.{operand.module}", operand.role)
     for entry in key_table(architecture):
         if entry.path[-1] == "kernel":
-            site = ".".join((entry.stage, *entry.path[:-1], "weight"))
-            found[site] = Operand(entry.key.removesuffix(".weight"), "weight")
+            layer = full_name(entry.stage, ".".join(entry.path[:-1]))
+            found[weight_site(layer)] = Operand(entry.key.removesuffix(".weight"), "weight")
     return found
 
 
 def modules_by_layer(architecture: Architecture) -> dict[str, str]:
     """timm's module for every linear layer and LayerNorm, by the site that `Model.layer` takes."""
     table = key_table(architecture)
-    return {".".join((entry.stage, *entry.path[:-1])): entry.key.rpartition(".")[0] for entry in table}
+    return {full_name(entry.stage, ".".join(entry.path[:-1])): entry.key.rpartition(".")[0] for entry in table}

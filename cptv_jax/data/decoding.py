@@ -18,7 +18,18 @@ _THREADS = 2  # Pillow decodes and resizes outside the interpreter lock
 
 
 def decode(file: Path | BytesIO, name: str) -> Image.Image:
-    """A decoded image in RGB. Raises InputError, naming `name`, for anything Pillow cannot read to the end."""
+    """Decodes an image file to RGB.
+
+    Args:
+        file: What Pillow opens.
+        name: What messages call the image.
+
+    Returns:
+        The image in mode RGB.
+
+    Raises:
+        InputError: For anything that Pillow cannot read to the end.
+    """
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
@@ -34,11 +45,19 @@ def decode_all(
     *,
     progress: bool,
 ) -> npt.NDArray[np.uint8]:
-    """Every image decoded and preprocessed: uint8 [N, size, size, 3].
+    """Decodes and preprocesses every image; beyond the result, two decoded photographs are in memory.
 
-    names: N strings for messages. open_file: what Pillow opens for image i; called from two threads, once for each i.
-    Memory beyond the result is that of two decoded photographs. Raises InputError for the first unreadable image; no
-    further image is opened after that, or after an interrupt.
+    Args:
+        names: What messages call the images [N].
+        open_file: Gives what Pillow opens for image i; called once for each i, from two threads.
+        preprocessing: What the model expects of its input.
+        progress: Whether a bar is shown.
+
+    Returns:
+        Pixels, uint8 [N, size, size, 3].
+
+    Raises:
+        InputError: For the first unreadable image. No further image is opened after it, or after an interrupt.
     """
     size = preprocessing.image_size
     pixels = np.empty((len(names), size, size, 3), np.uint8)

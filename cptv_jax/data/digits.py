@@ -11,10 +11,19 @@ _SPLITS = {"train": slice(0, 1200), "calibration": slice(1200, 1500), "test": sl
 
 
 def load_digits(split: str) -> Images:
-    """The 1,797 digits of scikit-learn, in its order: "train" (1,200), "calibration" (300) or "test" (297), labelled.
+    """Loads a split of scikit-learn's 1,797 labelled digits, in its order.
 
-    Pixels are float32 [N, 32, 32, 3] in [-1, 1]: 8 x 8 values over 16, bilinear to 32 x 32 (corners not aligned),
-    three equal channels, minus 0.5, over 0.5. Raises InputError for another split.
+    The 8 x 8 values, over 16, are enlarged bilinearly to 32 x 32 (corners not aligned), repeated for three channels,
+    and normalized by mean and deviation 0.5.
+
+    Args:
+        split: "train" (1,200 images), "calibration" (300) or "test" (297).
+
+    Returns:
+        Images with float32 pixels [N, 32, 32, 3] in [-1, 1].
+
+    Raises:
+        InputError: For another split.
     """
     if split not in _SPLITS:
         raise InputError(f"the digits have no split {split!r}; choose one of {', '.join(_SPLITS)}.")
@@ -35,7 +44,15 @@ def load_digits(split: str) -> Images:
 
 
 def bilinear_weights(size: int, new_size: int) -> npt.NDArray[np.float32]:
-    """The [new_size, size] matrix that enlarges one axis bilinearly; rows sum to 1, pixel centres at i + 0.5."""
+    """Computes the matrix that enlarges one axis bilinearly, with pixel centres at i + 0.5.
+
+    Args:
+        size: Length of the axis.
+        new_size: Length after enlarging.
+
+    Returns:
+        Weights, float32 [new_size, size]; rows sum to 1.
+    """
     centres = (np.arange(new_size) + 0.5) * size / new_size - 0.5
     centres = np.clip(centres, 0, size - 1)  # beyond the outer centres the edge pixel is repeated
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(size))).astype(np.float32)

@@ -25,9 +25,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of a directory in sorted order, and their labels when the folder names say them.
+    """The image files of a directory.
 
-    remark: why there are no labels, or why they may not be what a model means; empty when all is well.
+    Attributes:
+        files: Paths in sorted order.
+        labels: Class indices, where the names of folders tell them.
+        remark: Why there are no labels, or why they may not be what a model means; empty when all is well.
     """
 
     files: list[Path]
@@ -45,11 +48,22 @@ def load_folder(
     seed: int = 0,
     progress: bool = True,
 ) -> Images:
-    """Images of a directory, decoded and preprocessed to uint8 [N, size, size, 3].
+    """Loads the images of a directory.
 
-    labels: True demands labels from the folder names, False discards them. See `list_folder` for the rules.
-    limit, need, seed: see `selection.choose`; the order to choose from is that of sorted file names.
-    Raises InputError for a missing, empty or ambiguous folder, too few images, or an unreadable image.
+    Args:
+        root: The directory; `list_folder` has the rules for what is in it.
+        preprocessing: What the model expects of its input.
+        labels: Whether labels are demanded from the names of folders; False discards them.
+        limit: At most this many images, chosen from the sorted file names as `selection.choose` does.
+        need: Fewer images than this are an error.
+        seed: Seed of the choice.
+        progress: Whether a bar is shown.
+
+    Returns:
+        Images with uint8 pixels [N, size, size, 3].
+
+    Raises:
+        InputError: For a missing, empty or ambiguous folder, too few images, or an unreadable image.
     """
     root = Path(root).expanduser()
     listing = list_folder(root)
@@ -73,13 +87,20 @@ def load_folder(
 
 
 def list_folder(root: Path) -> Listing:
-    """Every image file below `root`, and its label where the folders directly in `root` tell it.
+    """Lists every image file below a directory, with its label where the folders directly in it tell one.
 
-    All named by WordNet ids (n########): the label is the folder's rank in sorted order.
-    All named by integers ("7", "0007"): the label is that integer.
-    Images directly in `root`, or folders with other names: no labels.
-    Hidden entries, other files, broken links and links back to a parent folder are passed over.
-    Raises InputError if `root` is no folder, holds no image, or mixes these kinds.
+    Where all folders are named by WordNet ids (n########), the label is the folder's rank in sorted order; where all
+    are named by integers ("7", "0007"), it is that integer. Images directly in the directory, and folders with other
+    names, give no labels. Hidden entries, other files, broken links and links back to a parent folder are passed over.
+
+    Args:
+        root: The directory.
+
+    Returns:
+        Files and labels.
+
+    Raises:
+        InputError: If the directory is none, holds no image, or mixes these kinds.
     """
     if not os.path.exists(root):  # unlike pathlib's, False for any path that no file can have
         raise InputError(f"the image folder {root} does not exist; check the path.")

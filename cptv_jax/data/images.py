@@ -15,10 +15,12 @@ from cptv_jax.models.preprocessing import Preprocessing
 class Images:
     """Model inputs held in memory: preprocessed pixels, with labels when they are known.
 
-    pixels: [N, H, W, C], uint8 (still to be normalised by mean and std) or float32 (already normalised).
-    labels: [N] int32 class indices, or None when they are unknown or were not asked for.
-    names: N strings, where each image came from; only messages use them.
-    mean, std: C numbers each, of pixels scaled to [0, 1].
+    Attributes:
+        pixels: [N, H, W, C], uint8 (still to be normalized by mean and std) or float32 (already normalized).
+        labels: Class indices, int32 [N], or None when they are unknown or were not asked for.
+        names: Where each image came from [N]; only messages use them.
+        mean: The mean of each channel of pixels scaled to [0, 1].
+        std: The deviation of each channel of pixels scaled to [0, 1].
     """
 
     pixels: npt.NDArray[Any]
@@ -31,10 +33,17 @@ class Images:
         return len(self.pixels)
 
     def normalized(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Images start..stop-1 as the model reads them, float32 [stop - start, H, W, C].
+        """Normalizes some of the images, as the model reads them; float pixels are returned as they are.
 
-        Float pixels are returned as they are. For uint8 the order is pixels / 255, minus mean, over std, every step
-        rounded to float32: torchvision computes exactly this, and fusing the steps would change last bits.
+        The order is pixels / 255, minus mean, over std, every step rounded to float32: torchvision computes exactly
+        this, and fusing the steps would change last bits.
+
+        Args:
+            start: Position of the first image.
+            stop: Position after the last image.
+
+        Returns:
+            Pixels, float32 [stop - start, H, W, C].
         """
         pixels = self.pixels[start:stop]
         if pixels.dtype == np.float32:
@@ -46,7 +55,7 @@ class Images:
         return values
 
     def take(self, indices: slice | Sequence[int] | npt.NDArray[np.integer]) -> "Images":
-        """The images at these positions, in this order. A slice shares memory with this object."""
+        """Selects the images at some positions, in their order; a slice shares memory with this object."""
         where = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.intp)
         chosen = range(len(self))[where] if isinstance(where, slice) else where
         return replace(
@@ -57,15 +66,22 @@ class Images:
         )
 
     def mirrored(self) -> "Images":
-        """The same images, left and right exchanged."""
+        """Returns the same images with left and right exchanged."""
         return replace(self, pixels=self.pixels[:, :, ::-1])
 
     def without_labels(self) -> "Images":
-        """The same images with labels=None: what calibration and search are given."""
+        """Returns the same images without labels: what calibration and search are given."""
         return replace(self, labels=None)
 
     def require_labels(self) -> npt.NDArray[np.int32]:
-        """The labels, [N] int32. Raises InputError when there are none."""
+        """Returns the labels.
+
+        Returns:
+            Class indices, int32 [N].
+
+        Raises:
+            InputError: When there are none.
+        """
         if self.labels is None:
             first = f" (the first is {self.names[0]})" if self.names else ""
             raise InputError(f"these {len(self)} images have no labels{first}; accuracy needs a labelled source.")
@@ -73,12 +89,24 @@ class Images:
 
 
 def from_arrays(images: Any, labels: Any = None, *, preprocessing: Preprocessing | None = None) -> Images:
-    """Images from arrays that are already resized and cropped.
+    """Makes images from arrays that are already resized and cropped.
 
-    images: [N, H, W, C] with C 1 or 3, uint8 (needs `preprocessing`, for mean and std) or float32 (already
-        normalised, finite).
-    labels: None or N integers >= 0.
-    Raises InputError for any other rank, type, shape or value.
+    Example:
+        >>> pixels = np.zeros((2, 224, 224, 3), np.uint8)
+        >>> len(from_arrays(pixels, [3, 7], preprocessing=Preprocessing()))
+        2
+
+    Args:
+        images: [N, H, W, C] with 1 or 3 channels, uint8 (needs `preprocessing`, for mean and std) or float32 (already
+            normalized, finite).
+        labels: Class indices [N], integers from 0 on, or None.
+        preprocessing: What the model expects of its input; where it is given, sizes are checked against it.
+
+    Returns:
+        The images; arrays are not copied.
+
+    Raises:
+        InputError: For any other rank, type, shape or value.
     """
     pixels = np.asarray(images)
     if pixels.ndim != 4:

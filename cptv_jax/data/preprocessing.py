@@ -17,29 +17,63 @@ _RESAMPLING = {
 
 
 def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) after the short side becomes `short_side`; the long side is rounded down, as torchvision does."""
+    """Computes the size after the short side is resized; the long side is rounded down, as torchvision does.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        short_side: The short side afterwards, in pixels.
+
+    Returns:
+        Width and height, in pixels.
+    """
     if width <= height:
         return short_side, int(short_side * height / width)
     return int(short_side * width / height), short_side
 
 
 def crop_start(length: int, size: int) -> int:
-    """Where the centre `size` of a side of `length` >= size starts; halves go to the even number (torchvision)."""
+    """Computes where a centre crop starts; halves go to the even number, as in torchvision.
+
+    Args:
+        length: Of the side, in pixels; at least `size`.
+        size: Of the crop, in pixels.
+
+    Returns:
+        The first pixel of the crop.
+    """
     return round((length - size) / 2)
 
 
 def padding(length: int, size: int) -> tuple[int, int]:
-    """Zeros (before, after) that bring a side of `length` up to `size`; the odd one goes after."""
+    """Computes how many zeros bring a side up to a size; an odd one goes after the image.
+
+    Args:
+        length: Of the side, in pixels.
+        size: The side that is wanted, in pixels.
+
+    Returns:
+        Zeros before and after the image.
+    """
     missing = max(size - length, 0)
     return missing // 2, (missing + 1) // 2
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """One photograph as the model's input before normalisation: uint8 [size, size, 3].
+    """Turns a photograph into the model's input before normalization (timm's evaluation transform).
 
     Converts to RGB (alpha dropped, EXIF orientation ignored: both as timm does), resizes the short side to
-    floor(size / crop_fraction), pads with black where still smaller, crops the centre.
-    Raises InputError for an interpolation that is not in the table.
+    floor(size / crop_fraction), pads with black where it is still smaller, and crops the centre.
+
+    Args:
+        image: The photograph.
+        preprocessing: What the model expects of its input.
+
+    Returns:
+        Pixels, uint8 [size, size, 3].
+
+    Raises:
+        InputError: For an interpolation that is not known.
     """
     if preprocessing.interpolation not in _RESAMPLING:
         raise InputError(

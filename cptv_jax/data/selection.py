@@ -7,11 +7,23 @@ from cptv_jax.errors import InputError
 
 
 def choose(available: int, *, limit: int | None, need: int, seed: int, source: str) -> npt.NDArray[np.intp]:
-    """Positions of the images to use, in the order to use them: [count] integers in 0..available-1, all different.
+    """Chooses which images of a source are used, and in which order.
 
-    Without a limit, all in the source's order. With one, the first `limit` of a permutation drawn from `seed`, so that
-    a smaller limit is a prefix of a larger one and every slice mixes the classes; a limit above `available` takes all.
-    Raises InputError when fewer than `need` remain; `source` names the source in the message.
+    Without a limit these are all, in the source's order. With one they are the first of a permutation, so that a
+    smaller limit is a prefix of a larger one and every slice mixes the classes.
+
+    Args:
+        available: How many images the source has.
+        limit: How many to take at most; None takes all.
+        need: Fewer than this are an error.
+        seed: Seed of the permutation.
+        source: What messages call the source.
+
+    Returns:
+        Positions [count], all different, from 0 to available - 1.
+
+    Raises:
+        InputError: When fewer images remain than are needed, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; ask for at least 1 image, or leave it out to take all.")

@@ -25,13 +25,26 @@ def load(
     seed: int = 0,
     progress: bool = True,
 ) -> Images:
-    """Images of a source, ready for a model that expects `preprocessing`.
+    """Loads the images of a source, ready for a model.
 
-    source: a directory; "tfds:name:split" or "tfds:name:split:data_dir"; "digits:train", ":calibration" or ":test";
-        "synthetic:noise" or "synthetic:textures", which have no labels.
-    labels: True demands labels, False leaves them out (calibration images must not carry any).
-    limit: use at most so many, chosen by `seed`; need: fewer are an error. progress: show a bar on stderr.
-    Raises InputError for a source that is missing, malformed, too small or unreadable.
+    Example:
+        >>> calibration = load("photographs/", model.architecture.preprocessing, labels=False, limit=1000)
+
+    Args:
+        source: A directory; "tfds:name:split" or "tfds:name:split:data_dir"; "digits:train", "digits:calibration" or
+            "digits:test"; "synthetic:noise" or "synthetic:textures", which have no labels.
+        preprocessing: What the model expects of its input.
+        labels: Whether labels are demanded; False leaves them out, as calibration images must not carry any.
+        limit: At most this many images, chosen by the seed; None takes all.
+        need: Fewer images than this are an error.
+        seed: Seed of the choice.
+        progress: Whether a bar is shown on stderr.
+
+    Returns:
+        The images, in memory.
+
+    Raises:
+        InputError: For a source that is missing, malformed, too small or unreadable.
     """
     if not source:  # an empty path would be the working directory
         raise InputError("the source of images is empty; give a directory, tfds:name:split or digits:test.")

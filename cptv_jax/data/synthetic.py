@@ -38,10 +38,20 @@ KINDS = {"noise": _noise, "textures": _texture}
 def load_synthetic(
     kind: str, preprocessing: Preprocessing, *, limit: int | None = None, need: int = 1, seed: int = 0
 ) -> Images:
-    """Generated images without labels: uint8 [N, size, size, channels], N being `limit`, or COUNT or `need` if larger.
+    """Generates images without labels. The same seed gives the same images, and fewer are the first of more.
 
-    kind: "noise" or "textures". The same seed gives the same images, and fewer are the first of more.
-    Raises InputError for another kind, or a limit below `need`.
+    Args:
+        kind: "noise" (independent uniform pixels) or "textures" (random phases under a power law's amplitudes).
+        preprocessing: What the model expects of its input.
+        limit: How many images; None makes 1,000, or as many as are needed where that is more.
+        need: A limit below this is an error.
+        seed: Seed of the images.
+
+    Returns:
+        Images with uint8 pixels [N, size, size, channels].
+
+    Raises:
+        InputError: For another kind, or a limit below what is needed.
     """
     if kind not in KINDS:
         raise InputError(f"there are no synthetic images called '{kind}'{did_you_mean(kind, KINDS)}")

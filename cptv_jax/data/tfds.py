@@ -25,13 +25,25 @@ def load_tfds(
     seed: int = 0,
     progress: bool = True,
 ) -> Images:
-    """Images of a prepared data set, decoded and preprocessed to uint8 [N, size, size, 3].
+    """Loads the images of a data set that tensorflow-datasets has prepared. Nothing is downloaded or prepared here.
 
-    name: data set, with its config if any ("imagenet_v2/matched-frequency"). split: tfds syntax, "validation[:500]".
-    data_dir: where it was prepared; None means tfds's default. Nothing is ever downloaded or prepared here.
-    labels: True demands the feature `label`. limit, need, seed: see `selection.choose`.
-    Raises InputError if tfds is missing, the data set is not prepared in a format with random access, the split is
-    unknown, the feature `image` (or a wanted `label`) is missing, or an image is unreadable.
+    Args:
+        name: The data set, with its config if any ("imagenet_v2/matched-frequency").
+        split: In tfds's syntax ("validation[:500]").
+        preprocessing: What the model expects of its input.
+        data_dir: Where the data set was prepared; None means tfds's default.
+        labels: Whether the feature `label` is demanded.
+        limit: At most this many images, chosen as `selection.choose` does.
+        need: Fewer images than this are an error.
+        seed: Seed of the choice.
+        progress: Whether a bar is shown.
+
+    Returns:
+        Images with uint8 pixels [N, size, size, 3].
+
+    Raises:
+        InputError: If tfds is missing, the data set is not prepared in a format with random access, the split is
+            unknown, the feature `image` (or a wanted `label`) is missing, or an image is unreadable.
     """
     tfds = _import_tfds()
     builder = _prepared(tfds, name, data_dir)

@@ -80,7 +80,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class StraightThrough(FakeQuant):
-    """FakeQuant, whose numbers it gives bit for bit, with derivatives beside them.
+    """FakeQuant, whose numbers it gives bit for bit, with derivatives.
 
     Every result is computed twice: from codes without a derivative, and from values with one, of which the compiler
     drops all but the derivative. Quantizers have straight-through derivatives of their own; integer LayerNorm and
@@ -91,25 +91,25 @@ class StraightThrough(FakeQuant):
     def _dtype(self) -> Any:
         return jnp.bfloat16 if self.arithmetic.name == "bf16-codes" else jnp.float32
 
-    def emit(self, site: str, kind: str, values: Array) -> Tensor:
-        quantizer = self.quantizers.get(site)
+    def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        quantizer, values = self.quantizers.get(site), x.values
         if quantizer is None:
             return Tensor(values)
         return _traced(quantized(*jax.lax.stop_gradient((quantizer, values))), quantizer, values)
 
-    def linear_values(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Array:
-        exact = super().linear_values(site, *jax.lax.stop_gradient((kernel, bias)), _exact(x))
+    def linear_product(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Tensor:
+        exact = super().linear_product(site, *jax.lax.stop_gradient((kernel, bias)), _exact(x)).values
         quantizer = self.quantizers.get(weight_site(site))
         weight = Weight(Tensor(kernel)) if quantizer is None else quantize_weight(quantizer, kernel, None, _in_steps)
         smooth = _product(x.values, effective_weight(weight), self._dtype)
-        return straight_through(exact, smooth if bias is None else smooth + bias)
+        return Tensor(straight_through(exact, smooth if bias is None else smooth + bias))
 
     def weight(self, layer: str, kernel: Array) -> Weight:
         return jax.lax.stop_gradient(super().weight(layer, kernel))
 
-    def matmul_values(self, a: Tensor, b: Tensor, factor: float) -> Array:
-        exact = super().matmul_values(_exact(a), _exact(b), factor)
-        return straight_through(exact, _product(a.values, b.values, self._dtype) * factor)
+    def matmul_product(self, a: Tensor, b: Tensor, factor: float) -> Tensor:
+        exact = super().matmul_product(_exact(a), _exact(b), factor).values
+        return Tensor(straight_through(exact, _product(a.values, b.values, self._dtype) * factor))
 
     def layer_norm(self, site: str, weight: Array, bias: Array, epsilon: float, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)

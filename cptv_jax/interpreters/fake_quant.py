@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from cptv_jax.interpreters.arithmetic import PRECISION, Arithmetic
 from cptv_jax.interpreters.integer_functions import integer_layer_norm, log_int_softmax_exponents
-from cptv_jax.interpreters.tensor import Tensor
+from cptv_jax.interpreters.tensor import Accumulated, Tensor
 from cptv_jax.quantizers import (
     BiasCorrected,
     Log2,
@@ -29,13 +29,13 @@ _SQRT_HALF = 0.5**0.5
 _LAST_BYTE_COUNTS = 2.0**23
 
 
-def _product(*factors: Array | float | None) -> Array | float:
-    """Product of the factors that are present, small ones first so that scales are combined before tensors."""
+def _product(*factors: Array | float | None) -> Array | None:
+    """Product of the factors that are present, in their order; None where none is."""
     result: Array | float = 1.0
-    for factor in factors:
-        if factor is not None:
-            result = result * factor
-    return result
+    present = [factor for factor in factors if factor is not None]
+    for factor in present:
+        result = result * factor
+    return jnp.asarray(result, jnp.float32) if present else None
 
 
 class Weight(NamedTuple):
@@ -141,14 +141,24 @@ class FakeQuant:
         self.rounding = rounding
         self.all_tokens = all_tokens
 
-    def emit(self, site: str, kind: str, values: Array) -> Tensor:
-        """The tensor produced at a site, quantized if the site is."""
+    def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        """Quantizes what an operation produced, if its site is quantized.
+
+        Args:
+            site: The site, relative to the stage.
+            kind: The site's kind, see `cptv_jax.recipe.sites.Kind`.
+            x: The operation's result. Products of codes come as sums of products of steps with the product of the
+                scales: a matmul's always, a linear layer's where nothing is added to them.
+
+        Returns:
+            The tensor that the operations after it read.
+        """
         quantizer = self.quantizers.get(site)
         if quantizer is None:
-            return Tensor(values)
+            return Tensor(x.values)
         if not self.rounding:
-            return Tensor(true_divide(values, quantizer.scale), quantizer.scale)
-        return quantized(quantizer, values)
+            return Tensor(true_divide(x.values, quantizer.scale), quantizer.scale)
+        return quantized(quantizer, x.values)
 
     def weight(self, layer: str, kernel: Array) -> Weight:
         """A linear layer's weight: the one that was given, or its kernel, quantized if the site is."""
@@ -161,33 +171,38 @@ class FakeQuant:
         return quantize_weight(quantizer, kernel)
 
     def tensor(self, site: str, x: Tensor) -> Tensor:
-        return self.emit(site, "tensor", x.values)
+        return self.emit(site, "tensor", x)
 
     def operand(self, site: str, x: Tensor) -> Tensor:
-        return self.emit(site, "operand", x.values) if site in self.quantizers else x
+        return self.emit(site, "operand", x) if site in self.quantizers else x
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
-        return self.emit(site, "hidden" if hidden else "linear", self.linear_values(site, kernel, bias, x))
+        return self.emit(site, "hidden" if hidden else "linear", self.linear_product(site, kernel, bias, x))
 
-    def linear_values(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Array:
-        """What a linear layer gives before it is quantized."""
+    def linear_product(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Tensor:
+        """Computes a linear layer without quantizing its result."""
         if x.scale is not None and x.scale.ndim:  # a scale per input channel cannot wait until after the sum
             x = Tensor(x.values)
         weight, gain, shift, low_rank = self.weight(site, kernel)
-        y = rounded_product(self.arithmetic.matmul_weight(x, weight), _product(x.scale, weight.scale, gain))
+        sums, scale = self.arithmetic.matmul_weight(x, weight), _product(x.scale, weight.scale, gain)
+        # Of values, too, nothing is contracted with the bias.
+        product = Tensor(rounded_product(sums, 1.0)) if scale is None else Tensor(sums, scale)
+        if shift is None and low_rank is None and bias is None:
+            return product
+        y = product.values
         if shift is not None:
-            y = y + rounded_product(self.arithmetic.row_sums(x), _product(x.scale, shift))
+            y = y + Tensor(self.arithmetic.row_sums(x), _product(x.scale, shift)).values
         if low_rank is not None:
             down, up = low_rank
             y = y + jnp.matmul(jnp.matmul(x.values, down, precision=PRECISION), up, precision=PRECISION)
-        return y if bias is None else y + bias
+        return Tensor(y if bias is None else y + bias)
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-        return self.emit(site, "matmul", self.matmul_values(a, b, factor))
+        return self.emit(site, "matmul", self.matmul_product(a, b, factor))
 
-    def matmul_values(self, a: Tensor, b: Tensor, factor: float) -> Array:
-        """What a product of activations gives before it is quantized."""
-        return self.arithmetic.matmul(a, b) * _product(a.scale, b.scale, factor)
+    def matmul_product(self, a: Tensor, b: Tensor, factor: float) -> Tensor:
+        """Computes a product of activations without quantizing it."""
+        return Accumulated(self.arithmetic.matmul(a, b), _product(a.scale, b.scale, factor))
 
     def runs_integer_layer_norm(self, site: str, x: Tensor) -> bool:
         return self.integer_layer_norm and x.scale is not None and isinstance(self.quantizers.get(site), Uniform)
@@ -204,9 +219,8 @@ class FakeQuant:
         values = x.values
         centred = values - jnp.mean(values, -1, keepdims=True)
         variance = jnp.mean(centred**2, -1, keepdims=True)
-        return self.emit(
-            site, "layer_norm", rounded_product(centred * jax.lax.rsqrt(variance + epsilon), weight) + bias
-        )
+        normalized = rounded_product(centred * jax.lax.rsqrt(variance + epsilon), weight) + bias
+        return self.emit(site, "layer_norm", Tensor(normalized))
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
@@ -214,15 +228,15 @@ class FakeQuant:
             assert isinstance(quantizer, Log2) and x.scale is not None
             codes = quantizer.clip_exponents(log_int_softmax_exponents(true_divide(x.values, x.scale), x.scale))
             return Tensor(quantizer.values(codes))
-        return self.emit(site, "softmax", jax.nn.softmax(x.values, -1))
+        return self.emit(site, "softmax", Tensor(jax.nn.softmax(x.values, -1)))
 
     def gelu(self, site: str, x: Tensor) -> Tensor:
         values = x.values
         # Written with erf as PyTorch does; jax.nn.gelu's erfc form takes three times as long on CPU.
-        return self.emit(site, "gelu", 0.5 * values * (1.0 + jax.lax.erf(values * _SQRT_HALF)))
+        return self.emit(site, "gelu", Tensor(0.5 * values * (1.0 + jax.lax.erf(values * _SQRT_HALF))))
 
     def add(self, site: str, x: Tensor, y: Tensor) -> Tensor:
-        return self.emit(site, "add", x.values + y.values)
+        return self.emit(site, "add", Tensor(x.values + y.values))
 
     def first(self, x: Tensor, count: int | None, axis: int) -> Tensor:
         if count is None or self.all_tokens:

@@ -14,8 +14,12 @@ from cptv_jax.recipe.spec import SiteSpec
 class Initializing(FakeQuant):
     """FakeQuant whose quantizers are fitted as their sites are reached, on tensors from quantized predecessors.
 
-    specs: the sites to quantize, relative to the stage; the others stay in float. fit(spec, values): the quantizer of
-    a tensor. `fitted` holds them afterwards.
+    Args:
+        specs: The sites to quantize, relative to the stage; the others stay in float.
+        fit: Makes the quantizer of a tensor from its specification and values.
+
+    Attributes:
+        fitted: The quantizers made so far, by site.
     """
 
     def __init__(self, specs: Mapping[str, SiteSpec], fit: Callable[[SiteSpec, Array], Quantizer]) -> None:
@@ -28,12 +32,12 @@ class Initializing(FakeQuant):
         if site in self.specs:
             self.fitted[site] = self.fit(self.specs[site], values)
 
-    def emit(self, site: str, kind: str, values: Array) -> Tensor:
-        self._fit(site, values)
-        return super().emit(site, kind, values)
+    def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        self._fit(site, x.values)
+        return super().emit(site, kind, x)
 
     def operand(self, site: str, x: Tensor) -> Tensor:
-        return self.emit(site, "operand", x.values) if site in self.specs else x
+        return self.emit(site, "operand", x) if site in self.specs else x
 
     def weight(self, layer: str, kernel: Array) -> Weight:
         self._fit(weight_site(layer), kernel)

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from cptv_jax.errors import InputError
 from cptv_jax.interpreters.fake_quant import FakeQuant, Weight
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.recipe.sites import Site, weight_site
+from cptv_jax.recipe.sites import Site, full_name, weight_site
 
 
 @jax.tree_util.register_dataclass
@@ -32,17 +33,19 @@ class _Listing(FakeQuant):
         self.stage = stage
         self.sites: dict[str, Site] = {}
 
-    def emit(self, site: str, kind: str, values: Array) -> Tensor:
-        found = Site(self.stage, site, kind, values.shape)  # type: ignore[arg-type]
+    def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        found = Site(self.stage, site, kind, x.shape)  # type: ignore[arg-type]
+        if found.name in self.sites:
+            raise InputError(f"two operations of stage {self.stage} have the site '{found.local}'; name them apart")
         self.sites[found.name] = found
-        return _Named(values, site=found.name)
+        return _Named(x.values, site=found.name)
 
     def weight(self, layer: str, kernel: Array) -> Weight:
-        self.emit(layer, "weight", kernel)
+        self.emit(layer, "weight", Tensor(kernel))
         return Weight(Tensor(kernel))
 
     def operand(self, site: str, x: Tensor) -> Tensor:
-        output, name = self.emit(site, "operand", x.values), f"{self.stage}.{site}"
+        output, name = self.emit(site, "operand", x), full_name(self.stage, site)
         self.sites[name] = replace(self.sites[name], source="".join(_origin(x)))
         return output
 
@@ -57,14 +60,23 @@ class _Listing(FakeQuant):
         return output
 
     def _reads(self, site: str, *tensors: Tensor) -> None:
-        name = f"{self.stage}.{site}"
+        name = full_name(self.stage, site)
         self.sites[name] = replace(self.sites[name], reads=_origin(*tensors))
 
 
 def list_sites(forward: Callable[..., Any], stage: str, *inputs: Any) -> tuple[tuple[Site, ...], Any]:
-    """The sites of one stage, in the order they are reached, and the abstract output of the stage.
+    """Finds the sites of one stage by tracing it.
 
-    forward(operations, *inputs) is traced, not run; inputs may be abstract. Site names get the stage's name in front.
+    Args:
+        forward: The stage, called as forward(operations, *inputs); it is traced, not run.
+        stage: The stage's name.
+        *inputs: What the stage reads; shapes are enough.
+
+    Returns:
+        The sites, in the order they are reached, and the abstract output of the stage.
+
+    Raises:
+        InputError: Where two operations have one site.
     """
     listing = _Listing(stage)
     output = jax.eval_shape(lambda *args: forward(listing, *args), *inputs)

@@ -50,7 +50,8 @@ class Observing(FakeQuant):
         self.fit = fit
         self.tag_scores = fit and log_int_softmax
 
-    def emit(self, site: str, kind: str, values: Array) -> Tensor:
+    def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        values = x.values
         quantizer = self._observe(site, values)
         if quantizer is not None and self.tag_scores and kind == "matmul":
             return Tensor(true_divide(values, quantizer.scale), quantizer.scale)

@@ -16,9 +16,10 @@ from cptv_jax.quantizers.rounding import rounded_product
 class Tensor:
     """(stored - zero) * scale; without a zero, stored * scale; without a scale, the plain values.
 
-    stored: uint8 codes, counted from the lowest code of their quantizer, where there is a zero; else float32.
-    scale: input units per step, (), (channels,) or (heads, 1, 1); None for a value that no quantizer has touched.
-    zero: float32, the stored code of the value 0; broadcasts with scale.
+    Attributes:
+        stored: uint8 codes, counted from the lowest code of their quantizer, where there is a zero; else float32.
+        scale: Input units per step, (), (channels,) or (heads, 1, 1); None for a value that no quantizer has touched.
+        zero: float32, the stored code of the value 0; broadcasts with scale.
     """
 
     stored: Shaped[Array, "..."]
@@ -36,8 +37,23 @@ class Tensor:
 
     @property
     def values(self) -> Float[Array, "..."]:
+        """In input units, float32, rounded once."""
         return self.steps if self.scale is None else rounded_product(self.steps, self.scale)
 
     def move(self, movement: Callable[[Array], Array]) -> Self:
         """Reshape, transpose or slice; the last axis must survive where the scale is per channel."""
         return replace(self, stored=movement(self.stored))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Accumulated(Tensor):
+    """A product of activations on its way to its site: sums of products of steps, and the product of the scales.
+
+    Its values are not rounded by themselves: the compiler may contract the product with a sum that follows, as it does
+    in the published code's matmuls.
+    """
+
+    @property
+    def values(self) -> Float[Array, "..."]:
+        return self.steps if self.scale is None else self.steps * self.scale

@@ -18,12 +18,10 @@ docs/results.md, "AIQViT's constants":
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.calibration.first_pass import first_images
@@ -31,7 +29,8 @@ from cptv_jax.calibration.percentile import quantiles
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Capturing, Tensor
 from cptv_jax.methods import repq_vit
-from cptv_jax.models.architecture import Architecture, call_stage, sites_of, stage_graphs
+from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.models.walk import Run, walk
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Focusing, LowRank, Quantizer, RankSearch, Uniform
 from cptv_jax.recipe.spec import Recipe
@@ -103,26 +102,28 @@ def fit_low_rank(quantizer: Uniform, kernel: Float[Array, "inputs outputs"], ran
     return LowRank(quantizer, jnp.asarray(down, jnp.float32), jnp.asarray(up, jnp.float32))
 
 
-def _attention(graph: nnx.GraphDef[Any], readers: tuple[str, ...], weights: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-    ops = Capturing({}, readers)
-    output = call_stage(graph, ops, weights, x)
-    return output, ops.inputs
+@dataclass(frozen=True)
+class _Capture:
+    """Visits a stage and finds what some of its matmuls, named relative to the stage, read."""
 
+    matmuls: tuple[str, ...]
 
-_attention_stage = jax.jit(_attention, static_argnums=(0, 1))
+    def __call__(self, run: Run, x: PyTree, arrays: PyTree) -> tuple[PyTree, PyTree]:
+        ops = Capturing({}, self.matmuls)
+        return run(ops, x), ops.inputs
 
 
 def _focusings(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantizer]:
     """Focusing quantizers of the sites that ask for one, from the float model's matmuls that read them."""
-    wanted = {name for name, spec in recipe.sites.items() if spec.quantizer == "focusing"}
-    readers = {site.reads[0]: site.name for site in sites_of(model.architecture) if site.kind == "matmul"}
+    readers = {site.reads[0]: site for site in sites_of(model.architecture) if site.kind == "matmul"}
+    by_stage: dict[str, dict[str, str]] = {stage: {} for stage in model.architecture.stage_names}
+    for name in sorted(recipe.sites):
+        if recipe.sites[name].quantizer == "focusing":
+            by_stage[readers[name].stage][name] = readers[name].layer
+    visits = {stage: _Capture(tuple(matmuls.values())) for stage, matmuls in by_stage.items()}
     found: dict[str, Quantizer] = {}
-    x: PyTree = Tensor(images)
-    for stage, graph in stage_graphs(model.architecture).items():
-        prefix = stage + "."
-        here = {name: readers[name].removeprefix(prefix) for name in sorted(wanted) if name.startswith(prefix)}
-        x, inputs = _attention_stage(graph, tuple(here.values()), model.weights[stage], x)
-        for name, reader in here.items():
+    for stage, _, inputs in walk(model.architecture, model.weights, Tensor(images), visits):
+        for name, reader in by_stage[stage].items():
             spec = recipe.sites[name]
             found[name] = _fit_focusing(*inputs[reader], spec.bits, spec.per_head)
     return found
@@ -153,7 +154,9 @@ def _compensated(model: QuantizedModel, options: AiqvitOptions) -> QuantizedMode
             continue
         quantizer = model.quantizers[site]
         assert isinstance(quantizer, Uniform)
-        term = fit_low_rank(quantizer, model.model.layer(site.removesuffix(".weight"))["kernel"], max(options.ranks))
+        term = fit_low_rank(
+            quantizer, model.model.layer(model.recipe.places[site].layer_name)["kernel"], max(options.ranks)
+        )
         found[site] = term
         if options.search_steps:
             even = jnp.zeros(len(ranks))

@@ -1,7 +1,7 @@
 """What a base method is, and which recipes it can carry out."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cptv_jax.errors import InputError
@@ -15,23 +15,36 @@ from cptv_jax.reconstruction.training import NO_RECONSTRUCTION, ReconstructionCo
 class Abilities:
     """The recipes that a method can carry out.
 
-    weights, tensors: quantizers that it fits for weights and for activations. observers: where it takes parameters
-    from. asymmetric_only: it fits unsigned codes with a zero point, and no bias correction. low_rank: it can add terms
-    of low rank to weights. grouped: quantizers that it fits per head; then it fits none for parts of a tensor, and per
-    channel only uniform ones. Null means any of these.
+    Attributes:
+        weights: The quantizers that it fits for weights; a registry counts users' own.
+        tensors: The quantizers that it fits for activations; a registry counts users' own.
+        observers: Where it takes parameters from.
+        asymmetric_only: It fits unsigned codes with a zero point, and no bias correction.
+        low_rank: It can add terms of low rank to weights.
+        grouped: The quantizers that it fits per head; it then fits none for parts of a tensor, and per channel only
+            uniform ones. Null means any of these.
     """
 
-    weights: tuple[QuantizerName, ...] = ("uniform",)
-    tensors: tuple[QuantizerName, ...] = ("uniform",)
-    observers: tuple[ObserverName, ...] = OBSERVERS
+    weights: Collection[QuantizerName] = ("uniform",)
+    tensors: Collection[QuantizerName] = ("uniform",)
+    observers: Collection[ObserverName] = field(default_factory=lambda: OBSERVERS)
     asymmetric_only: bool = False
     low_rank: bool = False
-    grouped: tuple[QuantizerName, ...] | None = None
+    grouped: Collection[QuantizerName] | None = None
 
     def check(self, method: str, recipe: Recipe) -> None:
-        """Raises InputError for a site that the method, of this name, cannot quantize as the recipe says."""
+        """Checks that the method can carry out a recipe.
+
+        Args:
+            method: The method's name.
+            recipe: What it is asked for.
+
+        Raises:
+            InputError: For a site that the method cannot quantize as the recipe says.
+        """
         for name, spec in recipe.sites.items():
-            fitted = self.weights if name.endswith(".weight") else self.tensors
+            is_weight = recipe.places[name].role == "weight"
+            fitted = self.weights if is_weight else self.tensors
             if spec.quantizer not in fitted:
                 raise InputError(
                     f"{name}: method {method} fits no {spec.quantizer} quantizer here; set quantizer to {_any(fitted)}"
@@ -43,7 +56,7 @@ class Abilities:
                 )
             if self.grouped is not None:
                 self._check_granularity(method, name, spec)
-            if spec.low_rank and not (self.low_rank and name.endswith(".weight")):
+            if spec.low_rank and not (self.low_rank and is_weight):
                 raise InputError(f"{name}: method {method} adds no low-rank term here; leave out low_rank")
             if self.asymmetric_only and (spec.signed or spec.symmetric or spec.bias_correction):
                 raise InputError(

@@ -12,7 +12,6 @@ from cptv_jax.calibration.error_feedback import quantize_by_halves, ridge
 from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
 from cptv_jax.calibration.moments import Batch, Layer, Moments, collect_moments, extended, layers_of
 from cptv_jax.calibration.percentile import fit_weight
-from cptv_jax.models.architecture import stage_graphs
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import DualUniform, OffsetUniform, Quantizer
 from cptv_jax.recipe.spec import Recipe, SiteSpec
@@ -120,7 +119,7 @@ def quantize(
     """
     del key
     layers = layers_of(model, recipe)
-    total = len(stage_graphs(model.architecture)) * (1 + len(batches)) + len(layers)
+    total = len(model.architecture.stage_names) * (1 + len(batches)) + len(layers)
     done: Iterator[int] = iter(range(1, total + 1))
 
     def advance() -> None:
@@ -133,8 +132,8 @@ def quantize(
     moments = collect_moments(model, batches, layers, quantizers, advance)
     parameters = {}
     for layer in layers:
-        spec, correct = recipe.sites[f"{layer.name}.weight"], layer.reads in quantizers
+        spec, correct = recipe.sites[layer.site.name], layer.reads in quantizers
         found = rewrite(layer, model.layer(layer.name), spec, moments.pop(layer.name), options, correct)
-        quantizers[f"{layer.name}.weight"], parameters[layer.name] = found.quantizer, found.parameters
+        quantizers[layer.site.name], parameters[layer.name] = found.quantizer, found.parameters
         advance()
     return QuantizedModel(model.with_layers(parameters), recipe, {site: quantizers[site] for site in recipe.sites})

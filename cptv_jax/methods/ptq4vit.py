@@ -128,7 +128,7 @@ def quantize(
     # Candidates are dropped between chunks of images, so there should be several.
     size = options.images_at_once or max(1, min(rows, len(images) // _CHUNKS))
     at_once = options.candidates_at_once or max(1, min(rows // size, _AT_ONCE))
-    search = resolve(options, recipe.name, at_once, arithmetic_for(recipe))
+    search = resolve(options, recipe.name, at_once, arithmetic_for(model.architecture, recipe))
     inputs, outputs = float_stage_inputs(model, _chunks(images, size))
     gradients = None
     if search.loss.metric == "hessian":
@@ -229,7 +229,7 @@ def check(architecture: Architecture, recipe: Recipe, options: Ptq4VitOptions) -
     sites = sites_of(architecture)
     read = {name: site.kind for site in sites for name in site.reads}
     for name, spec in recipe.sites.items():
-        weight = name.endswith(".weight")
+        weight = recipe.places[name].role == "weight"
         if not weight and name not in read:
             raise InputError(f"{name}: no linear layer or matmul reads it, so ptq4vit cannot set it; leave it in float")
         if spec.bias_correction or (spec.quantizer == "uniform" and not (spec.signed and spec.symmetric)):

@@ -1,21 +1,20 @@
 """Base methods by name."""
 
+from cptv_jax.calibration.observers import FITS, STATISTICS
 from cptv_jax.methods import aiqvit, erq, fq_vit, ptq4vit, repq_vit
 from cptv_jax.methods.base import Abilities, Method
-from cptv_jax.recipe.spec import ObserverName
 from cptv_jax.reconstruction.training import ReconstructionConfig
 
-_STATISTICS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf")
 METHODS: dict[str, Method] = {
     "fq-vit": Method(
         fq_vit.quantize,
         ("evol-q", "evol-q-omse", "fq-vit"),
-        abilities=Abilities(tensors=("uniform", "log2"), observers=_STATISTICS),
+        abilities=Abilities(FITS, FITS, STATISTICS),
     ),
     "omse": Method(  # the same calibration, of what matmuls read
         fq_vit.quantize,
         ("omse", "omse-log2"),
-        abilities=Abilities(tensors=("uniform", "log2"), observers=_STATISTICS),
+        abilities=Abilities(FITS, FITS, STATISTICS),
     ),
     "ptq4vit": Method(
         ptq4vit.quantize,

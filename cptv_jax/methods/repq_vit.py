@@ -7,9 +7,9 @@ from jaxtyping import Array, Float
 
 from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
 from cptv_jax.calibration.percentile import fit_weight
-from cptv_jax.models.architecture import stage_graphs
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Quantizer
+from cptv_jax.recipe.sites import weight_site
 from cptv_jax.recipe.spec import Recipe
 
 
@@ -39,7 +39,7 @@ def quantize(
 
     """
     del key
-    total = len(stage_graphs(model.architecture))
+    total = len(model.architecture.stage_names)
     done = iter(range(1, total + 1))
     images = first_images(batches, options.images)
     channel_wise = reparameterized(model, recipe)
@@ -54,7 +54,7 @@ def finish(
     pairs = reparameterized(model, recipe)
     model, changed = reparameterize(model, quantizers, pairs, options.round_zero_point)
     # The published code runs its calibration once more here, in which only these are not yet initialized.
-    weights = {f"{layer}.weight": layer for readers in pairs.values() for layer in readers}
+    weights = {weight_site(layer): layer for readers in pairs.values() for layer in readers}
     refitted = {
         site: fit_weight(recipe.sites[site], model.layer(layer)["kernel"])
         for site, layer in weights.items()

@@ -4,13 +4,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import jax
 import numpy as np
 
 from cptv_jax.errors import InputError
 from cptv_jax.search.evaluator import Evaluator
 
 Genes = dict[str, int]  # by site, the index of a choice
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Choice:
+    """What the candidate of a stage holds of one site: which of its widths, as a float32 index."""
+
+    index: Any  # an array; of a population, with a leading axis
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,10 @@ def sensitivities(
         if not stage.searchable:
             continue
         names = list(stage.candidate)
-        population = {name: np.full(len(names) * choices, choices - 1, np.float32) for name in names}
+        rows = {name: np.full(len(names) * choices, choices - 1, np.float32) for name in names}
         for i, name in enumerate(names):
-            population[name][i * choices : (i + 1) * choices] = np.arange(choices)
-        losses = evaluator.losses(index, population)
+            rows[name][i * choices : (i + 1) * choices] = np.arange(choices)
+        losses = evaluator.losses(index, {name: Choice(chosen) for name, chosen in rows.items()})
         for i, name in enumerate(names):
             found[f"{stage.name}.{name}"] = losses[i * choices : (i + 1) * choices]
         on_progress(len(losses))

@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import ArithmeticName, quantize_weight
-from cptv_jax.mixed_precision.allocation import Costs, Genes
+from cptv_jax.mixed_precision.allocation import Choice, Costs, Genes
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import Simulated
+from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.recipe.sites import products
+from cptv_jax.recipe.sites import Site, products
 from cptv_jax.recipe.spec import Recipe
 from cptv_jax.runtime.stages import Stage
 from cptv_jax.search import Evaluator
@@ -23,11 +26,11 @@ from cptv_jax.search import Evaluator
 _FLOAT_BITS = 32
 
 
-def bind_choice(state: PyTree, candidate: Mapping[str, Array]) -> PyTree:
-    """The state with each of the candidate's sites quantized at the width whose index it gives."""
+def bind_choice(state: PyTree, candidate: Mapping[str, Choice]) -> PyTree:
+    """The state with each of the candidate's sites quantized at the width that is chosen there."""
     quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
-    for site, index in candidate.items():
-        chosen = jnp.asarray(index).astype(jnp.int32)
+    for site, choice in candidate.items():
+        chosen = jnp.asarray(choice.index).astype(jnp.int32)
         quantizers[site] = jax.tree.map(lambda leaf, i=chosen: leaf[i], state["choices"][site])
         if site in state["searched"]:
             weights[site] = quantize_weight(quantizers[site], *state["searched"][site])
@@ -75,6 +78,13 @@ class Widths:
         return tuple(name for name in specs[0] if len({sites[name].bits for sites in specs}) == len(specs))
 
     @property
+    def _free_sites(self) -> dict[str, list[Site]]:
+        """The sites whose width is free, by stage."""
+        free = set(self.sites)
+        by_stage = stage_sites(self.models[0].model.architecture)
+        return {stage: [site for site in sites.values() if site.name in free] for stage, sites in by_stage.items()}
+
+    @property
     def bits(self) -> tuple[int, ...]:
         """The widths, ascending."""
         return tuple(model.recipe.sites[self.sites[0]].bits for model in self.models)
@@ -84,20 +94,23 @@ class Widths:
         return dict.fromkeys(self.sites, index)
 
     def stages(self, arithmetic: ArithmeticName | None = None) -> tuple[Stage, ...]:
-        """The stages of the widest model, whose candidates are genes, by site relative to the stage.
+        """The stages of the widest model, whose candidates are choices by the site's local name.
 
-        arithmetic: as of QuantizedModel.stages.
+        Args:
+            arithmetic: As of `Simulated`.
+
+        Returns:
+            All stages in order.
         """
-        sites = set(self.sites)
-        stages = []
-        for stage in self.models[-1].stages(lambda site: site in sites, arithmetic=arithmetic):
+        by_stage, stages = self._free_sites, []
+        for stage in self.models[-1].stages(Simulated(arithmetic), Space(self.sites)):
             choices = {
-                name: jax.tree.map(
-                    lambda *leaves: jnp.stack(leaves), *(m.quantizers[f"{stage.name}.{name}"] for m in self.models)
+                site.local: jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves), *(m.quantizers[site.name] for m in self.models)
                 )
-                for name in stage.candidate
+                for site in by_stage[stage.name]
             }
-            candidate = {name: jnp.float32(len(self.models) - 1) for name in stage.candidate}
+            candidate = {name: Choice(jnp.float32(len(self.models) - 1)) for name in choices}
             stages.append(
                 Stage(stage.name, stage.function, {**stage.state, "choices": choices}, candidate, bind_choice)
             )
@@ -113,9 +126,8 @@ class Widths:
 
     def bytes_of_weights(self) -> Costs:
         """Bytes of the codes of the weights whose width is free, packed."""
-        weights = [site for site in self.sites if site.endswith(".weight")]
-        sizes = {site: np.size(self.models[0].model.layer(site.removesuffix(".weight"))["kernel"]) for site in weights}
-        return Costs(self.bits, tuple((size / 8, (site,)) for site, size in sizes.items()))
+        weights = [site for sites in self._free_sites.values() for site in sites if site.role == "weight"]
+        return Costs(self.bits, tuple((math.prod(site.shape) / 8, (site.name,)) for site in weights))
 
     def bit_operations(self) -> Costs:
         """Bit operations of an image: of every product the multiplications, times the widths of both operands, of which
@@ -154,7 +166,7 @@ def loss_of_genes(evaluator: Evaluator, genes: Genes) -> float:
     last = 0
     for index, stage in enumerate(evaluator.stages):
         if stage.searchable:
-            candidate = {name: jnp.float32(genes[f"{stage.name}.{name}"]) for name in stage.candidate}
+            candidate = {name: Choice(jnp.float32(genes[f"{stage.name}.{name}"])) for name in stage.candidate}
             evaluator.accept(index, candidate)
             last = index
     return evaluator.loss_of(last, evaluator.stages[last].candidate)

@@ -1,7 +1,9 @@
-"""An architecture: the code and sizes of a model, without its weights."""
+"""Architectures: a family's code with the sizes of one model, without its weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,67 +13,125 @@ from jaxtyping import PyTree
 
 from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.interpreters import Operations, Tensor, list_sites
+from cptv_jax.models.family import FAMILIES, Family
 from cptv_jax.models.preprocessing import Preprocessing
-from cptv_jax.models.vit import VisionTransformer, ViTConfig
-from cptv_jax.recipe.sites import Site
+from cptv_jax.recipe.sites import Site, full_name
 
-# Each family's sizes and module; a new architecture adds a line here.
-FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {"vit": (ViTConfig, VisionTransformer)}
-
-# Weights of a model: by stage name, the nested dictionary of the stage's arrays.
 Weights = dict[str, PyTree]
+"""Weights of a model: by stage name, the nested dictionary of the stage's arrays."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """name: timm's. family: key of FAMILIES. config: sizes. preprocessing: what its images must look like."""
+    """A model without its weights.
+
+    Attributes:
+        name: timm's, for the models of the zoo; any other for a user's own.
+        family: What kind of model it is.
+        config: Its sizes, an instance of the family's configuration.
+        preprocessing: What its images must look like.
+
+    Raises:
+        InputError: Where the family is no Family, or the sizes are another family's.
+    """
 
     name: str
-    family: str
+    family: Family
     config: Any
     preprocessing: Preprocessing
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise InputError(f"unknown model family '{self.family}'{did_you_mean(self.family, FAMILIES)}")
+        if not isinstance(self.family, Family):
+            raise InputError(
+                f"{self.name}: family is {self.family!r}, but must be a Family, such as those in "
+                f"FAMILIES{did_you_mean(str(self.family), FAMILIES)}"
+            )
+        if not isinstance(self.config, self.family.config):
+            raise InputError(
+                f"{self.name}: its sizes are a {type(self.config).__name__}, but the models of family "
+                f"{self.family.name} have a {self.family.config.__name__}"
+            )
 
     @property
     def stage_names(self) -> tuple[str, ...]:
+        """The names of the stages, in the order they run."""
         return tuple(stage_graphs(self))
 
     def initialize(self, seed: int) -> Weights:
-        """Random weights, for training from scratch."""
-        module = FAMILIES[self.family][1](self.config, rngs=nnx.Rngs(seed))
+        """Random weights, for training from scratch.
+
+        Args:
+            seed: Of the random numbers.
+
+        Returns:
+            By stage, the arrays of its module.
+        """
+        module = self.family.module(self.config, rngs=nnx.Rngs(seed))
         return {name: nnx.to_pure_dict(nnx.split(stage)[1]) for name, stage in module.stages().items()}
 
 
 @lru_cache(maxsize=16)
 def _abstract_stages(architecture: Architecture) -> dict[str, tuple[nnx.GraphDef[Any], PyTree]]:
-    module_type = FAMILIES[architecture.family][1]
-    module = nnx.eval_shape(lambda: module_type(architecture.config, rngs=nnx.Rngs(0)))
+    family = architecture.family
+    module = nnx.eval_shape(lambda: family.module(architecture.config, rngs=nnx.Rngs(0)))
     split = {name: nnx.split(stage) for name, stage in module.stages().items()}
     return {name: (graph, nnx.to_pure_dict(state)) for name, (graph, state) in split.items()}
 
 
 def stage_graphs(architecture: Architecture) -> dict[str, nnx.GraphDef[Any]]:
-    """By stage, in order, the static part of its NNX module; equal for stages that are built alike."""
+    """The static part of each stage's NNX module.
+
+    Args:
+        architecture: The model's.
+
+    Returns:
+        By stage, in the order they run. Stages that are built alike have equal graphs.
+    """
     return {name: graph for name, (graph, _) in _abstract_stages(architecture).items()}
 
 
 def abstract_weights(architecture: Architecture) -> Weights:
-    """Shapes and dtypes of the architecture's weights."""
+    """Shapes and dtypes of an architecture's weights.
+
+    Args:
+        architecture: The model's.
+
+    Returns:
+        By stage, a `jax.ShapeDtypeStruct` for each array of its module.
+    """
     return {name: state for name, (_, state) in _abstract_stages(architecture).items()}
 
 
 def call_stage(graph: nnx.GraphDef[Any], ops: Operations, weights: PyTree, x: Any) -> Any:
-    """Runs one stage's module with an interpreter."""
+    """Runs a stage's module with an interpreter.
+
+    Args:
+        graph: The static part of the module.
+        ops: The interpreter.
+        weights: The arrays of the module.
+        x: Its input: the images, or the output of the stage before it.
+
+    Returns:
+        Its output.
+    """
     return nnx.merge(graph, weights)(ops, x)
 
 
 @lru_cache(maxsize=16)
 def sites_of(architecture: Architecture) -> tuple[Site, ...]:
-    """Every site of the architecture, in the order the forward pass reaches them."""
-    preprocessing = architecture.preprocessing
+    """Every site of an architecture.
+
+    Args:
+        architecture: The model's.
+
+    Returns:
+        The sites in the order that the forward pass reaches them; the image's has the kind "image".
+
+    Raises:
+        InputError: Where the family names a site for the image that is none, or where the site of a linear layer is
+            not the layer's path.
+    """
+    preprocessing, family = architecture.preprocessing, architecture.family
     size = preprocessing.image_size
     x: Any = Tensor(jax.ShapeDtypeStruct((1, size, size, len(preprocessing.mean)), jnp.float32))  # type: ignore[arg-type]
     found: list[Site] = []
@@ -81,5 +141,39 @@ def sites_of(architecture: Architecture) -> tuple[Site, ...]:
             return call_stage(graph, ops, weights, x)
 
         sites, x = list_sites(forward, name, weights, x)
+        kernels = _layers_with_kernels(weights)
+        for site in sites:
+            if site.role == "weight" and site.layer not in kernels:
+                raise InputError(
+                    f"family {family.name}: stage {name} has no kernel at '{site.layer}', the site of a linear "
+                    f"layer{did_you_mean(site.layer, kernels)}; name the site after the layer's path in the module"
+                )
         found.extend(sites)
-    return tuple(found)
+    if family.image_site and family.image_site not in {site.name for site in found}:
+        raise InputError(
+            f"family {family.name}: image_site is '{family.image_site}', which is no site of {architecture.name}"
+            f"{did_you_mean(family.image_site, [site.name for site in found])}"
+        )
+    return tuple(replace(site, kind="image") if site.name == family.image_site else site for site in found)
+
+
+@lru_cache(maxsize=16)
+def site_table(architecture: Architecture) -> Mapping[str, Site]:
+    """The sites of an architecture by name.
+
+    Args:
+        architecture: The model's.
+
+    Returns:
+        A table that cannot be changed, in the order that the forward pass reaches the sites.
+    """
+    return MappingProxyType({site.name: site for site in sites_of(architecture)})
+
+
+def _layers_with_kernels(node: Any, path: str = "") -> set[str]:
+    """The dotted paths of the layers in a stage's weights that have a kernel."""
+    found = {path} if "kernel" in node else set()
+    for name, inner in node.items():
+        if isinstance(inner, Mapping):
+            found |= _layers_with_kernels(inner, full_name(path, name) if path else str(name))
+    return found

@@ -4,6 +4,7 @@ from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 
 _IMAGENET = Preprocessing()
 _AUGREG = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # crop 0.9, as timm's augreg ViTs
@@ -13,9 +14,7 @@ _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "l
 
 def _vit(name: str, size: str, preprocessing: Preprocessing, distilled: bool = False) -> Architecture:
     width, depth, heads = _SIZES[size]
-    return Architecture(
-        name, "vit", ViTConfig(width=width, depth=depth, heads=heads, distilled=distilled), preprocessing
-    )
+    return Architecture(name, VIT, ViTConfig(width=width, depth=depth, heads=heads, distilled=distilled), preprocessing)
 
 
 ZOO: dict[str, Architecture] = {
@@ -32,9 +31,20 @@ ZOO: dict[str, Architecture] = {
 
 
 def architecture_named(name: str) -> Architecture:
-    """The architecture with this timm name (a pretraining tag such as `.fb_in1k` is ignored).
+    """The architecture of a timm name.
 
-    Raises InputError for a name that is not in the zoo.
+    Example:
+        >>> architecture_named("deit_tiny_patch16_224").config.depth
+        12
+
+    Args:
+        name: As timm writes it; a pretraining tag such as `.fb_in1k` is ignored.
+
+    Returns:
+        The architecture of the zoo.
+
+    Raises:
+        InputError: For a name that is not in the zoo, with the nearest that is.
     """
     plain = name.split(".", 1)[0]
     if plain not in ZOO:

@@ -1,6 +1,6 @@
 """Steps in closed form that a guided search tries before gradients: grids and roundings of weights."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,10 +13,13 @@ from cptv_jax.calibration.error_feedback import adjust_by_input, ridge
 from cptv_jax.calibration.moments import Batch, Moments, extended, layers_of, moments_by_stage
 from cptv_jax.calibration.observers import fit, update
 from cptv_jax.interpreters import effective_weight, quantize_weight
+from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import BiasCorrected, Quantizer, Uniform, innermost, offsets, spread, with_rounding
+from cptv_jax.quantizers import BiasCorrected, Free, Quantizer, Uniform, innermost, spread
+from cptv_jax.recipe.sites import Site
 from cptv_jax.search.state import Scales
 
+_FITTED = ("factor", "start", "zero_point")  # of a grid of least error, beside its scale
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter
 _RIDGE = 0.01  # of the mean square of what a layer reads
 _NOISE = 1e-5  # of a sum of squares in float32, relative to it
@@ -25,25 +28,35 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 def steps_to_least_error(base: QuantizedModel, scales: Scales) -> Scales:
-    """Steps, by stage, from the candidates `scales` to grids of least squared error (OMSE), a channel at a time.
+    """Steps to uniform grids of least squared error (OMSE), a channel at a time. They need no data.
 
-    They need no data, and are zero for what has no uniform grid a channel.
+    Args:
+        base: The model that is searched.
+        scales: Its present candidates by stage.
+
+    Returns:
+        Steps of the candidates' structure; zero for what has no uniform grid for each channel.
     """
-    steps = {}
+    steps = jax.tree.map(jnp.zeros_like, scales)
     for stage, candidate in scales.items():
-        steps[stage] = {key: jnp.zeros_like(value) for key, value in candidate.items()}
-        for site in (key for key in candidate if key.endswith(".weight")):
-            name = f"{stage}.{site}"
-            spec = replace(base.recipe.sites[name], observer="omse", per_channel=False)
-            kernel = base.model.layer(name.removesuffix(".weight"))["kernel"]
-            if spec.quantizer != "uniform" or np.shape(candidate[site]) != kernel.shape[1:]:
+        for site in _weights_of(base, stage, candidate):
+            own = candidate[site.local]
+            spec = replace(base.recipe.sites[site.name], observer="omse", per_channel=False)
+            kernel = base.model.layer(site.layer_name)["kernel"]
+            if spec.quantizer != "uniform" or np.shape(own.scale) != kernel.shape[1:]:
                 continue
-            fitted = jax.vmap(lambda x, spec=spec: fit(spec, update(spec, None, x), x), 1)(kernel)
-            steps[stage][site] = jnp.log(fitted.scale / candidate[site])
-            for offset, value in offsets(fitted).items():
-                if f"{site}.{offset}" in candidate:
-                    steps[stage][f"{site}.{offset}"] = value - candidate[f"{site}.{offset}"]
+            fitted = jax.vmap(lambda x, spec=spec: fit(spec, update(spec, None, x), x), 1)(kernel).free()
+            found = {"scale": jnp.log(fitted.scale / own.scale)}
+            for name in set(_FITTED).intersection(fitted.names, own.names):
+                found[name] = getattr(fitted, name) - getattr(own, name)
+            steps[stage][site.local] = replace(steps[stage][site.local], **found)
     return steps
+
+
+def _weights_of(base: QuantizedModel, stage: str, candidate: Mapping[str, Free]) -> list[Site]:
+    """The weights among a candidate's sites."""
+    sites = stage_sites(base.model.architecture)[stage]
+    return [sites[local] for local in candidate if sites[local].role == "weight"]
 
 
 def steps_to_least_output_error(
@@ -52,35 +65,47 @@ def steps_to_least_output_error(
     batches: Iterable[Batch],
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Scales:
-    """Steps, by stage, from the candidates `scales` to roundings (GPTQ, arXiv 2210.17323) and channel factors by which
-    each layer's output on quantized inputs comes close to that of the float layer on float ones.
+    """Steps to roundings (GPTQ, arXiv 2210.17323) and channel factors by which each layer's output on quantized inputs
+    comes close to that of the float layer on float ones.
 
-    batches: normalised calibration images, all of which are in memory one stage at a time. on_layer(name): called
-    before a layer is rounded. Zero for weights whose rounding is not searched, for those with a float term beside them,
-    and for those that their grid holds exactly.
+    Args:
+        base: The model that is searched.
+        scales: Its present candidates by stage.
+        batches: Normalised calibration images, all of which are in memory one stage at a time.
+        on_layer: Called with a layer's name before it is rounded.
+
+    Returns:
+        Steps of the candidates' structure; zero for weights whose rounding is not searched, for those with a float term
+        in addition, and for those that their grid holds exactly.
     """
-    steps = {name: {key: jnp.zeros_like(value) for key, value in parts.items()} for name, parts in scales.items()}
-    searched = {f"{stage}.{key}": value for stage, candidate in scales.items() for key, value in candidate.items()}
-    moved = base.with_parameters(searched)
+    steps = jax.tree.map(jnp.zeros_like, scales)
+    moved = base.with_candidates(scales)
+    searched = {
+        site.layer_name: site
+        for stage, candidate in scales.items()
+        for site in _weights_of(base, stage, candidate)
+        if candidate[site.local].rounding is not None
+    }
     layers = [
         layer
         for layer in layers_of(base.model, base.recipe)
-        if f"{layer.name}.weight.rounding" in searched
-        and isinstance(moved.quantizers[f"{layer.name}.weight"], Uniform | BiasCorrected)
-        and not _on_grid(moved, layer.name)
+        if layer.name in searched
+        and isinstance(moved.quantizers[searched[layer.name].name], Uniform | BiasCorrected)
+        and not _on_grid(moved, searched[layer.name])
     ]
     if not layers:
         return steps
     for found in moments_by_stage(base.model, batches, layers, base.quantizers):
-        for name, moments in found.items():
-            on_layer(name)
-            for key, value in _rounded_anew(moved, name, moments).items():
-                stage = next(stage for stage in scales if name.startswith(f"{stage}."))
-                own = f"{name.removeprefix(f'{stage}.')}.weight.{key}"
-                if own in scales[stage]:
-                    old = np.asarray(scales[stage][own], np.float64)
-                    change = np.log(value / old) if key == "factor" else value - old
-                    steps[stage][own] = jnp.asarray(change, jnp.float32)
+        for layer_name, moments in found.items():
+            on_layer(layer_name)
+            site = searched[layer_name]
+            present, changes = scales[site.stage][site.local], {}
+            for name, value in _rounded_anew(moved, site, moments).items():
+                if getattr(present, name) is not None:
+                    old = np.asarray(getattr(present, name), np.float64)
+                    change = np.log(value / old) if name == "factor" else value - old
+                    changes[name] = jnp.asarray(change, jnp.float32)
+            steps[site.stage][site.local] = replace(steps[site.stage][site.local], **changes)
     return steps
 
 
@@ -106,17 +131,17 @@ def _grid_of(quantizer: Quantizer, kernel: Float[Array, "inputs outputs"]) -> _G
     return _Grid(*(np.asarray(spread(jnp.asarray(part), kernel), np.float64) for part in parts))
 
 
-def _on_grid(model: QuantizedModel, layer: str) -> bool:
+def _on_grid(model: QuantizedModel, weight: Site) -> bool:
     """Whether a weight rounds to itself, as one does that a base method has rounded already."""
-    kernel = model.model.layer(layer)["kernel"]
-    grid = _grid_of(model.quantizers[f"{layer}.weight"], kernel)
+    kernel = model.model.layer(weight.layer_name)["kernel"]
+    grid = _grid_of(model.quantizers[weight.name], kernel)
     error = grid.nearest(np.asarray(kernel, np.float64)) - np.asarray(kernel, np.float64)
     return bool(np.all(np.abs(error) <= _ROUNDED * grid.scale))
 
 
-def _rounded_anew(model: QuantizedModel, name: str, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
-    """Parameters "rounding" and "factor" of a layer's weight."""
-    layer, quantizer = model.model.layer(name), model.quantizers[f"{name}.weight"]
+def _rounded_anew(model: QuantizedModel, weight: Site, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
+    """The fields "rounding" and "factor" of a weight's Free."""
+    layer, quantizer = model.model.layer(weight.layer_name), model.quantizers[weight.name]
     kernel, grid = np.asarray(layer["kernel"], np.float64), _grid_of(quantizer, layer["kernel"])
     gram, cross = (np.asarray(x, np.float64) / float(moments.gram[-1, -1]) for x in (moments.gram, moments.cross))
     moment = gram[:-1, :-1]
@@ -131,10 +156,11 @@ def _rounded_anew(model: QuantizedModel, name: str, moments: Moments) -> dict[st
     adjusted = adjust_by_input(wanted, grid.nearest, felt)
     # Within the codes, where gradients can still move it.
     rounding = grid.positions(adjusted) - grid.zero_point - kernel / grid.scale
-    quantizer = with_rounding(quantizer, jnp.asarray(rounding, jnp.float32))
-    found = {"rounding": np.asarray(offsets(quantizer)["rounding"], np.float64)}
-    if "factor" in offsets(quantizer):
-        old = np.asarray(offsets(quantizer)["factor"], np.float64)
+    quantizer = quantizer.with_rounding(jnp.asarray(rounding, jnp.float32))
+    free = quantizer.free()
+    found = {"rounding": np.asarray(free.rounding, np.float64)}
+    if free.factor is not None:
+        old = np.asarray(free.factor, np.float64)
         rounded = np.asarray(_effective(quantizer, layer["kernel"]), np.float64)
         against, squares = (np.sum(rounded * (moment @ other), 0) for other in (wanted, rounded))
         if old.ndim == 0:  # one for all channels

@@ -12,6 +12,8 @@ from cptv_jax.config.schema import QuantizeConfig, SearchConfig, effort, objecti
 from cptv_jax.data import Images
 from cptv_jax.pipeline.plan import Split, searched_sites
 from cptv_jax.progress import bar
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import FullPrecision, Simulated, Unrounded
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.runtime.forward import activation_bytes, outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once
@@ -57,23 +59,16 @@ def _budget(search: SearchConfig) -> float | None:
     return None if search.memory_gib is None else search.memory_gib * _GIB
 
 
-def _searched_stages(base: QuantizedModel, search: SearchConfig, differentiable: bool = False) -> Sequence[Stage]:
-    """The stages with what is searched as candidates. differentiable: see QuantizedModel.stages."""
-    sites = searched_sites(base.recipe, search)
-    return base.stages(
-        lambda site: site in sites,
-        shifted=bool(search.offsets),
-        turned=bool(search.rounding),
-        arithmetic=search.arithmetic,
-        differentiable=differentiable,
-    )
+def searched_space(base: QuantizedModel, search: SearchConfig) -> Space:
+    """What of a model a configured search moves."""
+    return Space(searched_sites(base.recipe, search), offsets=bool(search.offsets), rounding=bool(search.rounding))
 
 
 def _teacher_stages(
     teacher: Model, base: QuantizedModel, search: SearchConfig, approximate: bool = False
 ) -> Sequence[Stage]:
     """What the quantized model is compared with. approximate: it need not be exact."""
-    return base.stages(rounding=False) if search.teacher == "published" else teacher.stages(approximate=approximate)
+    return base.stages(Unrounded()) if search.teacher == "published" else teacher.stages(FullPrecision(approximate))
 
 
 def evaluator_of(
@@ -110,7 +105,7 @@ def evaluator_of(
 
 def _judges(teacher: Model, base: QuantizedModel, split: Split, config: QuantizeConfig, progress: bool) -> _Judges:
     search = config.search
-    stages = _searched_stages(base, search)
+    stages = base.stages(Simulated(search.arithmetic), searched_space(base, search))
     objective, _ = objectives(search)
     searched = split.calibration[: split.searched]
     taught = _teacher_stages(teacher, base, search)

@@ -1,7 +1,6 @@
 """What proposes steps for the candidates of all stages, in closed form and by gradients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ import numpy as np
 from cptv_jax.config.schema import SearchConfig, effort, objectives
 from cptv_jax.data import Images
 from cptv_jax.pipeline.closed_form import steps_to_least_error, steps_to_least_output_error
-from cptv_jax.pipeline.judging import _Judges, _searched_stages, _teacher_stages
+from cptv_jax.pipeline.judging import _Judges, _teacher_stages, searched_space
 from cptv_jax.pipeline.plan import Split
+from cptv_jax.quantized.execution import Differentiable
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.runtime.arithmetics import gradient_arithmetic
 from cptv_jax.runtime.forward import array_of
@@ -49,7 +49,7 @@ def _proposer(
     taught = _teacher_stages(teacher, base, search, approximate=arithmetic == "bf16-codes")
     few = read(np.arange(min(_VARIANCE_IMAGES, _reader(split.calibration)[1])))
     variances = channel_variances(taught, jnp.asarray(few), array_of) if search.gradient_matching else []
-    students = _searched_stages(base, replace(search, arithmetic=arithmetic), differentiable=True)
+    students = base.stages(Differentiable(arithmetic), searched_space(base, search))
     return GradientProposer(
         paired(students, taught, array_of, variances),
         read,

@@ -10,8 +10,8 @@ from cptv_jax.pipeline.judging import _children, _judges
 from cptv_jax.pipeline.plan import Split
 from cptv_jax.pipeline.proposers import _openings, _proposer
 from cptv_jax.progress import bar
-from cptv_jax.quantized.candidate import move_candidate
 from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.quantizers import move_candidate
 from cptv_jax.search import (
     EvolQ,
     Evosax,
@@ -108,5 +108,4 @@ def improve(
         )
     if state.best_pass == 0:
         return base, state
-    found = {f"{name}.{key}": value for name, values in state.best_scales.items() for key, value in values.items()}
-    return base.with_parameters(found), state
+    return base.with_candidates(state.best_scales), state

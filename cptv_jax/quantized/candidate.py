@@ -1,121 +1,156 @@
-"""Candidates: the parameters of a stage's quantizers that a search or a reconstruction may change."""
+"""Candidates: what of a stage's sites a search or a reconstruction moves, by the sites' local names."""
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.interpreters import quantize_weight
-from cptv_jax.quantized.layers import _WEIGHT, _at, _path_of, _replaced
-from cptv_jax.quantizers import (
-    Quantizer,
-    exponents,
-    innermost,
-    offsets,
-    rounded_product,
-    with_parameters,
-    with_rounding,
-)
-from cptv_jax.recipe.spec import Recipe
+from cptv_jax.quantized.layers import Path, arrays_at, replace_arrays
+from cptv_jax.quantizers import Free, Quantizer, innermost, rounded_product
+from cptv_jax.recipe.spec import SiteSpec
 
-_BIAS = "bias"
-_EXPONENTS = "exponents"
+Candidate = dict[str, Free]
+
 _BIAS_UNIT = np.float32(0.1)
-# Of what a candidate holds of a site, beside its scale: what a step is added to, and all.
-_SHIFTED = (".zero_point", ".start", ".rounding", f".{_BIAS}", f".{_EXPONENTS}")
-_OFFSETS = (*_SHIFTED, ".factor")
+_OFFSETS = ("bias", "exponents", "factor", "start", "zero_point")
 
 
-def _by_site(candidate: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
-    """Parameters by site and name, of a candidate: "SITE" is a site's scale, "SITE.zero_point" and the like others, and
-    "SITE.bias" how far the bias of a weight's layer moves (see MovableBias).
+@dataclass(frozen=True)
+class Space:
+    """What of a model is searched.
+
+    Attributes:
+        sites: Names, in the model, of the sites whose scales form the candidates. One whose quantizer has nothing to
+            move is left out of them.
+        offsets: Also their zero points, intervals' starts, exponents of power-of-two factors, factors of channels, and
+            the biases of their layers.
+        rounding: Also how the elements of their weights are rounded.
+        own: Also what else their quantizer classes have to move, such as low-rank terms.
     """
-    found: dict[str, dict[str, jax.Array]] = {}
-    for key, value in candidate.items():
-        site, _, name = key.rpartition(".") if key.endswith(_OFFSETS) else (key, "", "scale")
-        found.setdefault(site, {})[name] = value
-    return found
+
+    sites: Collection[str] = frozenset()
+    offsets: bool = False
+    rounding: bool = False
+    own: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", frozenset(self.sites))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of Free that candidates may have."""
+        chosen = {"rounding": self.rounding, "own": self.own}
+        return ("scale", *(_OFFSETS if self.offsets else ()), *(name for name, wanted in chosen.items() if wanted))
 
 
 class MovableBias(NamedTuple):
-    """A layer's bias, [outputs], from where a candidate's "SITE.bias" moves it in units.
+    """A layer's bias, [outputs], from where `Free.bias` moves it in units.
 
     unit: a tenth of the length of every output's weights, that is of how far it deviates for inputs of deviation 1, so
         that a step means the same in every layer, and as much as a step of a scale.
     """
 
-    start: jax.Array
-    unit: jax.Array
+    start: Float[Array, " outputs"]
+    unit: Float[Array, " outputs"]
 
-    def moved(self, steps: jax.Array) -> jax.Array:
+    def moved(self, steps: Float[Array, " outputs"]) -> Float[Array, " outputs"]:
         return self.start + rounded_product(steps, self.unit)
 
 
-def _biases(weights: PyTree, sites: Iterable[str]) -> dict[str, MovableBias]:
-    """By weight site, of layers that have a bias. On the host: the same numbers for every program."""
-    layers = {site: _at(weights, _path_of(site)) for site in sites if site.endswith(_WEIGHT)}
-    return {
-        site: MovableBias(layer[_BIAS], jnp.asarray(_BIAS_UNIT * np.linalg.norm(np.asarray(layer["kernel"]), axis=0)))
-        for site, layer in layers.items()
-        if layer.get(_BIAS) is not None
-    }
+@dataclass(frozen=True)
+class StageParts:
+    """What a stage is made of.
 
-
-def _with_roundings(quantizers: Mapping[str, Quantizer], weights: PyTree, sites: Iterable[str]) -> dict[str, Quantizer]:
-    """The quantizers with a learned rounding, which so far adds nothing, at the weights among the sites."""
-    kernels = {site: _at(weights, _path_of(site))["kernel"] for site in sites if site.endswith(_WEIGHT)}
-    lacking = [site for site in kernels if getattr(innermost(quantizers[site]), "rounding", None) is None]
-    return {**quantizers, **{s: with_rounding(quantizers[s], jnp.zeros(jnp.shape(kernels[s]))) for s in lacking}}
-
-
-def _candidate(
-    quantizers: Mapping[str, Quantizer], recipe: Recipe, prefix: str, biases: Mapping[str, MovableBias] | None
-) -> dict[str, jax.Array]:
-    """The parameters of quantizers, as a candidate.
-
-    prefix: of the sites' names in the recipe. biases: of the weights' layers, which move with all other
-    offsets; None is without any.
+    Attributes:
+        weights: The module's nested arrays.
+        quantizers: By the local name of the site.
+        specs: The recipe's specifications, likewise.
+        layers: Paths in `weights` of the layers whose weights are quantized, by the weight's site.
+        searched: The sites that are searched, in order.
     """
-    found = {}
-    for site, quantizer in quantizers.items():
-        spec = recipe.sites[prefix + site]
-        scale = jnp.asarray(quantizer.scale)
-        powers = spec.observer == "ptf"
-        found[site] = jnp.min(scale) if powers else scale  # power-of-two factors must stay such
-        if biases is not None:
-            if powers:
-                found[f"{site}.{_EXPONENTS}"] = exponents(quantizer)
-            fixed = {"zero_point"} if spec.symmetric else set()
-            found |= {f"{site}.{name}": value for name, value in offsets(quantizer).items() if name not in fixed}
+
+    weights: PyTree
+    quantizers: Mapping[str, Quantizer]
+    specs: Mapping[str, SiteSpec]
+    layers: Mapping[str, Path]
+    searched: tuple[str, ...] = ()
+
+    def kernel(self, site: str) -> Float[Array, "inputs outputs"]:
+        """The float weight at a site."""
+        return arrays_at(self.weights, self.layers[site])["kernel"]
+
+    def bias(self, site: str) -> MovableBias | None:
+        """The bias of a weight's layer, if it has one. On the host: the same numbers for every program."""
+        layer = arrays_at(self.weights, self.layers[site])
+        if layer.get("bias") is None:
+            return None
+        unit = _BIAS_UNIT * np.linalg.norm(np.asarray(layer["kernel"]), axis=0)
+        return MovableBias(layer["bias"], jnp.asarray(unit))
+
+    def with_roundings(self) -> "StageParts":
+        """The same with a learned rounding, which so far adds nothing, in each searched weight that can have one."""
+        lacking = [
+            site
+            for site in self.searched
+            if site in self.layers and getattr(innermost(self.quantizers[site]), "rounding", None) is None
+        ]
+        made = {s: self.quantizers[s].with_rounding(jnp.zeros(jnp.shape(self.kernel(s)))) for s in lacking}
+        return replace(self, quantizers={**self.quantizers, **made})
+
+    def candidate(self, space: Space, biases: Mapping[str, MovableBias]) -> Candidate:
+        """What a space has of the searched sites, as it stands. biases: of the weights' layers."""
+        found = {}
+        for site in self.searched:
+            spec = self.specs[site]
+            free = self.quantizers[site].free(powers_of_two=spec.observer == "ptf").only(*space.fields)
+            if spec.symmetric:
+                free = replace(free, zero_point=None)
             if site in biases:
-                found[f"{site}.{_BIAS}"] = jnp.zeros_like(biases[site].start)
-    return found
+                free = replace(free, bias=jnp.zeros_like(biases[site].start))
+            if free.names:
+                found[site] = free
+        return found
 
 
-def move_candidate(candidate: Mapping[str, jax.Array], steps: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A candidate whose scales and factors are multiplied by a step's exponential, and whose other offsets and biases
-    are shifted.
+@dataclass(frozen=True)
+class Binding:
+    """Places a candidate in the state of a stage. Stages that are alike have equal ones.
+
+    layers: the searched weights' sites and the paths of their layers.
     """
-    return {
-        key: value + steps[key] if key.endswith(_SHIFTED) else value * jnp.exp(steps[key])
-        for key, value in candidate.items()
-    }
+
+    layers: tuple[tuple[str, Path], ...] = ()
+
+    def __call__(self, state: PyTree, candidate: Candidate) -> PyTree:
+        """The state with the values of the candidate's sites in place.
+
+        A searched scale is positive by construction. Only the candidate's weights are quantized anew.
+        """
+        quantizers, quantized, weights = dict(state["quantizers"]), dict(state["quantized"]), state["weights"]
+        paths = dict(self.layers)
+        for site, free in candidate.items():
+            if free.bias is not None:
+                weights = replace_arrays(weights, paths[site], {"bias": state["biases"][site].moved(free.bias)})
+            quantizers[site] = quantizers[site].with_free(free)
+            if site in state["searched"]:
+                quantized[site] = quantize_weight(quantizers[site], *state["searched"][site])
+        return {**state, "weights": weights, "quantizers": quantizers, "quantized": quantized}
 
 
-def bind_candidate(state: PyTree, candidate: Mapping[str, jax.Array]) -> PyTree:
-    """The state with the parameters of the candidate's sites replaced; a searched scale is positive by construction.
-
-    Only the candidate's weights are quantized anew.
-    """
-    quantizers, quantized, weights = dict(state["quantizers"]), dict(state["quantized"]), state["weights"]
-    for site, values in _by_site(candidate).items():
-        if _BIAS in values:
-            moved = state["biases"][site].moved(values.pop(_BIAS))
-            weights = _replaced(weights, _path_of(site), {_BIAS: moved})
-        quantizers[site] = with_parameters(quantizers[site], values)
-        if site in state["searched"]:
-            quantized[site] = quantize_weight(quantizers[site], *state["searched"][site])
-    return {**state, "weights": weights, "quantizers": quantizers, "quantized": quantized}
+def place_candidate(parts: StageParts, candidate: Mapping[str, Free]) -> tuple[PyTree, dict[str, Quantizer]]:
+    """A stage's weights and quantizers with a candidate in place, as a model holds them."""
+    weights, quantizers = parts.weights, dict(parts.quantizers)
+    for site, values in candidate.items():
+        free: Any = jax.tree.map(jnp.asarray, values)
+        if free.bias is not None:
+            bias = parts.bias(site)
+            if bias is None:
+                raise ValueError(f"the layer of {site} has no bias to move")
+            weights = replace_arrays(weights, parts.layers[site], {"bias": bias.moved(free.bias)})
+        quantizers[site] = quantizers[site].with_free(free)
+    return weights, quantizers

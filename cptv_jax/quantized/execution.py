@@ -1,8 +1,8 @@
-"""How a quantized model is executed: the function and the state of each stage."""
+"""How a model is computed: executions, and the function and the state of a stage that each of them makes."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,78 +10,226 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from cptv_jax.interpreters import Arithmetic, ArithmeticName, FakeQuant, StraightThrough, Tensor, quantize_weight
-from cptv_jax.models.architecture import call_stage
-from cptv_jax.quantized.layers import _WEIGHT, _at, _path_of, _replaced
-from cptv_jax.quantizers import (
-    BiasCorrected,
-    LowRank,
-    Quantizer,
-    Uniform,
-    moments,
+from cptv_jax.interpreters import (
+    Arithmetic,
+    ArithmeticName,
+    FakeQuant,
+    Operations,
+    StraightThrough,
+    Tensor,
+    quantize_weight,
 )
+from cptv_jax.models.architecture import Architecture, call_stage, sites_of
+from cptv_jax.quantized.candidate import StageParts
+from cptv_jax.quantized.layers import replace_arrays
+from cptv_jax.quantizers import Quantizer, Uniform, WrappedQuantizer, moments
+from cptv_jax.quantizers.uniform import FractionalUniform
 from cptv_jax.recipe.spec import Recipe
 from cptv_jax.runtime.arithmetics import check_arithmetic, fastest_arithmetic
+
+# Makes the operations of a stage from its state; hashable and equal for stages that compute alike.
+MakeOperations = Callable[[PyTree], Operations]
 
 
 @dataclass(frozen=True)
 class ModelStageFunction:
     """Computes a stage of a model from its state.
 
-    The state has "weights", the module's arrays; "quantizers" by site; "quantized", the weights as matmuls read them,
-    by site (their kernels among the module's arrays are empty); "searched", the kernels, and their moments, of the
-    weights whose scales are searched; and "biases" of layers, by weight site, that move.
-
-    differentiable: the same numbers with straight-through derivatives; it reads "weights", whole, and "quantizers".
+    The state has "weights", the module's arrays, and whatever else the execution puts into it for `operations`.
     """
 
     graph: nnx.GraphDef[Any]
+    operations: MakeOperations
+
+    def __call__(self, state: PyTree, x: PyTree) -> PyTree:
+        return call_stage(
+            self.graph, self.operations(state), state["weights"], x if isinstance(x, Tensor) else Tensor(x)
+        )
+
+
+class Execution(Protocol):
+    """How a model is computed. A frozen dataclass; what it makes for two stages that compute alike is equal."""
+
+    def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        """What gives the operations of the forward pass their meaning.
+
+        Args:
+            architecture: Of the whole model.
+            recipe: Of the whole model; without sites for a float model.
+            quantizers: Of the whole model.
+
+        Returns:
+            A hashable function that makes a stage's operations from its state.
+        """
+
+    def state(self, parts: StageParts) -> dict[str, PyTree]:
+        """The state of a stage.
+
+        Args:
+            parts: What the stage is made of.
+
+        Returns:
+            "weights", "quantizers", "quantized" and "searched", which candidates are placed in (see `Binding`):
+            "quantized" are weights as matmuls read them, by site, and "searched" the kernels and their moments from
+            which a candidate's weights are quantized anew; both may be empty where every pass quantizes weights.
+        """
+
+
+@dataclass(frozen=True)
+class _FakeQuantOperations:
+    """Makes FakeQuant's operations, or those of a class that is built alike. The fields are its arguments."""
+
+    kind: type[FakeQuant] = FakeQuant
+    arithmetic: Arithmetic = Arithmetic()  # noqa: RUF009 - frozen
     integer_layer_norm: bool = False
     log_int_softmax: bool = False
     rounding: bool = True
     all_tokens: bool = False
-    arithmetic: Arithmetic = Arithmetic()  # noqa: RUF009 - frozen
-    differentiable: bool = False
 
-    def __call__(self, state: PyTree, x: PyTree) -> PyTree:
-        ops = (StraightThrough if self.differentiable else FakeQuant)(
+    def __call__(self, state: PyTree) -> FakeQuant:
+        return self.kind(
             state["quantizers"],
-            weights={} if self.differentiable else state["quantized"],
+            weights=state["quantized"],
             arithmetic=self.arithmetic,
             all_tokens=self.all_tokens,
             integer_layer_norm=self.integer_layer_norm,
             log_int_softmax=self.log_int_softmax,
             rounding=self.rounding,
         )
-        return call_stage(self.graph, ops, state["weights"], x if isinstance(x, Tensor) else Tensor(x))
+
+
+def _unquantized_state(parts: StageParts) -> dict[str, PyTree]:
+    """A stage's state for operations that quantize weights in every pass, or never."""
+    return {"weights": parts.weights, "quantizers": dict(parts.quantizers), "quantized": {}, "searched": {}}
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """Without any quantizer: the teacher.
+
+    Attributes:
+        approximate: Multiply in bfloat16, for what need not be exact.
+        all_tokens: Compute also the tokens of the last block that the head does not read.
+    """
+
+    approximate: bool = False
+    all_tokens: bool = False
+
+    def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        return _FakeQuantOperations(arithmetic=Arithmetic(approximate=self.approximate), all_tokens=self.all_tokens)
+
+    def state(self, parts: StageParts) -> dict[str, PyTree]:
+        return {"weights": parts.weights, "quantizers": {}, "quantized": {}, "searched": {}}
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Quantized values and codes, computed by floating-point operations. Weights are quantized once, not in each pass.
+
+    Attributes:
+        arithmetic: How codes are multiplied; None takes the fastest one here. The results are the same. Zero points
+            that are no codes, as those of a range which does not hold zero, make it "float32" whatever is given: no
+            other arithmetic holds their steps.
+        all_tokens: Compute also the tokens of the last block that the head does not read.
+    """
+
+    arithmetic: ArithmeticName | None = None
+    all_tokens: bool = False
+
+    def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        name = self.arithmetic if _steps_within_codes(quantizers) else "float32"
+        return _FakeQuantOperations(
+            FakeQuant,
+            arithmetic_for(architecture, recipe, name),
+            recipe.integer_layer_norm,
+            recipe.log_int_softmax,
+            all_tokens=self.all_tokens,
+        )
+
+    def state(self, parts: StageParts) -> dict[str, PyTree]:
+        quantized, kernels, weights = {}, {}, parts.weights
+        for site, path in parts.layers.items():
+            kernel = jnp.asarray(parts.kernel(site))
+            wanted = _moments(kernel)
+            quantized[site] = _quantize_weight(parts.quantizers[site], kernel, wanted)
+            if site in parts.searched:
+                kernels[site] = (kernel, wanted)
+            weights = replace_arrays(weights, path, {"kernel": jnp.zeros(0, kernel.dtype)})
+        return {"weights": weights, "quantizers": dict(parts.quantizers), "quantized": quantized, "searched": kernels}
+
+
+@dataclass(frozen=True)
+class Differentiable:
+    """The numbers of `Simulated` with straight-through derivatives by state and candidate.
+
+    Weights are quantized in every pass, from the whole float weights in the state.
+
+    Attributes:
+        arithmetic: As of `Simulated`; "bf16-codes" also computes derivatives from bfloat16 operands.
+        all_tokens: As of `Simulated`.
+    """
+
+    arithmetic: ArithmeticName | None = None
+    all_tokens: bool = False
+
+    def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        name = self.arithmetic if _steps_within_codes(quantizers) else "float32"
+        return _FakeQuantOperations(
+            StraightThrough,
+            arithmetic_for(architecture, recipe, name),
+            recipe.integer_layer_norm,
+            recipe.log_int_softmax,
+            all_tokens=self.all_tokens,
+        )
+
+    def state(self, parts: StageParts) -> dict[str, PyTree]:
+        return _unquantized_state(parts)
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """The published code's "full-precision" pass: nothing is rounded, but integer LayerNorm and softmax still act.
+
+    Attributes:
+        all_tokens: As of `Simulated`.
+    """
+
+    all_tokens: bool = False
+
+    def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        return _FakeQuantOperations(
+            integer_layer_norm=recipe.integer_layer_norm,
+            log_int_softmax=recipe.log_int_softmax,
+            rounding=False,
+            all_tokens=self.all_tokens,
+        )
+
+    def state(self, parts: StageParts) -> dict[str, PyTree]:
+        return _unquantized_state(parts)
 
 
 _quantize_weight = jax.jit(quantize_weight)
 _moments = jax.jit(moments)
 
 
-def _state(weights: PyTree, quantizers: Mapping[str, Quantizer], searched: Collection[str]) -> dict[str, PyTree]:
-    """A stage's state with its weights quantized once, so that no forward pass does it again."""
-    quantized, kernels = {}, {}
-    for site, quantizer in quantizers.items():
-        if not site.endswith(_WEIGHT):
-            continue
-        path = _path_of(site)
-        kernel = jnp.asarray(_at(weights, path)["kernel"])
-        wanted = _moments(kernel)
-        quantized[site] = _quantize_weight(quantizer, kernel, wanted)
-        if site in searched:
-            kernels[site] = (kernel, wanted)
-        weights = _replaced(weights, path, {"kernel": jnp.zeros(0, kernel.dtype)})
-    return {"weights": weights, "quantizers": dict(quantizers), "quantized": quantized, "searched": kernels}
+def arithmetic_for(architecture: Architecture, recipe: Recipe, name: ArithmeticName | None = None) -> Arithmetic:
+    """How to multiply codes of a recipe's widths.
 
+    Args:
+        architecture: That the recipe is for.
+        recipe: Whose widest weights and activations bound the sums that are exact.
+        name: None takes the fastest arithmetic here.
 
-def arithmetic_for(recipe: Recipe, name: ArithmeticName | None = None) -> Arithmetic:
-    """How to multiply codes of a recipe's widths; None takes what is fastest here."""
-    widths = {
-        weight: [s.bits for site, s in recipe.sites.items() if site.endswith(_WEIGHT) == weight]
-        for weight in (True, False)
-    }
+    Returns:
+        The arithmetic.
+
+    Raises:
+        InputError: For an arithmetic that the present backend cannot compute.
+    """
+    roles = {site.name: site.role for site in sites_of(architecture)}
+    widths: dict[bool, list[int]] = {True: [], False: []}
+    for site, spec in recipe.sites.items():
+        widths[roles[site] == "weight"].append(spec.bits)
     if name is not None:
         check_arithmetic(name)
     return Arithmetic(name or fastest_arithmetic(), max(widths[True], default=8), max(widths[False], default=8))
@@ -89,6 +237,7 @@ def arithmetic_for(recipe: Recipe, name: ArithmeticName | None = None) -> Arithm
 
 def _steps_within_codes(quantizers: Iterable[Quantizer]) -> bool:
     """Whether every zero point is a code, so that steps are integers no larger than the largest code."""
-    bases = (each.base if isinstance(each, BiasCorrected | LowRank) else each for each in quantizers)
+    stored = (each for each in quantizers if not isinstance(each, FractionalUniform))  # whose codes are not stored
+    bases = (each.base if isinstance(each, WrappedQuantizer) else each for each in stored)
     points = jax.device_get([(grid.zero_point, grid.low, grid.high) for grid in bases if isinstance(grid, Uniform)])
     return all(np.all((point == np.round(point)) & (low <= point) & (point <= high)) for point, low, high in points)

@@ -1,28 +1,50 @@
-"""Where a stage's nested weights have the arrays of a layer."""
+"""Where a model's nested weights have the arrays of a layer, and which sites belong to a stage."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
-_WEIGHT = ".weight"
+from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.recipe.sites import Site
+
+Path = tuple[str, ...]
 
 
-def _path_of(site: str) -> list[str]:
-    """Where a stage has the layer of a weight site."""
-    return site.removesuffix(_WEIGHT).split(".")
+@lru_cache(maxsize=16)
+def stage_sites(architecture: Architecture) -> Mapping[str, Mapping[str, Site]]:
+    """The sites of each stage, by the stage's name and the site's local name, in the order of the forward pass."""
+    found: dict[str, dict[str, Site]] = {name: {} for name in architecture.stage_names}
+    for site in sites_of(architecture):
+        found[site.stage][site.local] = site
+    return MappingProxyType(found)
 
 
-def _at(node: Mapping[str, Any], path: Iterable[str]) -> Mapping[str, Any]:
+@lru_cache(maxsize=16)
+def layers_by_name(architecture: Architecture) -> Mapping[str, tuple[str, Path]]:
+    """The stage of each layer and the path of its arrays there, by the layer's name in the model."""
+    return MappingProxyType({site.layer_name: (site.stage, path_of(site)) for site in sites_of(architecture)})
+
+
+def path_of(site: Site) -> Path:
+    """The path in a stage's weights of the layer that a site belongs to."""
+    return tuple(site.layer.split("."))
+
+
+def arrays_at(node: Mapping[str, Any], path: Iterable[str]) -> Mapping[str, Any]:
+    """The arrays of the layer at a path of a stage's weights."""
     for name in path:
         node = node[name]
     return node
 
 
-def _replaced(node: Mapping[str, Any], path: list[str], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+def replace_arrays(node: Mapping[str, Any], path: Path, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """A stage's weights with other arrays in the layer at a path. Raises KeyError for an array that it lacks."""
     if not path:
         unknown = set(arrays) - set(node)
         if unknown:
             raise KeyError(f"the layer has no {sorted(unknown)}")
         return {**node, **arrays}
-    return {**node, path[0]: _replaced(node[path[0]], path[1:], arrays)}
+    return {**node, path[0]: replace_arrays(node[path[0]], path[1:], arrays)}

@@ -1,37 +1,33 @@
 """Models as values: architecture and weights, with or without a recipe and quantizer parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from cptv_jax.interpreters import Arithmetic, ArithmeticName
+from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.models.architecture import Architecture, Weights, stage_graphs
-from cptv_jax.quantized.candidate import (
-    _BIAS,
-    _biases,
-    _by_site,
-    _candidate,
-    _with_roundings,
-    bind_candidate,
-    move_candidate,
-)
-from cptv_jax.quantized.execution import ModelStageFunction, _state, _steps_within_codes, arithmetic_for
-from cptv_jax.quantized.layers import _WEIGHT, _at, _replaced
-from cptv_jax.quantizers import (
-    Quantizer,
-    with_parameters,
-)
+from cptv_jax.quantized.candidate import Binding, Space, StageParts, place_candidate
+from cptv_jax.quantized.execution import Execution, FullPrecision, ModelStageFunction, Simulated
+from cptv_jax.quantized.layers import Path, arrays_at, layers_by_name, path_of, replace_arrays, stage_sites
+from cptv_jax.quantizers import Free, Quantizer, move_candidate
 from cptv_jax.recipe.spec import Recipe
 from cptv_jax.runtime.stages import Stage
 
+_NO_RECIPE = Recipe("float", {}, integer_layer_norm=False, log_int_softmax=False)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Model:
     """A full-precision model.
 
-    weights: by stage. source, sha256: the file they came from.
+    Attributes:
+        architecture: Its family and sizes.
+        weights: Nested arrays by stage.
+        source: The file that the weights came from.
+        sha256: That file's digest.
     """
 
     architecture: Architecture
@@ -39,116 +35,188 @@ class Model:
     source: str = ""
     sha256: str = ""
 
-    def stages(self, *, all_tokens: bool = False, approximate: bool = False) -> tuple[Stage, ...]:
+    def __repr__(self) -> str:
+        count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.weights))
+        source = f", from {self.source}" if self.source else ""
+        return f"Model({self.architecture.name}: {count:,} weights in {len(self.weights)} stages{source})"
+
+    def stages(self, execution: Execution = FullPrecision()) -> tuple[Stage, ...]:  # noqa: B008 - frozen
         """The stages of the float forward pass: the teacher.
 
-        all_tokens: compute also the tokens of the last block that the head does not read. approximate: multiply in
-            bfloat16, for what need not be exact.
-        """
-        arithmetic = Arithmetic(approximate=approximate)
-        return tuple(
-            Stage(
-                name,
-                ModelStageFunction(graph, all_tokens=all_tokens, arithmetic=arithmetic),
-                _state(self.weights[name], {}, ()),
-            )
-            for name, graph in stage_graphs(self.architecture).items()
-        )
+        Args:
+            execution: How it is computed.
 
-    def layer(self, site: str) -> dict[str, jax.Array]:
-        """Arrays of the linear layer (kernel, bias) or LayerNorm (weight, bias) at a site such as blocks.0.attn.qkv."""
-        stage, path = self._path(site)
-        return dict(_at(self.weights[stage], path))
+        Returns:
+            All stages in order.
+        """
+        return tuple(self.stage(name, execution) for name in stage_graphs(self.architecture))
+
+    def stage(self, name: str, execution: Execution = FullPrecision()) -> Stage:  # noqa: B008 - frozen
+        """One stage of the float forward pass.
+
+        Args:
+            name: Such as "blocks.3".
+            execution: How it is computed.
+
+        Returns:
+            The stage.
+
+        Raises:
+            InputError: For a name that no stage has.
+        """
+        graph = _graph(self.architecture, name)
+        operations = execution.operations(self.architecture, _NO_RECIPE, ())
+        state = execution.state(StageParts(self.weights[name], {}, {}, {}))
+        return Stage(name, ModelStageFunction(graph, operations), state | {"biases": {}}, {}, Binding(), move_candidate)
+
+    def layer(self, name: str) -> dict[str, jax.Array]:
+        """The arrays of a layer.
+
+        Args:
+            name: Such as "blocks.0.attn.qkv".
+
+        Returns:
+            "kernel" and "bias" of a linear layer, "weight" and "bias" of a LayerNorm.
+
+        Raises:
+            KeyError: For a name that no layer has.
+        """
+        stage, path = self._path(name)
+        return dict(arrays_at(self.weights[stage], path))
 
     def with_layers(self, layers: Mapping[str, Mapping[str, jax.Array]]) -> "Model":
-        """The same model with other arrays in the named layers."""
+        """The same model with other arrays in the named layers. Raises KeyError for a layer or array that it lacks."""
         weights = dict(self.weights)
-        for site, arrays in layers.items():
-            stage, path = self._path(site)
-            weights[stage] = _replaced(weights[stage], path, arrays)
+        for name, arrays in layers.items():
+            stage, path = self._path(name)
+            weights[stage] = replace_arrays(weights[stage], path, arrays)
         return replace(self, weights=weights)
 
-    def _path(self, site: str) -> tuple[str, list[str]]:
-        stage = next(name for name in self.weights if site.startswith(name + "."))
-        return stage, site.removeprefix(stage + ".").split(".")
+    def _path(self, name: str) -> tuple[str, Path]:
+        known = layers_by_name(self.architecture)
+        if name not in known:
+            raise KeyError(f"the model has no layer {name}{did_you_mean(name, known)}")
+        return known[name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedModel:
-    """An immutable quantized model: float weights (perhaps rewritten by the method), recipe, quantizer parameters.
+    """An immutable quantized model.
 
-    quantizers: by full site name.
+    Attributes:
+        model: Architecture and float weights, perhaps rewritten by the method.
+        recipe: What is quantized, and how.
+        quantizers: By the site's name in the model.
     """
 
     model: Model
     recipe: Recipe
     quantizers: Mapping[str, Quantizer]
 
+    def __repr__(self) -> str:
+        bits = sorted({spec.bits for spec in self.recipe.sites.values()})
+        widths = f", {'/'.join(map(str, bits))} bits" if bits else ""
+        return f"QuantizedModel({self.model!r}, recipe {self.recipe.name}: {len(self.quantizers)} sites{widths})"
+
     def stages(
         self,
-        searched: Callable[[str], bool] = lambda site: False,
-        *,
-        shifted: bool = False,
-        turned: bool = False,
-        rounding: bool = True,
-        all_tokens: bool = False,
-        arithmetic: ArithmeticName | None = None,
-        differentiable: bool = False,
+        execution: Execution = Simulated(),  # noqa: B008 - frozen
+        space: Space = Space(),  # noqa: B008 - frozen
     ) -> tuple[Stage, ...]:
         """The stages of the quantized forward pass.
 
-        searched: which sites' scales form the candidates. shifted: and their zero points, intervals' starts, exponents
-            of power-of-two factors, factors of channels, and biases of their layers. turned: with `shifted`, also the
-            rounding of each weight's elements.
-        rounding: False is the published code's "full-precision" pass, where integer LayerNorm (and softmax) still act.
-        all_tokens: compute also the tokens of the last block that the head does not read.
-        arithmetic: how codes are multiplied; None takes what is fastest here. The results are the same, but with
-            zero points that are no codes (of a range that lies beside zero), whose steps only "float32" can hold.
-        differentiable: with straight-through derivatives by state and candidate; weights are quantized in every pass.
-        """
-        if not _steps_within_codes(self.quantizers.values()):
-            arithmetic = "float32"
-        exact = arithmetic_for(self.recipe, arithmetic)
-        stages = []
-        for name, graph in stage_graphs(self.model.architecture).items():
-            prefix = name + "."
-            quantizers = {
-                site.removeprefix(prefix): quantizer
-                for site, quantizer in self.quantizers.items()
-                if site.startswith(prefix)
-            }
-            weights = self.model.weights[name]
-            if turned:
-                quantizers = _with_roundings(quantizers, weights, [s for s in quantizers if searched(prefix + s)])
-            chosen = {site: quantizer for site, quantizer in quantizers.items() if searched(prefix + site)}
-            biases = _biases(weights, chosen) if shifted else None
-            candidate = _candidate(chosen, self.recipe, prefix, biases)
-            function = ModelStageFunction(
-                graph,
-                self.recipe.integer_layer_norm,
-                self.recipe.log_int_softmax,
-                rounding,
-                all_tokens,
-                exact,
-                differentiable,
-            )
-            if rounding and not differentiable:
-                state = _state(weights, quantizers, chosen)
-            else:
-                state = {"weights": weights, "quantizers": quantizers, "quantized": {}, "searched": {}}
-            state["biases"] = biases or {}
-            stages.append(Stage(name, function, state, candidate, bind_candidate, move_candidate))
-        return tuple(stages)
+        Args:
+            execution: How it is computed: `Simulated`, `Differentiable`, `Unrounded`.
+            space: What forms the candidates, a dictionary of Free by the site's local name for each stage.
 
-    def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "QuantizedModel":
-        """The same model with other parameters at the named sites: "SITE" is a scale, "SITE.zero_point" an offset, and
-        "SITE.bias" how far the bias of a weight's layer moves.
+        Returns:
+            All stages in order.
+
+        Raises:
+            InputError: For a site of the space that is not quantized, or an arithmetic that cannot be computed here.
+
+        Example:
+            ```python
+            weights = [site.name for site in sites_of(model.architecture) if site.role == "weight"]
+            stages = quantized.stages(Simulated(), Space(weights, offsets=True))
+            logits = forward(stages, images).logits
+            ```
         """
-        model, changed = self.model, {}
-        for site, found in _by_site(jax.tree.map(jnp.asarray, dict(parameters))).items():
-            if _BIAS in found:
-                stage, path = model._path(site)
-                (bias,) = _biases(model.weights[stage], [".".join(path)]).values()
-                model = model.with_layers({site.removesuffix(_WEIGHT): {_BIAS: bias.moved(found.pop(_BIAS))}})
-            changed[site] = with_parameters(self.quantizers[site], found)
+        return tuple(self._stages(execution, space, stage_graphs(self.model.architecture)))
+
+    def stage(
+        self,
+        name: str,
+        execution: Execution = Simulated(),  # noqa: B008 - frozen
+        space: Space = Space(),  # noqa: B008 - frozen
+    ) -> Stage:
+        """One stage, without building the others; arguments and errors as of `stages`."""
+        _graph(self.model.architecture, name)
+        return self._stages(execution, space, (name,))[0]
+
+    def _stages(self, execution: Execution, space: Space, names: Any) -> list[Stage]:
+        for site in space.sites:
+            if site not in self.quantizers:
+                raise InputError(f"the space has {site}, which is not quantized{did_you_mean(site, self.quantizers)}")
+        operations = execution.operations(self.model.architecture, self.recipe, self.quantizers.values())
+        stages = []
+        for name in names:
+            parts = self.parts(name, space)
+            searched = (site for site in parts.searched if site in parts.layers) if space.offsets else ()
+            biases = {site: bias for site in searched if (bias := parts.bias(site)) is not None}
+            if space.rounding:
+                parts = parts.with_roundings()
+            function = ModelStageFunction(_graph(self.model.architecture, name), operations)
+            binding = Binding(tuple((site, parts.layers[site]) for site in biases))
+            state = execution.state(parts) | {"biases": biases}
+            stages.append(Stage(name, function, state, parts.candidate(space, biases), binding, move_candidate))
+        return stages
+
+    def parts(self, name: str, space: Space = Space()) -> StageParts:  # noqa: B008 - frozen
+        """What a stage is made of: its weights, quantizers and specifications, by the sites' local names."""
+        sites = stage_sites(self.model.architecture)[name]
+        own = {local: site for local, site in sites.items() if site.name in self.quantizers}
+        return StageParts(
+            self.model.weights[name],
+            {local: self.quantizers[site.name] for local, site in own.items()},
+            {local: self.recipe.sites[site.name] for local, site in own.items()},
+            {local: path_of(site) for local, site in own.items() if site.role == "weight"},
+            tuple(local for local, site in own.items() if site.name in space.sites),
+        )
+
+    def with_parts(self, name: str, weights: Any, quantizers: Mapping[str, Quantizer]) -> "QuantizedModel":
+        """The same model with other weights and quantizers, by the sites' local names, in one stage."""
+        sites = stage_sites(self.model.architecture)[name]
+        model = replace(self.model, weights={**self.model.weights, name: weights})
+        changed = {sites[local].name: quantizer for local, quantizer in quantizers.items()}
         return replace(self, model=model, quantizers={**self.quantizers, **changed})
+
+    def with_candidates(self, candidates: Mapping[str, Mapping[str, Free]]) -> "QuantizedModel":
+        """The same model with candidates in place.
+
+        Args:
+            candidates: By stage, what to place at the sites, by their local names. `Free.bias` moves the present bias.
+
+        Returns:
+            A model whose stages compute what the present ones do with these candidates bound.
+
+        Raises:
+            InputError: For a stage or a site that the model lacks.
+        """
+        model = self
+        for name, candidate in candidates.items():
+            _graph(self.model.architecture, name)
+            parts = model.parts(name)
+            for site in candidate:
+                if site not in parts.quantizers:
+                    raise InputError(f"stage {name} has no quantized site {site}{did_you_mean(site, parts.quantizers)}")
+            model = model.with_parts(name, *place_candidate(parts, candidate))
+        return model
+
+
+def _graph(architecture: Architecture, name: str) -> Any:
+    """The static part of a stage's module. Raises InputError for a name that no stage has."""
+    graphs = stage_graphs(architecture)
+    if name not in graphs:
+        raise InputError(f"{architecture.name} has no stage {name}{did_you_mean(name, graphs)}")
+    return graphs[name]

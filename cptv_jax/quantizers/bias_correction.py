@@ -1,12 +1,14 @@
 """Weight bias correction: give each output channel of a quantized weight its original mean and deviation."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers.base import WrappedQuantizer
+from cptv_jax.quantizers.free import Free
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.uniform import Uniform
 
@@ -47,7 +49,7 @@ def _moments_of_steps(steps: Float[Array, "inputs outputs"]) -> Moments:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BiasCorrected:
+class BiasCorrected(WrappedQuantizer):
     """A uniform weight quantizer followed by an affine map per output channel (Banner et al. 2019, section 3).
 
     The effective weight is gain * value + shift, so a channel's scale acts only through rounding and clipping:
@@ -60,21 +62,14 @@ class BiasCorrected:
     base: Uniform
     factor: Float[Array, "..."] = field(default_factory=lambda: jnp.ones(()))
 
-    @property
-    def scale(self) -> Float[Array, "..."]:
-        return self.base.scale
+    def free(self, powers_of_two: bool = False) -> Free:
+        """What of the base is free, and the factor where every channel has its own."""
+        found = self.base.free(powers_of_two)
+        return replace(found, factor=self.factor) if self.factor.shape == self.scale.shape else found
 
-    def with_scale(self, scale: Float[Array, "..."]) -> "BiasCorrected":
-        return replace(self, base=self.base.with_scale(scale))
-
-    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.codes(values)
-
-    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.values(codes)
-
-    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.steps(values)
+    def with_free(self, free: Free) -> Self:
+        moved = super().with_free(free)
+        return moved if free.factor is None else replace(moved, factor=free.factor)
 
     def correction(
         self, wanted: Moments, steps: Float[Array, "inputs outputs"]

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cptv_jax.quantizers.base import ScaledQuantizer
+from cptv_jax.quantizers.free import Free, place_zero_point
 from cptv_jax.quantizers.rounding import true_divide
 from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DualUniform:
+class DualUniform(ScaledQuantizer):
     """A weight [inputs, outputs] with two asymmetric grids per output channel (ERQ's dual uniform quantization).
 
     scale, zero_point: [outputs], of the ordinary inputs. outlier_ratio: [outputs], the outliers' scale in units of
@@ -37,8 +40,18 @@ class DualUniform:
     def outlier_scale(self) -> Float[Array, " outputs"]:
         return self.scale * self.outlier_ratio
 
-    def with_scale(self, scale: Float[Array, "..."]) -> "DualUniform":
-        return replace(self, scale=scale)
+    def free(self, powers_of_two: bool = False) -> Free:
+        """The scale, and the zero point of the ordinary inputs."""
+        return replace(super().free(powers_of_two), zero_point=self.zero_point / (self.high - self.low))
+
+    def with_free(self, free: Free) -> Self:
+        moved = super().with_free(free)
+        if free.zero_point is None:
+            return moved
+        return replace(moved, zero_point=place_zero_point(free.zero_point, self.zero_point, self.low, self.high))
+
+    def free_units(self) -> Free:
+        return Free(zero_point=1 / (self.high - self.low))
 
     def _choose(
         self, outlier: Float[Array, " outputs"], ordinary: Float[Array, " outputs"]

@@ -1,11 +1,14 @@
 """Logarithmic quantizers for post-softmax attention."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers.base import ScaledQuantizer
+from cptv_jax.quantizers.free import Free
 from cptv_jax.quantizers.rounding import true_divide
 from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
@@ -29,8 +32,21 @@ class Log2:
         """Fixed at 1: the levels are absolute."""
         return jnp.ones((), jnp.float32)
 
-    def with_scale(self, scale: Float[Array, "..."]) -> "Log2":
+    def with_scale(self, scale: Float[Array, "..."]) -> Self:
         raise TypeError("a log2 quantizer has no scale to search; leave its sites out of the search")
+
+    def free(self, powers_of_two: bool = False) -> Free:
+        return Free()
+
+    def with_free(self, free: Free) -> Self:
+        """Itself; raises TypeError where a scale is given."""
+        return self if free.scale is None else self.with_scale(free.scale)
+
+    def with_rounding(self, rounding: Float[Array, "inputs outputs"]) -> Self:
+        return self
+
+    def free_units(self) -> Free:
+        return Free()
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.clip_exponents(jnp.round(-jnp.log2(values)))
@@ -49,7 +65,7 @@ class Log2:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LogSqrt2:
+class LogSqrt2(ScaledQuantizer):
     """code = round(-2 log2(x / scale)) for x > 0; value = scale * sqrt(2)^-code (RepQ-ViT,
     "Scale Reparam for Softmax Activations").
 
@@ -59,9 +75,6 @@ class LogSqrt2:
 
     scale: Float[Array, ""]
     high: Float[Array, ""]
-
-    def with_scale(self, scale: Float[Array, "..."]) -> "LogSqrt2":
-        return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.clip(jnp.round(-2.0 * jnp.log2(true_divide(values, self.scale))), 0.0, self.high + 1)

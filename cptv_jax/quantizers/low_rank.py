@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers.base import WrappedQuantizer
+from cptv_jax.quantizers.free import Free
 from cptv_jax.quantizers.uniform import Uniform
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(WrappedQuantizer):
     """A weight quantizer and the term down @ up that its layer adds to the quantized weight (AIQViT, equation 5).
 
     down: [inputs, rank], up: [rank, outputs], float32. A layer computes x @ quantized + (x @ down) @ up. Columns of
@@ -33,21 +35,12 @@ class LowRank:
         """How many columns of `down` are not zero."""
         return jnp.sum(jnp.any(self.down != 0, 0))
 
-    @property
-    def scale(self) -> Float[Array, "..."]:
-        return self.base.scale
+    def free(self, powers_of_two: bool = False) -> Free:
+        """What of the base is free, and of its own the factors of the term."""
+        return replace(self.base.free(powers_of_two), own={"down": self.down, "up": self.up})
 
-    def with_scale(self, scale: Float[Array, "..."]) -> Self:
-        return replace(self, base=self.base.with_scale(scale))
-
-    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.codes(values)
-
-    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.values(codes)
-
-    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.steps(values)
+    def with_free(self, free: Free) -> Self:
+        return replace(super().with_free(free), **(free.own or {}))
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +56,10 @@ class RankSearch(LowRank):
     ranks: Float[Array, " candidates"]
     preference: Float[Array, " candidates"]
     penalty: Float[Array, ""]
+
+    def free(self, powers_of_two: bool = False) -> Free:
+        found = super().free(powers_of_two)
+        return replace(found, own={**(found.own or {}), "preference": self.preference})
 
     @property
     def gates(self) -> Float[Array, " rank"]:

@@ -1,11 +1,12 @@
 """Twin uniform quantizers (PTQ4ViT, section 4.1): a fine and a coarse uniform range that share one code."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cptv_jax.quantizers.base import ScaledQuantizer
 from cptv_jax.quantizers.rounding import true_divide
 from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
@@ -17,26 +18,23 @@ def _rounded(positions: Array, low: Array | float, high: Array | float) -> Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TwinSoftmax:
+class TwinSoftmax(ScaledQuantizer):
     """For post-softmax values in [0, 1]: a fine range [0, split] and a coarse one up to 1 (equation 7).
 
     Codes 0 to `levels` are fine levels, code * scale; codes above are coarse, (code - levels - 1) * ratio * scale. The
     fine range ends at split = levels * scale. Above it a value takes the nearest coarse level, or the split where
     that is larger (the published formula would round such a value to a smaller one, even to zero).
 
-    scale: fine step, (). ratio: coarse step over fine step, a power of two, so that steps are integers. levels:
-        2^(bits - 1) - 1. overlap: 0, or 1 for the formula of the published code, which adds both ranges' results
-        instead of choosing one: split more above the split, round(split / coarse step) coarse steps more below it.
+    scale: fine step, (); where it changes, the coarse step and the split change by the same factor. ratio: coarse step
+        over fine step, a power of two, so that steps are integers. levels: 2^(bits - 1) - 1.
+    overlap: 0, or 1 for the formula of the published code, which adds both ranges' results instead of
+        choosing one: split more above the split, round(split / coarse step) coarse steps more below it.
     """
 
     scale: Float[Array, ""]
     ratio: Float[Array, ""]
     levels: Float[Array, ""]
     overlap: Float[Array, ""]
-
-    def with_scale(self, scale: Float[Array, ""]) -> "TwinSoftmax":
-        """Both steps change by the same factor, and the split with them."""
-        return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         fine = _rounded(true_divide(values, self.scale), 0.0, self.levels)
@@ -60,7 +58,7 @@ class TwinSoftmax:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TwinGelu:
+class TwinGelu(ScaledQuantizer):
     """For post-GELU values: one step size above zero and another, finer one below (equation 7).
 
     code = clamp(round(x / step), low, high) with the step of x's sign, so negative codes are negative values.
@@ -73,10 +71,6 @@ class TwinGelu:
     negative_scale: Float[Array, ""]
     low: Float[Array, ""]
     high: Float[Array, ""]
-
-    def with_scale(self, scale: Float[Array, ""]) -> "TwinGelu":
-        """The positive range changes; the negative one stays."""
-        return replace(self, scale=scale)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         step = jnp.where(values < 0, self.negative_scale, self.scale)

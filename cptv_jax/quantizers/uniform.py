@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cptv_jax.quantizers.rounding import true_divide
+from cptv_jax.quantizers.base import ScaledQuantizer, WrappedQuantizer
+from cptv_jax.quantizers.free import Free, place_zero_point
+from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import clip_through, straight_through
+
+_ROUNDING_UNIT = 2.0  # steps that one unit of Free.rounding is
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(ScaledQuantizer):
     """code = clamp(round(x / scale + zero_point + rounding), low, high); value = (code - zero_point) * scale.
 
     scale: input units per step; () per tensor, (channels,) or (parts,) along the last axis, or (heads, 1, 1).
@@ -35,16 +39,34 @@ class Uniform:
     high: Float[Array, ""]
     rounding: Float[Array, "inputs outputs"] | None = None
 
-    def with_scale(self, scale: Float[Array, "..."]) -> Self:
-        return replace(self, scale=scale)
+    def free(self, powers_of_two: bool = False) -> Free:
+        """The scale, the zero point, and the rounding where there is a learned one."""
+        rounding = None if self.rounding is None else true_divide(self.rounding, _ROUNDING_UNIT)
+        zero_point = self.zero_point / (self.high - self.low)
+        return replace(super().free(powers_of_two), rounding=rounding, zero_point=zero_point)
+
+    def with_free(self, free: Free) -> Self:
+        moved = super().with_free(free)
+        if free.zero_point is not None:
+            zero_point = place_zero_point(free.zero_point, self.zero_point, self.low, self.high)
+            moved = replace(moved, zero_point=zero_point)
+        if free.rounding is not None:
+            moved = moved.with_rounding(rounded_product(free.rounding, _ROUNDING_UNIT))
+        return moved
+
+    def with_rounding(self, rounding: Float[Array, "inputs outputs"]) -> Self:
+        return replace(self, rounding=rounding)
+
+    def free_units(self) -> Free:
+        return Free(rounding=1 / _ROUNDING_UNIT, zero_point=1 / (self.high - self.low))
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         scale, zero_point = spread(self.scale, values), spread(self.zero_point, values)
-        exact = jnp.clip(jnp.round(self._turned(true_divide(values, scale) + zero_point)), self.low, self.high)
+        exact = jnp.clip(jnp.round(self._nudge(true_divide(values, scale) + zero_point)), self.low, self.high)
         # Clipped before rounding in the derivative: after it, whatever rounds to a bound would lie on the clip's kink.
-        return straight_through(exact, clip_through(self._turned(values / scale + zero_point), self.low, self.high))
+        return straight_through(exact, clip_through(self._nudge(values / scale + zero_point), self.low, self.high))
 
-    def _turned(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
+    def _nudge(self, steps: Float[Array, "..."]) -> Float[Array, "..."]:
         return steps if self.rounding is None else steps + self.rounding
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -68,14 +90,14 @@ class OffsetUniform(Uniform):
 
     def codes(self, values: Float[Array, "..."], rounding: Callable[[Array], Array] = jnp.round) -> Float[Array, "..."]:
         """Codes of real values; rounding may be jnp.floor or jnp.ceil, for the grid's neighbours of a value."""
-        exact = jnp.clip(rounding(self._turned(true_divide(values, self.scale))) + self.zero_point, self.low, self.high)
-        smooth = self._turned(values / self.scale) + self.zero_point
+        exact = jnp.clip(rounding(self._nudge(true_divide(values, self.scale))) + self.zero_point, self.low, self.high)
+        smooth = self._nudge(values / self.scale) + self.zero_point
         return straight_through(exact, clip_through(smooth, self.low, self.high))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FractionalUniform:
+class FractionalUniform(WrappedQuantizer):
     """An OffsetUniform whose zero point is no integer, as RepQ-ViT's reparameterization leaves it.
 
     Then codes are no integers either, and are not stored as such. Steps inside the range are integers all the same, but
@@ -85,24 +107,21 @@ class FractionalUniform:
     base: OffsetUniform
 
     @property
-    def scale(self) -> Float[Array, "..."]:
-        return self.base.scale
-
-    @property
     def zero_point(self) -> Float[Array, "..."]:
         return self.base.zero_point
 
-    def with_scale(self, scale: Float[Array, "..."]) -> "FractionalUniform":
-        return FractionalUniform(self.base.with_scale(scale))
+    def integral(self) -> OffsetUniform:
+        """The quantizer with its zero point rounded to a code."""
+        grid = self.base
+        return replace(grid, zero_point=jnp.clip(jnp.round(grid.zero_point), grid.low, grid.high))
 
-    def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.codes(values)
+    def free(self, powers_of_two: bool = False) -> Free:
+        """The scale alone: a zero point that is no code stays as it is."""
+        found = self.base.free(powers_of_two)
+        return found.only("scale", "exponents")
 
-    def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.values(codes)
-
-    def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.base.steps(values)
+    def with_rounding(self, rounding: Float[Array, "inputs outputs"]) -> Self:
+        return self
 
 
 def spread(parameter: Float[Array, "..."], values: Float[Array, "..."]) -> Float[Array, "..."]:

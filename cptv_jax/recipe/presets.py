@@ -1,25 +1,37 @@
 """The published recipes, by name."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from cptv_jax.recipe.spec import ObserverName, QuantizerName
+from cptv_jax.registry import Registry
 
 
 @dataclass(frozen=True)
 class Preset:
     """The published choices behind a recipe name (null fields of RecipeConfig take these).
 
-    scope: "full" quantizes every tensor that an operation produces; "matmuls" only weights and what linear layers and
-        matmuls read, as most methods do.
-    softmax, gelu: quantizers of what these functions produce, in a recipe of scope "matmuls".
-    normalized_weight: quantizer of the weights that read a LayerNorm inside the blocks, in a recipe of scope "matmuls".
-    input_bits: width of the image; null means activation_bits.
-    activation_signed: signed symmetric activations. per_head: operands of attention's matmuls have a scale a head.
-    weight_per_channel: see SiteSpec.per_channel. overrides: like RecipeConfig's, before those; a pattern may match
-        nothing.
+    Attributes:
+        scope: "full" quantizes every tensor that an operation produces; "matmuls" only weights and what linear layers
+            and matmuls read, as most methods do.
+        softmax: Quantizer of attention maps, in a recipe of scope "matmuls".
+        gelu: Quantizer of what GELU produces, in a recipe of scope "matmuls".
+        normalized_weight: Quantizer of the weights that read a LayerNorm, except in the last stage.
+        input_bits: Width of the image; null means activation_bits.
+        weight_observer: Observer of weights.
+        activation_observer: Observer of activations.
+        weight_signed: Signed weights, symmetric where the observer allows it.
+        weight_per_channel: A scale for each output channel of a weight.
+        image_weight_per_channel: The same for the weights that read the image; null means weight_per_channel.
+        weight_parts: A weight whose output is cut into operands of matmuls (query, key, value) has a scale for each.
+        activation_signed: Signed symmetric activations.
+        per_head: Operands of attention's matmuls have a scale for each head.
+        bias_correction, low_rank: See SiteSpec.
+        power_of_two_factor: Residual sums have a scale times a power of two for each channel.
+        integer_layer_norm, log_int_softmax: See Recipe.
+        quantize_input: The image is quantized.
+        softmax_bits: Width of attention maps; null means activation_bits.
     """
 
     scope: Literal["full", "matmuls"] = "full"
@@ -31,6 +43,8 @@ class Preset:
     activation_observer: ObserverName = "omse"
     weight_signed: bool = False
     weight_per_channel: bool = True
+    image_weight_per_channel: bool | None = None
+    weight_parts: bool = False
     activation_signed: bool = False
     per_head: bool = False
     bias_correction: bool = True
@@ -40,7 +54,6 @@ class Preset:
     log_int_softmax: bool = False
     quantize_input: bool = True
     softmax_bits: int | None = None
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 _OMSE: dict[str, Any] = {
@@ -50,7 +63,7 @@ _OMSE: dict[str, Any] = {
     "power_of_two_factor": False,
     "integer_layer_norm": False,
 }
-# Of methods that set every parameter themselves and quantize what matmuls read, not what other operations compute.
+# For methods that set every parameter themselves and quantize only what matmuls read.
 _MATMULS: dict[str, Any] = {
     "scope": "matmuls",
     "weight_observer": "method",
@@ -60,19 +73,19 @@ _MATMULS: dict[str, Any] = {
     "integer_layer_norm": False,
 }
 
-# What PTQ4ViT and its baseline have in common: signed symmetric, three weight intervals for qkv, an interval a head for
-# matmul operands, the image in float.
+# PTQ4ViT and its baseline: signed symmetric, three weight intervals for qkv, an interval for each head of matmul
+# operands, the image in float.
 _PTQ4VIT = Preset(
     **_MATMULS,
     weight_signed=True,
     weight_per_channel=False,
+    weight_parts=True,
     activation_signed=True,
     per_head=True,
     quantize_input=False,
-    overrides={"*.qkv.weight": {"parts": 3}},
 )
 
-PRESETS: dict[str, Preset] = {
+_PUBLISHED: dict[str, Preset] = {
     # Evol-Q's shipped flags (config_fq.py, --mode e2e): what CPT-V starts from.
     "evol-q": Preset(),
     # Its config.py: OMSE weights, LayerNorm in float.
@@ -89,18 +102,21 @@ PRESETS: dict[str, Preset] = {
     # ERQ as published (its TPAMI extension), and the same without dual uniform weights (its ICML version).
     "erq": Preset(**_MATMULS, softmax="log-sqrt2", quantize_input=False, normalized_weight="dual-uniform"),
     "erq-uniform": Preset(**_MATMULS, softmax="log-sqrt2", quantize_input=False),
-    # AIQViT: a float low-rank term beside each weight, attention quantized in an interval.
+    # AIQViT: a float low-rank term added to each weight, attention quantized in an interval.
     "aiqvit": Preset(**_MATMULS, softmax="focusing", input_bits=8, low_rank=True),
     # PTQ4ViT as published (configs/PTQ4ViT.py): twin uniform after softmax and GELU, patch convolution per channel.
     "ptq4vit": dataclasses.replace(
         _PTQ4VIT,
         softmax="twin-softmax",
         gelu="twin-gelu",
-        overrides={**_PTQ4VIT.overrides, "embed.proj.weight": {"per_channel": True}},
+        image_weight_per_channel=True,
     ),
     # Its baseline (configs/BasePTQ.py): uniform everywhere.
     "base-ptq": _PTQ4VIT,
 }
 
+PRESETS: Registry[Preset] = Registry("recipe preset")
+for _name, _preset in _PUBLISHED.items():
+    PRESETS.register(_name, _preset)
 
 DEFAULT_PRESET = "evol-q"

@@ -8,7 +8,15 @@ from typing import Any
 from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.recipe.presets import DEFAULT_PRESET, PRESETS
 from cptv_jax.recipe.sites import Site, keeps_channels, layer_norm_readers
-from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS, OBSERVERS, QUANTIZERS, ObserverName, Recipe, SiteSpec
+from cptv_jax.recipe.spec import (
+    MAX_BITS,
+    MIN_BITS,
+    OBSERVERS,
+    QUANTIZERS,
+    ObserverName,
+    Recipe,
+    SiteSpec,
+)
 
 _WORDS = {bool: "true or false", str: "a name"}
 
@@ -44,19 +52,30 @@ class RecipeConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-_OF_ATTENTION = ("log2", "log-sqrt2", "focusing", "twin-softmax")  # their levels are those of values from 0 to 1
-
-
 def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
-    """The recipe that `config` gives for the sites of an architecture.
+    """Resolves what a user wrote against the sites of an architecture.
 
-    Raises InputError for an unknown preset, observer or field, a width out of range, a pattern that matches no site, or
-    what would have no effect or no meaning at a site.
+    Example:
+        >>> recipe = resolve(RecipeConfig(weight_bits=4), sites_of(architecture))
+        >>> recipe.sites["blocks.0.attn.qkv.weight"].bits
+        4
+
+    Args:
+        config: What the user wrote.
+        sites: Every site of the architecture, in the order of the forward pass.
+
+    Returns:
+        The recipe. Its remarks say where it does not do what its preset asks for.
+
+    Raises:
+        InputError: For an unknown preset, quantizer, observer or field, a width out of range, a pattern that matches no
+            site, and for what would have no effect or no meaning at a site.
     """
     preset_name = config.preset or DEFAULT_PRESET
     if preset_name not in PRESETS:
         raise InputError(f"unknown recipe preset '{preset_name}'{did_you_mean(preset_name, PRESETS)}")
     preset = PRESETS[preset_name]
+    known = {site.name: site for site in sites}
 
     def choice(name: str) -> Any:
         chosen = getattr(config, name)
@@ -104,10 +123,10 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
 
     specs: dict[str, SiteSpec] = {}
     for site in sites:
-        if site.name == "embed.input" and not choice("quantize_input"):
+        if site.kind == "image" and not choice("quantize_input"):
             continue
         if preset.scope == "matmuls":
-            wanted = site.kind == "weight" or site.name in read
+            wanted = site.role == "weight" or site.name in read
         else:
             wanted = site.kind not in ("operand", "hidden")
         if not wanted:
@@ -115,21 +134,33 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         spec = by_kind.get(site.kind, activation)
         if site.name in normalized:
             spec = dataclasses.replace(spec, quantizer=preset.normalized_weight)
-        if site.name == "embed.input" and preset.input_bits is not None:
+        if site.kind == "image" and preset.input_bits is not None:
             spec = dataclasses.replace(spec, bits=preset.input_bits)
+        reads_image = any(known[name].kind == "image" for name in site.reads)
+        if site.role == "weight" and reads_image and preset.image_weight_per_channel is not None:
+            spec = dataclasses.replace(spec, per_channel=preset.image_weight_per_channel)
+        if site.role == "weight" and preset.weight_parts:
+            spec = dataclasses.replace(spec, parts=_pieces(known[site.layer_name], sites))
         specs[site.name] = spec
-    for pattern, fields in preset.overrides.items():
-        for name in (name for name in specs if fnmatchcase(name, pattern)):
-            specs[name] = dataclasses.replace(specs[name], **fields)
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
-    known = {site.name: site for site in sites}
     for name, spec in specs.items():
         _check(name, spec, known[name])
         if spec.per_channel and not keeps_channels(known[name], sites):
             raise InputError(f"{name}: its channels are not those of what reads it; set per_channel: false")
+    remarks: tuple[str, ...] = ()
+    if choice("integer_layer_norm") and not factor:
+        remarks = (
+            f"LayerNorm runs in float arithmetic: preset {preset_name} asks for integer arithmetic, which needs the "
+            "power-of-two factors that recipe.power_of_two_factor turns off.",
+        )
     integer_layer_norm = choice("integer_layer_norm") and factor
-    return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope)
+    return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope, remarks, known)
+
+
+def _pieces(output: Site, sites: tuple[Site, ...]) -> int:
+    """The number of operands of matmuls that a layer's output is cut into; 1 where it is not cut."""
+    return max(1, sum(site.kind == "operand" and site.source == output.name for site in sites))
 
 
 def _override(
@@ -174,16 +205,19 @@ def _check(name: str, spec: SiteSpec, site: Site) -> None:
     shape = site.shape
     if not (isinstance(spec.bits, int) and MIN_BITS <= spec.bits <= MAX_BITS):
         raise InputError(f"{name}: {spec.bits} bits asked for; widths from {MIN_BITS} to {MAX_BITS} are supported")
-    if spec.observer not in OBSERVERS:
+    quantizer, observer = QUANTIZERS.get(spec.quantizer), OBSERVERS.get(spec.observer)
+    if observer is None:
         raise InputError(f"{name}: unknown observer '{spec.observer}'{did_you_mean(spec.observer, OBSERVERS)}")
-    if spec.quantizer not in QUANTIZERS:
+    if quantizer is None:
         raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, QUANTIZERS)}")
-    if spec.quantizer in _OF_ATTENTION and site.kind != "softmax":
+    if quantizer.attention_only and site.kind != "softmax":
         raise InputError(f"{name}: a {spec.quantizer} quantizer is for attention maps; set another quantizer")
-    if spec.observer == "ptf" and not spec.per_channel:
-        raise InputError(f"{name}: observer 'ptf' needs per_channel: true")
-    if spec.observer == "percentile" and spec.per_channel:
-        raise InputError(f"{name}: observer 'percentile' works per tensor; set per_channel: false or another observer")
+    if observer.per_channel is True and not spec.per_channel:
+        raise InputError(f"{name}: observer '{spec.observer}' needs per_channel: true")
+    if observer.per_channel is False and spec.per_channel:
+        raise InputError(
+            f"{name}: observer '{spec.observer}' works per tensor; set per_channel: false or another observer"
+        )
     if not isinstance(spec.parts, int) or spec.parts < 1 or shape[-1] % spec.parts:
         raise InputError(f"{name}: its {shape[-1]} channels do not make {spec.parts} equal parts; set another parts")
     if spec.per_head and len(shape) != 4:
@@ -194,7 +228,7 @@ def _check(name: str, spec: SiteSpec, site: Site) -> None:
         raise InputError(f"{name}: per_channel, parts and per_head exclude each other; set one of them")
     if spec.parts > 1 and spec.bias_correction:
         raise InputError(f"{name}: bias_correction needs one scale a channel or tensor; set parts: 1")
-    if (spec.parts > 1 or spec.per_head) and spec.observer != "method":
+    if (spec.parts > 1 or spec.per_head) and not observer.grouped:
         raise InputError(f"{name}: observer '{spec.observer}' knows neither parts nor per_head; set observer: method")
-    if spec.quantizer.startswith("twin") and spec.observer != "method":
+    if quantizer.method_only and spec.observer != "method":
         raise InputError(f"{name}: a {spec.quantizer} quantizer is set by a method's search; set observer: method")

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["weight", "output"]
-Kind = Literal["weight", "tensor", "operand", "linear", "hidden", "matmul", "layer_norm", "softmax", "gelu", "add"]
+Kind = Literal[
+    "weight", "image", "tensor", "operand", "linear", "hidden", "matmul", "layer_norm", "softmax", "gelu", "add"
+]
+
+
+def full_name(stage: str, local: str) -> str:
+    """The name in the model of a stage's site or layer; the one place where it is made."""
+    return f"{stage}.{local}"
 
 
 def weight_site(layer: str) -> str:
@@ -23,8 +30,8 @@ class Site:
     Attributes:
         stage: The stage that it belongs to ("blocks.3").
         layer: The operation that produces it, by its path in the stage ("attn.qkv"); of a weight, its linear layer.
-        kind: What produces it. "hidden" is a linear layer's output that only a GELU reads; "operand" a piece of a
-            tensor on its way into a matmul.
+        kind: What produces it. "image" is the model's input; "tensor" what no operation produces; "hidden" a linear
+            layer's output that only a GELU reads; "operand" a piece of a tensor on its way into a matmul.
         shape: The tensor's; the leading axis of an activation is the batch.
         reads: For a weight, the site whose tensor its layer multiplies it with; for a matmul, the sites of both
             operands; for other kinds, nothing.
@@ -51,12 +58,12 @@ class Site:
     @property
     def name(self) -> str:
         """Its name in the model."""
-        return f"{self.stage}.{self.local}"
+        return full_name(self.stage, self.local)
 
     @property
     def layer_name(self) -> str:
         """The name of its operation in the model ("blocks.3.attn.qkv"), where a layer's arrays are found."""
-        return f"{self.stage}.{self.layer}"
+        return full_name(self.stage, self.layer)
 
 
 @dataclass(frozen=True)

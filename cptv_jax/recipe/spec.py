@@ -1,25 +1,66 @@
 """What a recipe says of a site: quantizer, bits, granularity."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import jax
 
-ObserverName = Literal["minmax", "ema", "percentile", "omse", "ptf", "method"]
-OBSERVERS: tuple[ObserverName, ...] = ("minmax", "ema", "percentile", "omse", "ptf", "method")
-QuantizerName = Literal["uniform", "dual-uniform", "log2", "log-sqrt2", "focusing", "twin-softmax", "twin-gelu"]
-QUANTIZERS: tuple[QuantizerName, ...] = (
-    "uniform",
-    "dual-uniform",
-    "log2",
-    "log-sqrt2",
-    "focusing",
-    "twin-softmax",
-    "twin-gelu",
-)
+from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.recipe.sites import Site
+from cptv_jax.registry import Registry
+
 MIN_BITS, MAX_BITS = 2, 8
+
+ObserverName = str
+"""A name in OBSERVERS."""
+QuantizerName = str
+"""A name in QUANTIZERS."""
+
+
+@dataclass(frozen=True)
+class QuantizerRules:
+    """Where a recipe may ask for a quantizer.
+
+    Attributes:
+        attention_only: Its levels are those of values from 0 to 1, so only attention maps (softmax sites) can have it.
+        method_only: Only the search of a base method sets its parameters, so its observer must be "method".
+    """
+
+    attention_only: bool = False
+    method_only: bool = False
+
+
+@dataclass(frozen=True)
+class ObserverRules:
+    """Where a recipe may ask for an observer.
+
+    Attributes:
+        per_channel: Whether the site must have a scale for each channel (True) or for the whole tensor (False); None
+            allows both.
+        grouped: Whether it can set a scale for each part of a tensor or for each attention head.
+    """
+
+    per_channel: bool | None = None
+    grouped: bool = False
+
+
+QUANTIZERS: Registry[QuantizerRules] = Registry("quantizer")
+OBSERVERS: Registry[ObserverRules] = Registry("observer")
+
+QUANTIZERS.register("uniform", QuantizerRules())
+QUANTIZERS.register("dual-uniform", QuantizerRules())
+QUANTIZERS.register("log2", QuantizerRules(attention_only=True))
+QUANTIZERS.register("log-sqrt2", QuantizerRules(attention_only=True))
+QUANTIZERS.register("focusing", QuantizerRules(attention_only=True))
+QUANTIZERS.register("twin-softmax", QuantizerRules(attention_only=True, method_only=True))
+QUANTIZERS.register("twin-gelu", QuantizerRules(method_only=True))
+OBSERVERS.register("minmax", ObserverRules())
+OBSERVERS.register("ema", ObserverRules())
+OBSERVERS.register("percentile", ObserverRules(per_channel=False))
+OBSERVERS.register("omse", ObserverRules())
+OBSERVERS.register("ptf", ObserverRules(per_channel=True))
+OBSERVERS.register("method", ObserverRules(grouped=True))
 
 
 @partial(
@@ -41,16 +82,18 @@ MIN_BITS, MAX_BITS = 2, 8
 class SiteSpec:
     """How one tensor is quantized. A pytree whose one leaf is the width, so that all widths share compiled programs.
 
-    quantizer: a name in QUANTIZERS.
-    bits: width of the codes, 2 to 8.
-    signed: codes from -2^(bits-1) instead of from 0.
-    symmetric: zero point 0 and a range mirrored around zero.
-    per_channel: one scale for each entry of the last axis (a weight's output channels, a token's features).
-    parts: one scale for each of so many equal parts of the last axis (3: a qkv weight's query, key and value).
-    per_head: one scale for each attention head (operands of attention's matmuls).
-    observer: the calibration statistic that sets scale and zero point; "method": the base method's own search does.
-    bias_correction: restore each output channel's mean and deviation (weights only).
-    low_rank: a float term of low rank is added (weights only).
+    Attributes:
+        quantizer: A name in QUANTIZERS, which users' own quantizers join (see `cptv_jax.calibration.observers`).
+        bits: Width of the codes, 2 to 8.
+        signed: Codes from -2^(bits-1) instead of from 0.
+        symmetric: Zero point 0 and a range mirrored around zero.
+        per_channel: One scale for each entry of the last axis (a weight's output channels, a token's features).
+        parts: Number of equal parts of the last axis that have a scale each (3: a qkv weight's query, key and value).
+        per_head: One scale for each attention head (operands of attention's matmuls).
+        observer: The calibration statistic that sets scale and zero point, a name in OBSERVERS; "method": the base
+            method's own search does.
+        bias_correction: Restore each output channel's mean and deviation (weights only).
+        low_rank: A float term of low rank is added (weights only).
     """
 
     quantizer: QuantizerName = "uniform"
@@ -69,7 +112,17 @@ class SiteSpec:
 class Recipe:
     """Every quantized site with its specification, and the arithmetic of LayerNorm and softmax.
 
-    scope: "full" or "matmuls", see Preset.
+    Attributes:
+        name: The preset's.
+        sites: The specification of every quantized site, by the site's name.
+        integer_layer_norm: LayerNorms between quantized sites run in integer arithmetic.
+        log_int_softmax: Softmaxes between quantized sites run in integer arithmetic.
+        scope: "full" or "matmuls", see Preset.
+        remarks: Sentences on where the recipe departs from its preset because of other choices, for reports.
+        places: Every site of the architecture, quantized or not, by name: what stage, layer and role it has.
+
+    Raises:
+        InputError: For a specification of a site that the architecture lacks.
     """
 
     name: str
@@ -77,8 +130,24 @@ class Recipe:
     integer_layer_norm: bool
     log_int_softmax: bool
     scope: str = "full"
+    remarks: tuple[str, ...] = ()
+    places: Mapping[str, Site] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.sites:
+            if name not in self.places:
+                raise InputError(
+                    f"recipe {self.name} quantizes {name}, which is no site of its places"
+                    f"{did_you_mean(name, self.places)}; give it the architecture's sites (site_table)"
+                )
 
     def of_stage(self, stage: str) -> dict[str, SiteSpec]:
-        """The specifications of one stage, by site name relative to it."""
-        prefix = stage + "."
-        return {name.removeprefix(prefix): spec for name, spec in self.sites.items() if name.startswith(prefix)}
+        """The specifications of one stage.
+
+        Args:
+            stage: The stage's name.
+
+        Returns:
+            By site name relative to the stage, in the order of `sites`.
+        """
+        return {self.places[name].local: spec for name, spec in self.sites.items() if self.places[name].stage == stage}

@@ -16,28 +16,27 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from cptv_jax.interpreters import Tensor
+from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.reconstruction.importance import output_importance
 from cptv_jax.reconstruction.training import (
     NO_RECONSTRUCTION,
     ReconstructionConfig,
-    bound,
+    bind_learned,
     completed,
-    initial_parameters,
     integral,
+    learnable_stage,
     optimizer_of,
     price,
     relative_error,
-    stage_state,
     train_step_program,
-    with_stage_state,
 )
 from cptv_jax.runtime.arithmetics import gradient_arithmetic
 from cptv_jax.runtime.forward import apply_stage, array_of
 from cptv_jax.runtime.mesh import DATA, local_mesh, place
 from cptv_jax.runtime.stages import Stage
 
-_bound = jax.jit(bound)
+_bind_learned = jax.jit(bind_learned, static_argnums=0)
 _relative_errors = jax.jit(jax.vmap(relative_error, (0, 0, None)))
 
 
@@ -114,7 +113,7 @@ def reconstruct(
     on_stage: Callable[[int, QuantizedModel, float, float], None] = lambda index, model, before, after: None,
     start: int = 0,
 ) -> QuantizedModel:
-    """The model with every stage's learned parameters (see learning.bound) that lower its output's error.
+    """The model with every stage's learned parameters (see training.learnable_stage) that lower its output's error.
 
     teacher: the float model, as the base method got it. images: normalised calibration images, float32 [images, height,
     width, channels], of which the first `config.images` are used.
@@ -133,27 +132,28 @@ def reconstruct(
     images = images[: config.images]
     model = replace(model, quantizers={site: integral(quantizer) for site, quantizer in model.quantizers.items()})
     targets = floats = inputs = Examples(images)
-    label_key = jax.random.fold_in(key, len(teacher.stages()))  # stages fold in their indices
-    importance = output_importance(teacher, images, config.batch, label_key) if config.importance == "fisher" else {}
     float_stages = teacher.stages()
+    label_key = jax.random.fold_in(key, len(float_stages))  # stages fold in their indices
+    importance = output_importance(teacher, images, config.batch, label_key) if config.importance == "fisher" else {}
     for index, float_stage in enumerate(float_stages):
         name = float_stage.name
         floats, targets = targets, _outputs(float_stage, targets, config.batch, mesh)
-        stage = model.stages(arithmetic=arithmetic)[index]
+        stage = model.stage(name, Simulated(arithmetic))
         weighting = place(mesh, importance.get(name, jnp.ones(())))
         outputs = _outputs(stage, inputs, config.batch, mesh)
         if index >= start:
             errors = _errors(outputs, targets.stored, weighting, config.batch, mesh)
-            state = place(mesh, stage_state(model, name))
-            before = _relative(errors) + float(price(state["quantizers"]))
-            parameters = place(mesh, initial_parameters(state, model.recipe.of_stage(name)))
+            before = _relative(errors) + float(price(stage.state["quantizers"]))
+            function, bind, learnable, parameters = learnable_stage(model, name, config, arithmetic)
+            learnable, parameters = place(mesh, learnable), place(mesh, parameters)
             optimizer_state = place(mesh, optimizer_of(config).init(parameters))
             order_key, mixing_key = jax.random.split(jax.random.fold_in(key, index))
             for step, rows in enumerate(_batches(np.argsort(errors[:, 0], kind="stable"), config, order_key)):
                 parameters, optimizer_state = train_step_program()(
-                    stage.function,
+                    function,
+                    bind,
                     config,
-                    state,
+                    learnable,
                     parameters,
                     optimizer_state,
                     inputs.take(rows, mesh),
@@ -163,10 +163,12 @@ def reconstruct(
                     place(mesh, jax.random.fold_in(mixing_key, step)),
                 )
                 on_progress(index * steps + step + 1, len(float_stages) * steps)
-            learned = with_stage_state(model, name, _on_host(_bound(state, parameters)))
-            learned_outputs = _outputs(learned.stages(arithmetic=arithmetic)[index], inputs, config.batch, mesh)
+            state = _on_host(_bind_learned(bind, learnable, parameters))
+            learned = model.with_parts(name, state["weights"], state["quantizers"])
+            learned_stage = learned.stage(name, Simulated(arithmetic))
+            learned_outputs = _outputs(learned_stage, inputs, config.batch, mesh)
             after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
-            after += float(price(stage_state(learned, name)["quantizers"]))
+            after += float(price(learned_stage.state["quantizers"]))
             if after < before:
                 model, outputs = learned, learned_outputs
             on_stage(index, model, before, min(after, before))

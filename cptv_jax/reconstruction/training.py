@@ -10,25 +10,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from cptv_jax.interpreters import Tensor
-from cptv_jax.quantized.execution import ModelStageFunction
+from cptv_jax.interpreters import ArithmeticName, Tensor
+from cptv_jax.quantized.candidate import Binding, Candidate, MovableBias, Space
+from cptv_jax.quantized.execution import Differentiable, ModelStageFunction
+from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import (
-    Focusing,
-    FractionalUniform,
-    LowRank,
-    Quantizer,
-    RankSearch,
-    innermost,
-    spread,
-    with_zero_point,
-)
+from cptv_jax.quantizers import FractionalUniform, Free, Quantizer, RankSearch, move_candidate, spread
 from cptv_jax.recipe.spec import SiteSpec
 from cptv_jax.runtime.forward import array_of
 from cptv_jax.runtime.mesh import compiler_options
 from cptv_jax.runtime.optimizers import finite_gradients
 
-_TERM = ("down", "up", "preference")  # what is learned of a low-rank term
 _PREFERENCE_RATE = 0.1  # of the preferences among ranks: steps of a logit
 _TINY = 1e-12  # relative errors of a target of zeros stay finite
 
@@ -72,93 +64,141 @@ def completed(config: ReconstructionConfig, defaults: ReconstructionConfig) -> R
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------
+# What is learned are steps of three kinds: "sites", of a candidate that holds what quantizers and biases have to move
+# (a dictionary of Free by site, which a search could go on with); "kernels", of quantized weights whose quantizer has
+# no learned rounding; "weights", of arrays that stay in float. The last two are added, by the array's path.
 
 
-def _site_of(path: tuple[Any, ...]) -> str:
-    """The weight site of an array of a stage, by its path in the weights."""
-    *layer, name = (key.key for key in path)
-    return ".".join([*layer, "weight"]) if name == "kernel" else ""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Learnable:
+    """A stage before it learns.
 
+    Attributes:
+        state: Of its differentiable form.
+        candidate: What is learned of its sites, as it stands.
+        units: Like the parameters: how much of each is one unit of its group's rate. A rate means the same for every
+            site and width: a zero point's is in codes, a start's and a rounding's in steps, a bias's in input units.
+    """
 
-def _of_quantizer(quantizer: Quantizer, spec: SiteSpec) -> dict[str, Array]:
-    """Zero-initialized parameters of one quantizer."""
-    found: dict[str, Array] = {}
-    try:
-        scale = quantizer.with_scale(quantizer.scale).scale
-    except TypeError:  # its levels are absolute
-        return found
-    # Power-of-two factors must stay such, so the scales of a site move together.
-    found["scale"] = jnp.zeros(() if spec.observer == "ptf" else scale.shape)
-    if hasattr(innermost(quantizer), "zero_point") and not spec.symmetric and spec.observer != "ptf":
-        found["zero_point"] = jnp.zeros_like(innermost(quantizer).zero_point)
-    if isinstance(quantizer, Focusing):
-        found["start"] = jnp.zeros_like(quantizer.start)
-    if isinstance(quantizer, LowRank):
-        found |= {name: jnp.zeros_like(getattr(quantizer, name)) for name in _TERM if hasattr(quantizer, name)}
-    return found
+    state: PyTree
+    candidate: Candidate
+    units: PyTree
 
 
 def integral(quantizer: Quantizer) -> Quantizer:
     """The quantizer with an integral zero point, which reconstruction works on (RepQ-ViT leaves fractional ones)."""
-    if not isinstance(quantizer, FractionalUniform):
-        return quantizer
-    base = quantizer.base
-    return replace(base, zero_point=jnp.clip(jnp.round(base.zero_point), base.low, base.high))
+    return quantizer.integral() if isinstance(quantizer, FractionalUniform) else quantizer
 
 
-def stage_state(model: QuantizedModel, stage: str) -> dict[str, PyTree]:
-    """What of a stage can be learned: "weights", the module's arrays, and "quantizers" by site."""
-    prefix = stage + "."
-    quantizers = {s.removeprefix(prefix): q for s, q in model.quantizers.items() if s.startswith(prefix)}
-    return {"weights": model.model.weights[stage], "quantizers": quantizers}
-
-
-def with_stage_state(model: QuantizedModel, stage: str, state: Mapping[str, PyTree]) -> QuantizedModel:
-    """The model with another state in one stage."""
-    weights = {**model.model.weights, stage: state["weights"]}
-    quantizers = {**model.quantizers, **{f"{stage}.{site}": q for site, q in state["quantizers"].items()}}
-    return replace(model, model=replace(model.model, weights=weights), quantizers=quantizers)
-
-
-def initial_parameters(state: PyTree, specs: Mapping[str, SiteSpec]) -> PyTree:
-    """Zeros for everything that may be learned of a stage: with these, `bound` changes nothing.
-
-    specs: its sites' specifications.
+def _learned_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
+    """The fields of Free that are learned of a site. Power-of-two factors stay, and so do the zero points that a
+    LayerNorm's integer form shifts by.
     """
-    return {
-        "quantizers": {site: _of_quantizer(quantizer, specs[site]) for site, quantizer in state["quantizers"].items()},
-        "weights": jax.tree.map(jnp.zeros_like, state["weights"]),
+    rates = {
+        "scale": config.scale_rate,
+        "bias": config.weight_rate,
+        "rounding": config.rounding_rate,
+        "start": config.zero_point_rate,
+        "zero_point": 0.0 if spec.observer == "ptf" else config.zero_point_rate,
     }
+    return {"own", *(name for name, rate in rates.items() if rate)}
 
 
-def _bound_quantizer(quantizer: Quantizer, learned: Mapping[str, Array]) -> Quantizer:
-    if isinstance(quantizer, Focusing):
-        quantizer = replace(quantizer, start=quantizer.start + learned["start"] * quantizer.scale)
-    if isinstance(quantizer, LowRank):
-        quantizer = replace(quantizer, **{n: getattr(quantizer, n) + learned[n] for n in _TERM if n in learned})
-    if "scale" in learned:
-        quantizer = quantizer.with_scale(quantizer.scale * jnp.exp(learned["scale"]))
-    if "zero_point" in learned:
-        quantizer = with_zero_point(quantizer, innermost(quantizer).zero_point + learned["zero_point"])
-    return quantizer
+def _units_of(quantizer: Quantizer, free: Free, bias: MovableBias | None) -> Free:
+    """One unit of a rate for each field of a site's candidate."""
+    steps, ones = quantizer.free_units(), jax.tree.map(lambda leaf: jnp.ones((), jnp.float32), free)
+    measured = {name: getattr(steps, name) for name in free.names if getattr(steps, name) is not None}
+    if free.bias is not None and bias is not None:
+        # Outputs without any weight have no unit to move a bias by, and keep theirs.
+        measured["bias"] = jnp.where(bias.unit > 0, 1 / jnp.maximum(bias.unit, jnp.finfo(jnp.float32).tiny), 0.0)
+    return replace(ones, **measured)
 
 
-def bound(state: PyTree, parameters: PyTree) -> PyTree:
-    """The state of the stage with the learned parameters in place: that of an ordinary quantized stage.
+def _floats(
+    state: PyTree, candidate: Candidate, kernels: Mapping[tuple[str, ...], str], config: ReconstructionConfig
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Units of the arrays of a stage that are learned themselves: quantized kernels, and those that stay in float.
 
-    Scales are multiplied by the exponential of their parameter, which keeps them positive; zero points are moved and
-    rounded; a quantized kernel is moved by steps of its channel, which is how roundings are learned: its codes are
-    whatever the ordinary quantizer makes of the moved kernel. Nothing is left to fold.
+    kernels: the sites of quantized weights, by the path of their layer. What a candidate moves is no part of either.
     """
-    learned = parameters["quantizers"]
-    quantizers = {site: _bound_quantizer(q, learned.get(site, {})) for site, q in state["quantizers"].items()}
+    quantized: dict[str, Array] = {}
+    plain: dict[str, Array] = {}
+    for path, array in jax.tree_util.tree_leaves_with_path(state["weights"]):
+        *layer, name = (key.key for key in path)
+        site = kernels.get(tuple(layer))
+        free = candidate.get(site, Free()) if site is not None else Free()
+        key = jax.tree_util.keystr(path)
+        if site is not None and name == "kernel":
+            if free.rounding is None and config.rounding_rate:
+                quantized[key] = spread(jnp.asarray(state["quantizers"][site].scale), array)
+        elif config.weight_rate and not (name == "bias" and free.bias is not None):
+            plain[key] = jnp.ones((), jnp.float32)
+    return quantized, plain
 
-    def moved(path: tuple[Any, ...], array: Array, by: Array) -> Array:
-        quantizer = state["quantizers"].get(_site_of(path))
-        return array + (by if quantizer is None else by * spread(quantizer.scale, by))
 
-    weights = jax.tree_util.tree_map_with_path(moved, state["weights"], parameters["weights"])
-    return {"weights": weights, "quantizers": quantizers}
+def learnable_stage(
+    model: QuantizedModel, name: str, config: ReconstructionConfig, arithmetic: ArithmeticName | None = None
+) -> tuple[ModelStageFunction, Binding, Learnable, PyTree]:
+    """What training needs of one stage.
+
+    Args:
+        model: Whose stage learns. Of quantizers with a learned rounding (uniform ones) roundings are learned as such,
+            in `Free.rounding`, and are not folded into the kernels: the float weights stay the float model's, which
+            closed-form proposals measure against, moments that bias correction restores stay the original's, and a
+            search goes on from what was learned. Kernels of other weight quantizers move themselves.
+        name: The stage's.
+        config: Rates of 0 leave their parameters out.
+        arithmetic: As of `Differentiable`.
+
+    Returns:
+        The differentiable stage's function, what binds candidates to its state, the stage before it learns, and its
+        parameters: zeros, with which `bind_learned` changes nothing.
+    """
+    parts = model.parts(name)
+    names = [site.name for site in stage_sites(model.model.architecture)[name].values()]
+    quantized_names = [site for site in names if site in model.quantizers]
+    space = Space(quantized_names, offsets=True, rounding=config.rounding_rate > 0, own=True)
+    stage = model.stage(name, Differentiable(arithmetic), space)
+    candidate = {
+        site: learned
+        for site, free in stage.candidate.items()
+        if (learned := free.only(*_learned_fields(parts.specs[site], config))).names
+    }
+    quantizers, biases = stage.state["quantizers"], stage.state["biases"]
+    sites = {site: _units_of(quantizers[site], free, biases.get(site)) for site, free in candidate.items()}
+    kernels, weights = _floats(stage.state, candidate, {path: site for site, path in parts.layers.items()}, config)
+    units = {"sites": sites, "kernels": kernels, "weights": weights}
+    arrays = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(stage.state["weights"])}
+    parameters = {
+        "sites": jax.tree.map(jnp.zeros_like, candidate),
+        "kernels": {key: jnp.zeros_like(arrays[key]) for key in kernels},
+        "weights": {key: jnp.zeros_like(arrays[key]) for key in weights},
+    }
+    assert isinstance(stage.function, ModelStageFunction) and isinstance(stage.bind, Binding)
+    return stage.function, stage.bind, Learnable(stage.state, candidate, units), parameters
+
+
+def bind_learned(bind: Binding, learnable: Learnable, parameters: PyTree) -> PyTree:
+    """The state of a stage with what it has learned in place.
+
+    Args:
+        bind: The differentiable stage's.
+        learnable: The stage before.
+        parameters: Steps, see `Free.moved`; those of kernels and float arrays are added.
+
+    Returns:
+        A state whose "weights" and "quantizers" are those of an ordinary quantized model.
+    """
+    added = {**parameters["kernels"], **parameters["weights"]}
+
+    def moved(path: tuple[Any, ...], array: Array) -> Array:
+        step = added.get(jax.tree_util.keystr(path))
+        return array if step is None else array + step
+
+    state = learnable.state
+    weights = jax.tree_util.tree_map_with_path(moved, state["weights"])
+    return bind({**state, "weights": weights}, move_candidate(learnable.candidate, parameters["sites"]))
 
 
 # ---- optimization -------------------------------------------------------------------------------------------------
@@ -166,14 +206,17 @@ def bound(state: PyTree, parameters: PyTree) -> PyTree:
 
 def _labels(parameters: PyTree) -> PyTree:
     """The group of every parameter."""
-    quantizers = parameters["quantizers"]
+    fields = {"bias": "weight", "start": "zero_point"}
 
-    def group(path: tuple[Any, ...], array: Array) -> str:
-        return "rounding" if _site_of(path) in quantizers else "weight"
+    def of_site(free: Free) -> Free:
+        own = {name: "preference" if name == "preference" else "low_rank" for name in free.own or {}}
+        named: dict[str, Any] = {name: fields.get(name, name) for name in free.names if name != "own"}
+        return Free(**named, own=None if free.own is None else own)
 
     return {
-        "quantizers": {site: {name: name for name in learned} for site, learned in quantizers.items()},
-        "weights": jax.tree_util.tree_map_with_path(group, parameters["weights"]),
+        "sites": {site: of_site(free) for site, free in parameters["sites"].items()},
+        "kernels": dict.fromkeys(parameters["kernels"], "rounding"),
+        "weights": dict.fromkeys(parameters["weights"], "weight"),
     }
 
 
@@ -185,9 +228,7 @@ def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
         "zero_point": config.zero_point_rate,
         "rounding": config.rounding_rate,
         "weight": config.weight_rate,
-        "start": config.zero_point_rate,
-        "down": config.low_rank_rate,
-        "up": config.low_rank_rate,
+        "low_rank": config.low_rank_rate,
         "preference": _PREFERENCE_RATE,
     }
     groups = {
@@ -216,15 +257,11 @@ def mixed(x: Tensor, other: Float[Array, "..."], probability: float, key: Array)
     return Tensor(jnp.where(jax.random.bernoulli(key, probability, x.shape), steps, x.steps), x.scale)
 
 
-def differentiable_outputs(function: ModelStageFunction, state: PyTree, x: Tensor) -> Float[Array, "batch ..."]:
-    """What a quantized stage computes, with straight-through derivatives by its state."""
-    return array_of(replace(function, differentiable=True)(state, x))
-
-
 def _train_step(
     function: ModelStageFunction,
+    bind: Binding,
     config: ReconstructionConfig,
-    state: PyTree,
+    learnable: Learnable,
     parameters: PyTree,
     optimizer_state: PyTree,
     x: Tensor,
@@ -238,16 +275,18 @@ def _train_step(
         x = mixed(x, x_float, config.float_input, key)
 
     def loss_of(parameters: PyTree) -> Array:
-        learned = bound(state, parameters)
-        error, power = relative_error(differentiable_outputs(function, learned, x), target, importance)
+        learned = bind_learned(bind, learnable, parameters)
+        error, power = relative_error(array_of(function(learned, x)), target, importance)
         return error / power + price(learned["quantizers"])
 
     gradients = jax.grad(loss_of)(parameters)
     updates, optimizer_state = optimizer_of(config).update(gradients, optimizer_state)
+    # Adam's updates are of the size of the rate, whatever a parameter is measured in.
+    updates = jax.tree.map(lambda update, unit: update * unit, updates, learnable.units)
     return optax.apply_updates(parameters, updates), optimizer_state
 
 
 @cache
 def train_step_program() -> Callable[..., tuple[PyTree, PyTree]]:
     """`_train_step`, compiled once for all stages that compute alike."""
-    return jax.jit(_train_step, static_argnums=(0, 1), compiler_options=compiler_options())
+    return jax.jit(_train_step, static_argnums=(0, 1, 2), compiler_options=compiler_options())

@@ -42,13 +42,21 @@ def _exact_products(tokens: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray,
     return query @ key.swapaxes(-1, -2), weights @ value, tokens @ kernel, tokens.sum(-1, keepdims=True)
 
 
-@cache
 def supported_arithmetics() -> tuple[ArithmeticName, ...]:
-    """What the present backend can compute, and computes right.
+    """The arithmetics that the present backend can compute, and computes right; measured once for each process.
 
     The CPU backend of older JAX has no product of bfloat16 into float32, and one GPU compiler (jax 0.11.2 without
     autotuning) was seen to give wrong int8 products.
+
+    Returns:
+        Their names. The call may stand in a function that JAX traces.
     """
+    with jax.ensure_compile_time_eval():  # else the first question, asked under a trace, would be answered by tracers
+        return _measure_supported()
+
+
+@cache
+def _measure_supported() -> tuple[ArithmeticName, ...]:
     rng = np.random.default_rng(0)
     codes, weight = (rng.integers(0, 256, shape) for shape in ((8, 17, 192), (192, 64)))
     tokens = Tensor(jnp.asarray(codes, jnp.uint8), jnp.float32(1), jnp.float32(119))
@@ -65,12 +73,20 @@ def supported_arithmetics() -> tuple[ArithmeticName, ...]:
     return tuple(found)
 
 
-@cache
 def fastest_arithmetic() -> ArithmeticName:
     """The fastest way to multiply codes on the present backend, by a race of one matmul; the result is kept.
 
     It decides about time alone: every arithmetic gives the same numbers.
+
+    Returns:
+        Its name. The call may stand in a function that JAX traces.
     """
+    with jax.ensure_compile_time_eval():
+        return _measure_fastest()
+
+
+@cache
+def _measure_fastest() -> ArithmeticName:
     programs = {name: _race_program(name) for name in supported_arithmetics()}
     seconds = dict.fromkeys(programs, np.inf)
     for _ in range(_RACE_ROUNDS):  # in turn, and the best of each counts, so that other work decides nothing

@@ -9,72 +9,79 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cptv_jax.errors import InputError
-from cptv_jax.models.architecture import FAMILIES, Architecture, abstract_weights
+from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.models.architecture import Architecture, abstract_weights, site_table
+from cptv_jax.models.family import FAMILIES
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import architecture_named, guess_architecture
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.quantizers import (
-    BiasCorrected,
-    DualUniform,
-    Focusing,
-    FractionalUniform,
-    Log2,
-    LogSqrt2,
-    LowRank,
-    OffsetUniform,
-    Quantizer,
-    TwinGelu,
-    TwinSoftmax,
-    Uniform,
-)
+from cptv_jax.quantizers import QUANTIZERS, Quantizer, name_of_quantizer
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 from cptv_jax.storage.trees import METADATA, restore_tree, save_tree
-
-_QUANTIZERS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Uniform,
-        OffsetUniform,
-        FractionalUniform,
-        DualUniform,
-        Log2,
-        LogSqrt2,
-        Focusing,
-        BiasCorrected,
-        LowRank,
-        TwinSoftmax,
-        TwinGelu,
-    )
-}
-
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
 def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
-    return asdict(architecture)
+    return {
+        "name": architecture.name,
+        "family": architecture.family.name,
+        "config": asdict(architecture.config),
+        "preprocessing": asdict(architecture.preprocessing),
+    }
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that configurations are made of."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture:
+    family = data.get("family")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(
+            f"{path / METADATA} names the model family {family!r}, which is not registered"
+            f"{did_you_mean(str(family), FAMILIES)}; import the code that registers it (cptv_jax.register_family) first"
+        )
     try:
-        given = data["preprocessing"].items()
-        preprocessing: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given}
-        config = FAMILIES[data["family"]][0](**data["config"])
-        return Architecture(data["name"], data["family"], config, Preprocessing(**preprocessing))
+        config, preprocessing = (
+            {key: _tuples(value) for key, value in data[part].items()} for part in ("config", "preprocessing")
+        )
+        return Architecture(
+            data["name"], FAMILIES[family], FAMILIES[family].config(**config), Preprocessing(**preprocessing)
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path / METADATA} describes no architecture that this cptv knows ({error}); use the cptv that wrote it"
         ) from None
 
 
-def _quantizer_to_json(quantizer: Quantizer) -> dict[str, Any]:
-    """The class of a quantizer and of the quantizers within it."""
+def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without its places, which the architecture has."""
+    plain = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "places"}
+    return {**plain, "sites": {site: asdict(spec) for site, spec in recipe.sites.items()}}
+
+
+def _recipe_from_json(data: Mapping[str, Any], architecture: Architecture) -> Recipe:
+    values = {key: _tuples(value) for key, value in data.items()}
+    specs = {site: SiteSpec(**spec) for site, spec in data["sites"].items()}
+    return Recipe(**{**values, "sites": specs, "places": dict(site_table(architecture))})
+
+
+def _quantizer_to_json(site: str, quantizer: Quantizer) -> dict[str, Any]:
+    """The registered names of a quantizer's class and of those within it. Raises InputError where one has none."""
+    kind = name_of_quantizer(quantizer)
+    if kind is None:
+        cls = type(quantizer).__name__
+        raise InputError(
+            f"the quantizer of {site} is a {cls}, a class that no file could name; "
+            f'call register_quantizer("{cls}", {cls}) where it is defined, then save again'
+        )
     nested = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}  # type: ignore[arg-type]
-    inner = {name: _quantizer_to_json(value) for name, value in nested.items() if isinstance(value, Quantizer)}
-    return {"kind": type(quantizer).__name__, **inner}
+    inner = {name: _quantizer_to_json(site, value) for name, value in nested.items() if isinstance(value, Quantizer)}
+    return {"kind": kind, **inner}
 
 
 def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
@@ -83,12 +90,17 @@ def _quantizer_to_arrays(quantizer: Quantizer) -> dict[str, Any]:
     return {name: _quantizer_to_arrays(v) if isinstance(v, Quantizer) else v for name, v in present.items()}
 
 
-def _quantizer_from(description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:
+def _quantizer_from(where: str, description: Mapping[str, Any], arrays: Mapping[str, Any]) -> Quantizer:
     values = {
-        name: _quantizer_from(description[name], value) if name in description else jnp.asarray(value)
+        name: _quantizer_from(where, description[name], value) if name in description else jnp.asarray(value)
         for name, value in arrays.items()
     }
-    return _QUANTIZERS[description["kind"]](**values)
+    if description["kind"] not in QUANTIZERS:
+        raise InputError(
+            f"{where} is of class '{description['kind']}', which is not registered here; "
+            "import the code that registers it first"
+        )
+    return QUANTIZERS[description["kind"]](**values)
 
 
 def save_model(path: Path, model: Model | QuantizedModel) -> None:
@@ -105,8 +117,8 @@ def save_model(path: Path, model: Model | QuantizedModel) -> None:
         tree["quantizers"] = {site: _quantizer_to_arrays(q) for site, q in model.quantizers.items()}
         metadata |= {
             "kind": "quantized",
-            "recipe": {**asdict(model.recipe), "sites": {s: asdict(spec) for s, spec in model.recipe.sites.items()}},
-            "quantizers": {site: _quantizer_to_json(q) for site, q in model.quantizers.items()},
+            "recipe": _recipe_to_json(model.recipe),
+            "quantizers": {site: _quantizer_to_json(site, q) for site, q in model.quantizers.items()},
         }
     save_tree(path, tree, metadata)
 
@@ -127,11 +139,13 @@ def _load_checkpoint(path: Path) -> Model | QuantizedModel:
     if metadata.get("kind") != "quantized":
         return model
     try:
-        described = metadata["recipe"]
-        recipe = Recipe(**{**described, "sites": {site: SiteSpec(**spec) for site, spec in described["sites"].items()}})
+        recipe = _recipe_from_json(metadata["recipe"], architecture)
         # In the recipe's order: JSON keeps it, Orbax sorts.
         quantizers = {
-            site: _quantizer_from(metadata["quantizers"][site], tree["quantizers"][site]) for site in recipe.sites
+            site: _quantizer_from(
+                f"{path / METADATA}: the quantizer of {site}", metadata["quantizers"][site], tree["quantizers"][site]
+            )
+            for site in recipe.sites
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(

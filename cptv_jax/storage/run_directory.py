@@ -10,6 +10,7 @@ import yaml
 
 from cptv_jax.errors import InputError
 from cptv_jax.quantized.model import QuantizedModel
+from cptv_jax.quantizers import free_from_plain, free_to_plain
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import first_difference, refuse_foreign, versions, write_atomically
 from cptv_jax.storage.models import load_model, save_model
@@ -144,7 +145,8 @@ class RunDirectory:
         """
         self.write_log(state)
         described = {name: value for name, value in vars(state).items() if name not in _TREES}
-        save_search_state(self.path / "state", {name: getattr(state, name) for name in _TREES}, described)
+        trees = {name: free_to_plain(getattr(state, name)) for name in _TREES}
+        save_search_state(self.path / "state", trees, described)
 
     def state(self) -> SearchState | None:
         """Reads the saved state, if there is one. Raises InputError where it is damaged."""
@@ -152,7 +154,7 @@ class RunDirectory:
         if saved is None:
             return None
         trees, described = saved
-        return SearchState(**{**described, **trees, "log": tuple(described["log"])})
+        return SearchState(**{**described, **free_from_plain(trees), "log": tuple(described["log"])})
 
     def write_log(self, state: SearchState) -> None:
         write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))

@@ -209,7 +209,7 @@ def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_o
         ({"search": searching}, "search.strategy: none there, generational here"),
     ):
         with pytest.raises(InputError, match=says):
-            bench_methods(replace(options, **change), progress=False)  # type: ignore[arg-type]
+            bench_methods(replace(options, **change), progress=False)
     bench_methods(replace(options, methods=("fq-vit", "fq-vit/evol-q")), progress=False)
     assert here == ["fq-vit_W4A8_seed0", "fq-vit-evol-q_W4A8_seed0"]
 

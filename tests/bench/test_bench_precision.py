@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_vit import TINY
 
-from cptv_jax import InputError, Model, QuantizeConfig, evaluate, load_images, load_model, save_model
+from cptv_jax import InputError, Model, QuantizeConfig, QuantizedModel, evaluate, load_images, load_model, save_model
 from cptv_jax.bench import precision as bench
 from cptv_jax.bench.harness import Source
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
@@ -53,6 +53,7 @@ def test_mixed_widths_are_no_larger_and_no_worse_by_the_objective(
     for line in lines[:-1]:
         assert line["mixed"]["objective"] <= line["mixed"]["start"] <= line["uniform"]["objective"]
         saved = load_model(str(options.out / f"mixed-{line['bits']}"))
+        assert isinstance(saved, QuantizedModel)
         sizes = [
             saved.model.layer(site.removesuffix(".weight"))["kernel"].size * spec.bits / 8
             for site, spec in saved.recipe.sites.items()
@@ -72,6 +73,7 @@ def test_activations_are_chosen_within_a_budget_of_bit_operations(options: Preci
     line, _, widest = bench_precision(options, progress=False)
     assert widest["cost"] == 16 * line["cost"]  # 8 bits of both operands instead of 2
     saved = load_model(str(options.out / "mixed-2"))
+    assert isinstance(saved, QuantizedModel)
     assert set(line["mixed"]["genes"]) > {"blocks.0.norm1", "blocks.0.attn.qkv.weight"}
     assert all(saved.recipe.sites[site].bits == (2, 3, 8)[gene] for site, gene in line["mixed"]["genes"].items())
     assert "| as uniform | 10^9 bit operations an image |" in (options.out / "precision.md").read_text()
@@ -138,7 +140,7 @@ def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> Non
         ({"reconstruction": ReconstructionConfig(steps=5)}, r"reconstruction\.steps is 5.*leave it out"),
     ):
         with pytest.raises(InputError, match=message):
-            bench_precision(replace(options, config=replace(options.config, **change)))  # type: ignore[arg-type]
+            bench_precision(replace(options, config=replace(options.config, **change)))
     assert not options.out.exists()
     with pytest.raises(InputError, match=r"--budget is 'bit-operation'.*bit-operations"):
         bench_precision(replace(options, budget="bit-operation"))

@@ -144,7 +144,7 @@ def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> Non
         bench_search(replace(options, searches=("evolq",)))
     for change in ({"passes": (0, 1)}, {"searches": ("evol-q:0",)}):
         with pytest.raises(InputError, match="a search of 0 passes is asked for; give 1 or more"):
-            bench_search(replace(options, **change))  # type: ignore[arg-type]
+            bench_search(replace(options, **change))
 
 
 def test_a_search_may_have_passes_of_its_own(options: SearchOptions) -> None:

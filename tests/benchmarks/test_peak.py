@@ -11,6 +11,7 @@ from benchmarks.peak import matmul_flops
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.quantized.model import Model
 
 
@@ -29,7 +30,7 @@ def _multiplications(function: Any, *arguments: Any) -> tuple[int, Any]:
 @pytest.mark.parametrize("distilled", [False, True])
 def test_flops_are_those_of_the_traced_matmuls(distilled: bool) -> None:
     config = ViTConfig(image_size=32, patch_size=8, num_classes=10, width=16, depth=3, heads=2, distilled=distilled)
-    architecture = Architecture("small", "vit", config, Preprocessing(image_size=32))
+    architecture = Architecture("small", VIT, config, Preprocessing(image_size=32))
     counted = matmul_flops(config)
     # The last block computes the queries of all tokens in one matmul with keys and values; only those read are counted.
     unread = config.num_tokens - (2 if distilled else 1)

@@ -24,7 +24,7 @@ _OURS: dict[str, Any] = {
     "peak_memory_mib": 1024.0,
 }
 _RACE = {**_OURS, "images": 400, "batches": 4, "passes": [{**_PASS, "images_candidates_per_second": 300.0}]}
-_LOOP = {
+_LOOP: dict[str, Any] = {
     "default": {"torch": "2.13.0", "float": {"10": 30.0, "50": 20.0}, "candidate": {"10": 10.0, "50": 12.0}},
     "tuned": {"torch": "2.13.0", "float": {"10": 50.0, "50": 40.0}, "candidate": {"10": 20.0, "50": 15.0}},
 }

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptv_jax.calibration import observers
-from cptv_jax.calibration.observers import Range
+from cptv_jax.calibration.observers import STATISTICS, Range
 from cptv_jax.quantizers import BiasCorrected, Log2, Uniform
-from cptv_jax.recipe.spec import OBSERVERS, SiteSpec
+from cptv_jax.recipe.spec import SiteSpec
 
 EPS = np.finfo(np.float32).eps
 
@@ -121,7 +121,7 @@ def test_the_zero_point_stays_on_the_grid_when_zero_is_outside_the_range() -> No
     assert fit(spec, [np.asarray([[-5.0, -2.0]], np.float32)]).zero_point == 15.0
 
 
-@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("observer", STATISTICS)
 @pytest.mark.parametrize("value", [0.0, 3.5, -2.0])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_constant_tensor_gives_a_scale_that_can_be_divided_by(observer: str, value: float, symmetric: bool) -> None:

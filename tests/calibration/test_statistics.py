@@ -8,8 +8,10 @@ import pytest
 from golden_vit import SMALL, images, recipe_of, small_model
 
 from cptv_jax.calibration import observers
-from cptv_jax.calibration.statistics import _observe_stage, calibrate
+from cptv_jax.calibration.statistics import calibrate
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.models.walk import _compiled_visit
+from cptv_jax.quantized.execution import FullPrecision
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, Quantizer, Uniform
 from cptv_jax.recipe.presets import PRESETS
@@ -53,7 +55,7 @@ def test_ranges_are_those_of_the_float_forward_pass_stage_after_stage(golden: Pa
     model, recipe = small_model(golden), recipe_of(**PLAIN)
     batches = [images(golden)[:8], images(golden)[8:16]]
     quantizers = calibrate(model, batches, recipe)
-    outputs = [stage_inputs(model.stages(all_tokens=True), batch) for batch in batches]
+    outputs = [stage_inputs(model.stages(FullPrecision(all_tokens=True)), batch) for batch in batches]
     # Each stage's last site is its output, so a stage fed with anything else would show. XLA compiles the observed
     # forward anew, hence a few roundings.
     last_sites = ["embed.sum", *(f"blocks.{i}.residual2" for i in range(3))]
@@ -95,7 +97,7 @@ def test_scores_come_from_the_last_batch_and_ranges_from_all(golden: Path) -> No
 def test_all_widths_share_compiled_programs(golden: Path) -> None:
     model, some = small_model(golden), images(golden)[:16]
     calibrate(model, [some[:8], some[8:]], recipe_of(preset="fq-vit"))  # its softmax has four bits
-    compiled = _observe_stage._cache_size()  # type: ignore[attr-defined]
+    compiled = _compiled_visit._cache_size()  # type: ignore[attr-defined]
     for bits in range(2, 9):
         fields = {"weight_bits": bits, "activation_bits": 10 - bits, "softmax_bits": bits}
         recipe = recipe_of(preset="fq-vit", **fields, overrides={"blocks.1.mlp.gelu": {"bits": 3}})
@@ -106,7 +108,7 @@ def test_all_widths_share_compiled_programs(golden: Path) -> None:
             assert isinstance(quantizer, Uniform | Log2)
             assert float(quantizer.high) == low + 2**width - 1
             assert isinstance(quantizer, Log2) or float(quantizer.low) == low
-    assert _observe_stage._cache_size() == compiled  # type: ignore[attr-defined]
+    assert _compiled_visit._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 def test_progress_counts_every_stage_of_every_batch(golden: Path) -> None:

@@ -100,5 +100,5 @@ def test_import_copies_a_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.C
 
 def test_one_batch_calibrates_an_integer_softmax_too(tiny: Path, tmp_path: Path) -> None:
     options = ("--calibration.images", 10, "--calibration.batch", 10, "--search.strategy", "none")
-    options += ("--recipe.preset", "fq-vit")
-    succeed("quantize", tiny, "--images", "digits:calibration", "--out", tmp_path / "run", *options)
+    preset = ("--recipe.preset", "fq-vit")
+    succeed("quantize", tiny, "--images", "digits:calibration", "--out", tmp_path / "run", *options, *preset)

@@ -83,10 +83,16 @@ CASES = {
 def test_the_command_line_says_what_the_options_are(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case, asked = CASES[name], []
+    case = CASES[name]
+    asked: list[Any] = []
+
+    def record(options: Any) -> list[Any]:
+        asked.append(options)
+        return [case.line]
+
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text("method: omse\n")
-    monkeypatch.setattr(case.module, f"bench_{name}", lambda options: asked.append(options) or [case.line])
+    monkeypatch.setattr(case.module, f"bench_{name}", record)
     for words in ([], [*COMMON, *case.given]):
         with pytest.raises(SystemExit) as ended:
             main(["bench", name, *NEEDED, *words])

@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
 FLOATS = PIXELS.astype(np.float32)
 
 
-def test_normalising_rounds_each_step_to_float32():
+def test_normalising_rounds_each_step_to_float32() -> None:
     every_value = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     got = from_arrays(every_value, preprocessing=PREPROCESSING).normalized(0, 1).reshape(256, 3)
     for value in range(256):
@@ -23,7 +24,7 @@ def test_normalising_rounds_each_step_to_float32():
     assert (got != in_double.astype(np.float32)).any(), "the case cannot tell the order of rounding"
 
 
-def test_normalising_a_range_leaves_the_pixels_alone_and_floats_as_they_are():
+def test_normalising_a_range_leaves_the_pixels_alone_and_floats_as_they_are() -> None:
     images = from_arrays(PIXELS, preprocessing=PREPROCESSING)
     before = PIXELS.copy()
     np.testing.assert_array_equal(images.normalized(2, 4), images.normalized(0, 5)[2:4])
@@ -32,7 +33,7 @@ def test_normalising_a_range_leaves_the_pixels_alone_and_floats_as_they_are():
     np.testing.assert_array_equal(from_arrays(FLOATS).normalized(1, 3), FLOATS[1:3])
 
 
-def test_take_keeps_pixels_labels_and_names_together():
+def test_take_keeps_pixels_labels_and_names_together() -> None:
     images = from_arrays(PIXELS, [10, 11, 12, 13, 14], preprocessing=PREPROCESSING)
     for where in (np.array([3, 1]), [3, 1], slice(3, 0, -2)):
         taken = images.take(where)
@@ -42,14 +43,14 @@ def test_take_keeps_pixels_labels_and_names_together():
     assert len(images.take([])) == 0
 
 
-def test_a_mirrored_image_has_left_and_right_exchanged():
+def test_a_mirrored_image_has_left_and_right_exchanged() -> None:
     images = from_arrays(PIXELS, preprocessing=PREPROCESSING)
     np.testing.assert_array_equal(images.mirrored().normalized(1, 2)[0], images.normalized(1, 2)[0, :, ::-1])
     np.testing.assert_array_equal(images.pixels, PIXELS)
     np.testing.assert_array_equal(images.mirrored().mirrored().pixels, PIXELS)
 
 
-def test_labels_can_be_dropped_and_their_lack_is_said():
+def test_labels_can_be_dropped_and_their_lack_is_said() -> None:
     images = from_arrays(PIXELS, [0, 1, 2, 3, 4], preprocessing=PREPROCESSING)
     assert images.require_labels().dtype == np.int32
     with pytest.raises(InputError, match="no labels"):
@@ -83,13 +84,13 @@ INFINITE[4, 3, 2, 1] = -np.inf
         (PIXELS, [0, 1, 2, 3, 2**31], "label 4 is 2147483648"),
     ],
 )
-def test_wrong_arrays_are_refused_in_one_sentence(images, labels, said):
+def test_wrong_arrays_are_refused_in_one_sentence(images: np.ndarray, labels: Any, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)) as raised:
         from_arrays(images, labels, preprocessing=PREPROCESSING)
     assert "\n" not in str(raised.value)
     assert str(raised.value).endswith(".")
 
 
-def test_raw_pixels_without_mean_and_std_are_refused():
+def test_raw_pixels_without_mean_and_std_are_refused() -> None:
     with pytest.raises(InputError, match="preprocessing="):
         from_arrays(PIXELS)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from cptv_jax.models.preprocessing import Preprocessing
 sides = st.integers(1, 5000)
 
 
-def test_pixels_equal_timms_evaluation_transform(shared):
+def test_pixels_equal_timms_evaluation_transform(shared: Path) -> None:
     recorded = np.load(shared / "golden" / "deit_tiny_float.npz")
     for file, expected in zip(recorded["files"], recorded["pixels"], strict=True):
         with Image.open(shared / "data" / str(file)) as photo:
@@ -19,7 +21,7 @@ def test_pixels_equal_timms_evaluation_transform(shared):
 
 
 @given(sides, sides, st.integers(1, 600))
-def test_resizing_sets_the_short_side_and_floors_the_long_one(width, height, short):
+def test_resizing_sets_the_short_side_and_floors_the_long_one(width: int, height: int, short: int) -> None:
     new = resized_size(width, height, short)
     assert min(new) == short
     assert max(new) == short * max(width, height) // min(width, height)
@@ -27,7 +29,7 @@ def test_resizing_sets_the_short_side_and_floors_the_long_one(width, height, sho
 
 
 @given(sides, sides)
-def test_the_crop_lies_inside_and_its_start_rounds_to_even(size, extra):
+def test_the_crop_lies_inside_and_its_start_rounds_to_even(size: int, extra: int) -> None:
     start = crop_start(size + extra, size)
     assert 0 <= start <= extra
     assert abs(2 * start - extra) <= 1
@@ -35,27 +37,27 @@ def test_the_crop_lies_inside_and_its_start_rounds_to_even(size, extra):
 
 
 @given(sides, sides)
-def test_padding_fills_exactly_what_is_missing_with_the_odd_pixel_after(length, size):
+def test_padding_fills_exactly_what_is_missing_with_the_odd_pixel_after(length: int, size: int) -> None:
     before, after = padding(length, size)
     assert length + before + after == max(length, size)
     assert after - before in (0, 1)
 
 
-def test_a_crop_larger_than_the_resized_image_is_padded_with_black():
+def test_a_crop_larger_than_the_resized_image_is_padded_with_black() -> None:
     pixels = preprocess(Image.new("RGB", (10, 30), "white"), Preprocessing(image_size=9, crop_fraction=1.5))
     white = pixels.min(axis=(0, 2)) == 255
     np.testing.assert_array_equal(white, [0, 1, 1, 1, 1, 1, 1, 0, 0])  # 6 columns remain: 1 before, 2 after
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_every_colour_mode_becomes_three_channels(mode):
+def test_every_colour_mode_becomes_three_channels(mode: str) -> None:
     pixels = preprocess(Image.new("RGB", (20, 20), "white").convert(mode), Preprocessing(image_size=8))
     assert pixels.shape == (8, 8, 3)
     assert pixels.dtype == np.uint8
     assert pixels.min() >= 254
 
 
-def test_interpolations_differ_and_an_unknown_one_is_refused():
+def test_interpolations_differ_and_an_unknown_one_is_refused() -> None:
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     results = {
         name: preprocess(photo, Preprocessing(image_size=8, interpolation=name)).tobytes()

@@ -12,12 +12,13 @@ from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Uniform
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 
 SMALL = Architecture(
-    "small", "vit", ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
+    "small", VIT, ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32),
 )  # fmt: skip
 RNG = np.random.default_rng

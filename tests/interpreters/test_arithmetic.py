@@ -17,6 +17,8 @@ from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
+from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime import arithmetics
@@ -95,7 +97,7 @@ def test_approximate_products_are_those_of_values_rounded_to_bfloat16() -> None:
 
 
 SMALL = Architecture(
-    "small", "vit", ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
+    "small", VIT, ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32),
 )  # fmt: skip
 
@@ -109,7 +111,7 @@ def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: s
         images = jnp.asarray(file["calib_images"].transpose(0, 2, 3, 1)[:32])
     recipe = resolve(RecipeConfig(preset=preset, weight_bits=bits), sites_of(SMALL))
     quantized = METHODS["fq-vit"].quantize(model, [images], recipe, jax.random.key(0))
-    outputs = {name: forward(quantized.stages(arithmetic=name), images) for name in supported_arithmetics()}
+    outputs = {name: forward(quantized.stages(Simulated(name)), images) for name in supported_arithmetics()}
     for name in supported_arithmetics():
         np.testing.assert_array_equal(outputs[name].logits, outputs["float32"].logits, name)
         np.testing.assert_array_equal(outputs[name].features, outputs["float32"].features, name)
@@ -117,7 +119,7 @@ def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: s
         site: replaced_zero_point(quantizer) if site == "blocks.0.norm1" else quantizer
         for site, quantizer in quantized.quantizers.items()
     }
-    stages = type(quantized)(model, recipe, fractional).stages(arithmetic=supported_arithmetics()[-1])
+    stages = type(quantized)(model, recipe, fractional).stages(Simulated(supported_arithmetics()[-1]))
     assert stages[1].function.arithmetic.name == "float32"  # type: ignore[attr-defined]
 
 

@@ -12,6 +12,7 @@ from small_vit import normal, quantized, small_images, uniform
 
 from cptv_jax.interpreters import FakeQuant, StraightThrough, Tensor
 from cptv_jax.interpreters.arithmetic import Arithmetic, rounded_bf16
+from cptv_jax.quantized.execution import Differentiable, Execution, Simulated
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, LowRank, Quantizer, Uniform
 from cptv_jax.runtime.arithmetics import supported_arithmetics
@@ -19,9 +20,9 @@ from cptv_jax.runtime.arithmetics import supported_arithmetics
 needs_bf16 = pytest.mark.skipif("bf16-codes" not in supported_arithmetics(), reason="no bfloat16 products here")
 
 
-def forward(model: QuantizedModel, images: np.ndarray, **options: Any) -> list[np.ndarray]:
+def forward(model: QuantizedModel, images: np.ndarray, execution: Execution) -> list[np.ndarray]:
     x, found = images, []
-    for stage in model.stages(**options):
+    for stage in model.stages(execution):
         x = jax.jit(stage.function)(stage.state, x)
         found += [np.asarray(leaf) for leaf in ([x.values] if isinstance(x, Tensor) else jax.tree.leaves(x))]
     return found
@@ -30,7 +31,9 @@ def forward(model: QuantizedModel, images: np.ndarray, **options: Any) -> list[n
 @pytest.mark.parametrize("preset", ["evol-q", "fq-vit", "repq-vit"])
 def test_every_stage_has_the_numbers_of_the_simulated_one(golden: Path, preset: str) -> None:
     model, images = quantized(golden, preset), small_images(golden)[1][:4]
-    for exact, traced in zip(forward(model, images), forward(model, images, differentiable=True), strict=True):
+    for exact, traced in zip(
+        forward(model, images, Simulated()), forward(model, images, Differentiable()), strict=True
+    ):
         np.testing.assert_array_equal(traced, exact)
 
 

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import erf
-from small_vit import RNG, SMALL, normal, quantized, small_images, small_model, uniform
+from small_vit import RNG, normal, quantized, small_images, small_model, uniform
 
 from cptv_jax.interpreters import FakeQuant, Float, Tensor, list_sites
 from cptv_jax.interpreters.integer_functions import integer_layer_norm
-from cptv_jax.models.architecture import Architecture, sites_of, stage_graphs
+from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
-from cptv_jax.quantized.execution import ModelStageFunction
+from cptv_jax.models.vit_family import VIT
+from cptv_jax.quantized.execution import Simulated, Unrounded
 from cptv_jax.quantizers import BiasCorrected, Log2, Uniform
 from cptv_jax.runtime.forward import forward
 
@@ -226,10 +227,10 @@ def test_without_rounding_the_integer_layer_norm_still_acts_and_does_not_clamp()
 def test_without_rounding_a_model_with_float_layer_norm_is_the_float_model(golden: Path) -> None:
     images = small_images(golden)[1][:8]
     teacher = forward(small_model(golden).stages(), images).logits
-    plain = forward(quantized(golden, "evol-q-omse").stages(rounding=False), images).logits
+    plain = forward(quantized(golden, "evol-q-omse").stages(Unrounded()), images).logits
     # x / scale * scale at every site: roundings of 2^-24 through three blocks, on logits of order 10.
     np.testing.assert_allclose(plain, teacher, rtol=0, atol=1e-4)
-    integer = forward(quantized(golden, "evol-q").stages(rounding=False), images).logits
+    integer = forward(quantized(golden, "evol-q").stages(Unrounded()), images).logits
     assert 1e-3 < np.abs(np.asarray(integer) - np.asarray(teacher)).max() < 1  # golden README, fact 9: 0.21 at most
 
 
@@ -266,9 +267,10 @@ def test_blocks_share_one_stage_function_but_the_last_whose_tokens_are_not_all_r
 def test_tokens_that_the_head_does_not_read_change_nothing(golden: Path, preset: str) -> None:
     images = small_images(golden)[1][:4]
     read = forward(quantized(golden, preset).stages(), images)
-    every = forward(quantized(golden, preset).stages(all_tokens=True), images)
+    every = forward(quantized(golden, preset).stages(Simulated(all_tokens=True)), images)
     np.testing.assert_array_equal(read.logits, every.logits)
-    assert ModelStageFunction(stage_graphs(SMALL)["blocks.0"]) == small_model(golden).stages()[1].function
+    float_stages = small_model(golden).stages()
+    assert float_stages[1].function == small_model(golden).stage("blocks.0").function != float_stages[3].function
 
 
 # The listing of sites
@@ -298,9 +300,9 @@ BLOCK = [
 
 def test_the_sites_of_a_vit_are_listed_in_the_order_they_are_reached() -> None:
     config = ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2)
-    sites = sites_of(Architecture("two", "vit", config, Preprocessing(image_size=16)))
+    sites = sites_of(Architecture("two", VIT, config, Preprocessing(image_size=16)))
     assert [(site.name, site.kind) for site in sites] == [
-        ("embed.input", "tensor"),
+        ("embed.input", "image"),
         ("embed.proj.weight", "weight"),
         ("embed.proj", "linear"),
         ("embed.tokens", "tensor"),

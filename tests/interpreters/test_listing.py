@@ -8,10 +8,11 @@ from cptv_jax.interpreters import Capturing, Float, Tensor
 from cptv_jax.models.architecture import Architecture, call_stage, sites_of, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.quantized.model import Model
 
 TINY = Architecture(
-    "tiny", "vit", ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2, distilled=True),
+    "tiny", VIT, ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2, distilled=True),
     Preprocessing(image_size=16),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.methods.aiqvit import AiqvitOptions, fit_focusing, quantize
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import Focusing, LowRank, OffsetUniform
+from cptv_jax.quantizers import Focusing, Free, LowRank, OffsetUniform
 from cptv_jax.reconstruction.blocks import reconstruct
 from cptv_jax.reconstruction.training import ReconstructionConfig
 from cptv_jax.runtime.forward import forward
@@ -59,7 +59,7 @@ def test_terms_bring_every_weight_nearer_to_the_float_one(golden: Path) -> None:
         if isinstance(quantizer, LowRank):
             kernel = model.model.layer(site.removesuffix(".weight"))["kernel"]
             error = np.float64(kernel) - np.float64(quantizer.base.values(quantizer.base.codes(kernel)))
-            left = error - np.float64(quantizer.down) @ np.float64(quantizer.up)
+            left = error - np.asarray(quantizer.down, np.float64) @ np.asarray(quantizer.up, np.float64)
             strengths = np.linalg.svd(error, compute_uv=False)
             # Terms are kept as float32.
             np.testing.assert_allclose(np.sum(left**2), np.sum(strengths[4:] ** 2), rtol=1e-5, err_msg=site)
@@ -75,8 +75,8 @@ def test_an_interval_has_the_least_error_of_the_product_of_all_that_are_tried(pe
 
     def errors(quantizer: Focusing) -> np.ndarray:
         """Of each head, in float64."""
-        wrong = np.float64(quantizer.values(quantizer.codes(attention))) - np.float64(attention)
-        return np.sum((wrong @ np.float64(values)) ** 2, (0, 2, 3))
+        wrong = np.asarray(quantizer.values(quantizer.codes(attention)), np.float64) - np.asarray(attention, np.float64)
+        return np.sum((wrong @ np.asarray(values, np.float64)) ** 2, (0, 2, 3))
 
     fitted = fit_focusing(attention, values, 3, per_head)
     assert fitted.scale.shape == fitted.start.shape == ((2, 1, 1) if per_head else ())
@@ -88,7 +88,7 @@ def test_an_interval_has_the_least_error_of_the_product_of_all_that_are_tried(pe
             for end_at in 2.0 ** (-np.arange(0, 13) / 2)
             for start, end in [
                 [
-                    np.float32([f(np.asarray(h)) for h in heads]).reshape((-1, 1, 1) if per_head else ())
+                    np.array([f(np.asarray(h)) for h in heads], np.float32).reshape((-1, 1, 1) if per_head else ())
                     for f in (lambda h, s=start_at: np.quantile(h, s), lambda h, e=end_at: h.max() * e)
                 ]
             ]
@@ -132,7 +132,9 @@ def test_reconstruction_learns_terms_and_intervals_and_leaves_an_ordinary_model(
     assert isinstance(again, QuantizedModel)
     np.testing.assert_array_equal(logits(again, golden), logits(model, golden))
     scale = model.quantizers["blocks.1.attn.softmax"].scale
-    assert np.any(logits(model.with_parameters({"blocks.1.attn.softmax": scale * 2}), golden) != logits(model, golden))
+    assert np.any(
+        logits(model.with_candidates({"blocks.1": {"attn.softmax": Free(scale * 2)}}), golden) != logits(model, golden)
+    )
 
 
 def test_what_cannot_work_is_named(golden: Path) -> None:

@@ -15,11 +15,12 @@ from cptv_jax.models.architecture import Architecture, abstract_weights
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm, key_table, to_timm
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.models.zoo import ZOO
 
 
 def make(config: ViTConfig, name: str = "reduced") -> Architecture:
-    return Architecture(name, "vit", config, Preprocessing(image_size=config.image_size))
+    return Architecture(name, VIT, config, Preprocessing(image_size=config.image_size))
 
 
 def shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
@@ -95,7 +96,7 @@ def test_tensors_of_any_size_survive_the_round_trip(config: ViTConfig) -> None:
     check_round_trip(make(config))
 
 
-@pytest.mark.parametrize("name", [name for name, architecture in ZOO.items() if architecture.family == "vit"])
+@pytest.mark.parametrize("name", [name for name, architecture in ZOO.items() if architecture.family is VIT])
 def test_every_zoo_model_survives_the_round_trip_at_reduced_size(name: str) -> None:
     config = ZOO[name].config
     reduced = replace(config, image_size=config.patch_size * 2, width=config.heads * 2, depth=2, num_classes=7)

@@ -15,8 +15,10 @@ from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import VisionTransformer, ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import ZOO
+from cptv_jax.quantized.execution import FullPrecision
 from cptv_jax.quantized.model import Model
 from cptv_jax.runtime.forward import apply_stage, forward, stage_inputs
 
@@ -33,7 +35,7 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 # The small ViT of the golden arrays
 
 SMALL = Architecture(
-    "small", "vit", ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
+    "small", VIT, ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4),
     Preprocessing(image_size=32),
 )  # fmt: skip
 
@@ -70,7 +72,7 @@ def test_stages_in_turn_are_the_whole_module(golden: Path) -> None:
 # them, `logits` the model's output, and `weights/*` its state_dict.
 
 DISTILLED = Architecture(
-    "distilled", "vit",
+    "distilled", VIT,
     ViTConfig(image_size=32, patch_size=8, num_classes=10, width=32, depth=2, heads=2, distilled=True),
     Preprocessing(image_size=32),
 )  # fmt: skip
@@ -162,7 +164,7 @@ def test_blocks_of_deit_tiny_on_timm_s_input_are_timm_s(shared: Path, first: str
     model, arrays = tiny(shared)
     names = TINY.stage_names
     x: Any = Tensor(jnp.asarray(arrays[f"stage:{first}"]))
-    for stage in model.stages(all_tokens=True)[names.index(first) + 1 : names.index(last) + 1]:
+    for stage in model.stages(FullPrecision(all_tokens=True))[names.index(first) + 1 : names.index(last) + 1]:
         x = apply_stage(stage.function, stage.state, x)
     expected = arrays[f"stage:{last}"]
     # Five or six blocks; a token's few large channels carry errors of 2^-23 of their own size.

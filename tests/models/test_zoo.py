@@ -10,6 +10,7 @@ from cptv_jax.models.architecture import Architecture, abstract_weights
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import key_table
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.models.zoo import ZOO, architecture_named, guess_architecture
 
 # Counted with timm 1.0.31: sum(p.numel() for p in timm.create_model(name).parameters()).
@@ -29,7 +30,7 @@ TENSORS = {"vit_large": 296, "distilled": 155}  # of len(timm's state_dict); 152
 
 
 def vits() -> dict[str, Architecture]:
-    return {name: architecture for name, architecture in ZOO.items() if architecture.family == "vit"}
+    return {name: architecture for name, architecture in ZOO.items() if architecture.family is VIT}
 
 
 def test_every_vit_is_counted_here() -> None:
@@ -117,6 +118,11 @@ def test_what_names_no_known_architecture_is_refused_with_the_way_out(source: st
     assert f"'{source}'" in message and "--arch" in message and "deit_tiny_patch16_224" in message
 
 
-def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(InputError, match="unknown model family 'vitt'; did you mean 'vit'"):
-        Architecture("x", "vitt", ViTConfig(), Preprocessing())
+def test_what_is_no_family_is_refused() -> None:
+    with pytest.raises(InputError, match=r"x: family is 'vitt', but must be a Family.*; did you mean 'vit'"):
+        Architecture("x", "vitt", ViTConfig(), Preprocessing())  # type: ignore[arg-type]
+
+
+def test_sizes_of_another_family_are_refused() -> None:
+    with pytest.raises(InputError, match="x: its sizes are a dict, but the models of family vit have a ViTConfig"):
+        Architecture("x", VIT, {"width": 3}, Preprocessing())

@@ -14,8 +14,9 @@ from cptv_jax.interpreters import effective_weight, quantize_weight
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.pipeline.closed_form import steps_to_least_error, steps_to_least_output_error
-from cptv_jax.quantized.candidate import move_candidate
+from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import QuantizedModel
+from cptv_jax.quantizers import Free, move_candidate
 from cptv_jax.search.state import Scales
 
 LAYERS = ("attn.qkv", "mlp.fc2")
@@ -27,14 +28,23 @@ def base_of(method: str, **recipe: Any) -> tuple[QuantizedModel, Scales, jax.Arr
     images = jnp.asarray(np.random.default_rng(0).normal(size=(60, 32, 32, 3)).astype(np.float32))
     resolved = resolve(RecipeConfig(weight_observer="minmax", weight_bits=3, **recipe), sites_of(DIGITS_VIT))
     base = METHODS[method].quantize(model, [images[:8]], resolved, jax.random.key(0))
-    stages = base.stages(lambda site: site.startswith("blocks.0."), shifted=True, turned=True)
+    stages = base.stages(space=block(base, rounding=True))
     return base, {stage.name: stage.candidate for stage in stages if stage.searchable}, images
+
+
+def block(base: QuantizedModel, rounding: bool = False) -> Space:
+    """All sites of the first block, with their offsets."""
+    return Space([s for s in base.quantizers if s.startswith("blocks.0.")], offsets=True, rounding=rounding)
+
+
+def changed(free: Free) -> set[str]:
+    """The fields of steps that are not all zero."""
+    return {name for name in free.names if np.any(getattr(free, name))}
 
 
 def moved_by(base: QuantizedModel, scales: Scales, steps: Scales) -> QuantizedModel:
     assert set(steps) == set(scales) and set(steps["blocks.0"]) == set(scales["blocks.0"])
-    there = move_candidate(scales["blocks.0"], steps["blocks.0"])
-    return base.with_parameters({f"blocks.0.{key}": value for key, value in there.items()})
+    return base.with_candidates({"blocks.0": move_candidate(scales["blocks.0"], steps["blocks.0"])})
 
 
 def moments_of(base: QuantizedModel, name: str, images: jax.Array) -> Moments:
@@ -53,8 +63,8 @@ def change(model: QuantizedModel, base: QuantizedModel, name: str) -> np.ndarray
 def test_steps_to_least_error_lead_to_weights_nearer_to_the_float_ones() -> None:
     base, scales, _ = base_of("omse", preset="omse")
     steps = steps_to_least_error(base, scales)
-    for key, step in steps["blocks.0"].items():
-        assert key.rpartition(".weight")[1] or not np.any(step)  # activations stay
+    for site, step in steps["blocks.0"].items():
+        assert site.endswith(".weight") or not changed(step)  # activations stay
     moved = moved_by(base, scales, steps)
     for layer in LAYERS:
         kernel = base.model.layer(f"blocks.0.{layer}")["kernel"]
@@ -83,8 +93,8 @@ def test_steps_to_least_output_error_keep_more_of_what_layers_give(method: str, 
     base, scales, images = base_of(method, **recipe)
     steps = steps_to_least_output_error(base, scales, [images[:20], images[20:40]])
     assert jax.tree.map(jnp.shape, steps) == jax.tree.map(jnp.shape, scales)
-    for key, step in steps["blocks.0"].items():
-        assert (key.endswith((".rounding", ".factor"))) == bool(np.any(step)), key
+    for site, step in steps["blocks.0"].items():
+        assert changed(step) == {"rounding", "factor"}.intersection(step.names), site
     moved = moved_by(base, scales, steps)
     # What qkv reads is all but independent in a model of random weights; what fc2 reads is not.
     for layer, limit in (("attn.qkv", 0.9), ("mlp.fc2", 0.25)):
@@ -105,7 +115,7 @@ def test_steps_to_least_output_error_keep_more_of_what_layers_give(method: str, 
 
 def test_roundings_that_are_not_searched_stay() -> None:
     base, _, _ = base_of("omse", preset="omse")
-    stages = base.stages(lambda site: site.startswith("blocks.0."), shifted=True)
+    stages = base.stages(space=block(base))
     scales = {stage.name: stage.candidate for stage in stages if stage.searchable}
     steps = steps_to_least_output_error(base, scales, [])
     assert not any(np.any(step) for step in jax.tree.leaves(steps))

@@ -17,6 +17,7 @@ from cptv_jax.interpreters import Float, Tensor
 from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.pipeline import quantize as pipeline
 from cptv_jax.pipeline import search_phase
 from cptv_jax.pipeline.outcome import Quantization
@@ -30,7 +31,7 @@ from cptv_jax.storage.files import lock
 
 TINY = Architecture(
     "tiny",
-    "vit",
+    VIT,
     ViTConfig(image_size=32, patch_size=8, num_classes=10, width=32, depth=2, heads=2, mlp_ratio=2.0),
     Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 )

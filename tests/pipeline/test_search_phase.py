@@ -12,7 +12,8 @@ from cptv_jax.demo import DIGITS_VIT
 from cptv_jax.pipeline import judging as judging_module
 from cptv_jax.pipeline import proposers
 from cptv_jax.pipeline.search_phase import strategy_for
-from cptv_jax.quantized.candidate import move_candidate
+from cptv_jax.quantized.execution import FullPrecision
+from cptv_jax.quantizers import move_candidate
 from cptv_jax.runtime.arithmetics import gradient_arithmetic
 from cptv_jax.runtime.forward import array_of, forward
 from cptv_jax.search import Descent, EvolQ, Evosax, Generational, Guided, Objective, channel_variances
@@ -85,7 +86,7 @@ def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_an
     np.testing.assert_array_equal(x[16:], x[:16, :, ::-1] if mirror else x[:0])
     pair = forward(stages, jnp.asarray(x))
     # Programs that sum in another order may round a product's operand to another bfloat16, 2^-8 of it away.
-    teacher = forward(model.stages(approximate=gradient_arithmetic() == "bf16-codes"), x)
+    teacher = forward(model.stages(FullPrecision(gradient_arithmetic() == "bf16-codes")), x)
     np.testing.assert_allclose(pair.teacher.logits, teacher.logits, rtol=1e-2, atol=1e-2)
     # Of all images (there are fewer than 100), not of the first batch; a program of its own rounds as above.
     variances = channel_variances(model.stages(), jnp.asarray(x[:16]), array_of)

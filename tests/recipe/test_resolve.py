@@ -9,12 +9,13 @@ from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
 from cptv_jax.recipe.presets import PRESETS
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 
 ARCHITECTURE = Architecture(
-    "small", "vit", ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2),
+    "small", VIT, ViTConfig(image_size=16, patch_size=8, num_classes=5, width=8, depth=2, heads=2),
     Preprocessing(image_size=16),
 )  # fmt: skip
 
@@ -99,7 +100,7 @@ def test_what_stays_in_float(preset: str) -> None:
 def test_ptq4vit_and_its_baseline(preset: str) -> None:
     """What linear layers and matmuls read, and weights, but not the image; signed symmetric, set by the method."""
     recipe = make(preset=preset, weight_bits=4, activation_bits=6)
-    common = {"signed": True, "symmetric": True, "observer": "method"}
+    common: dict[str, Any] = {"signed": True, "symmetric": True, "observer": "method"}
     weight, activation = SiteSpec("uniform", 4, **common), SiteSpec("uniform", 6, **common)
     head = SiteSpec("uniform", 6, per_head=True, **common)
     qkv = SiteSpec("uniform", 4, parts=3, **common)

@@ -24,7 +24,7 @@ from cptv_jax import (
 from cptv_jax.config.loading import from_mapping
 from cptv_jax.config.schema import completed_search
 from cptv_jax.models.architecture import sites_of
-from cptv_jax.quantizers import LowRank
+from cptv_jax.quantizers import LowRank, Uniform
 from cptv_jax.recipe.spec import SiteSpec
 from cptv_jax.report.markdown import site_table
 from cptv_jax.report.plots import plot_losses
@@ -86,7 +86,9 @@ def test_a_float_term_beside_a_weight_stands_in_its_row_with_its_rank(outcome: Q
     site, model = "blocks.0.attn.qkv.weight", outcome.model
     inputs, outputs = model.model.layer("blocks.0.attn.qkv")["kernel"].shape
     down = jnp.zeros((inputs, 4)).at[:, :3].set(1.0)  # the last column is padding
-    term = LowRank(model.quantizers[site], down, jnp.ones((4, outputs)))
+    base = model.quantizers[site]
+    assert isinstance(base, Uniform)
+    term = LowRank(base, down, jnp.ones((4, outputs)))
     changed = replace(outcome, model=replace(model, quantizers={**model.quantizers, site: term}))
     assert rows(site_table(changed))[site][-1] == "minmax, float term of rank 3"
 

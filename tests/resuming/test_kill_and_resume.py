@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from stopped_runs import CONFIG, DEEPER, Saboteur, assert_same, outcome_of
@@ -97,7 +97,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
     first = call(tmp_path / "run")
     expected = outcome_of(tmp_path / "run")
 
-    def fail(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> NoReturn:
         raise AssertionError("computed again")
 
     with pytest.MonkeyPatch.context() as patch:

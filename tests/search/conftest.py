@@ -16,6 +16,8 @@ from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
+from cptv_jax.models.vit_family import VIT
+from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime.forward import forward
@@ -143,7 +145,7 @@ def toy(make_toy: Callable[..., Subject]) -> Subject:
 def vit_model(golden: Path) -> tuple[QuantizedModel, np.ndarray]:
     """The golden ViT at 4-bit weights, and 50 real images."""
     config = ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4)
-    architecture = Architecture("small", "vit", config, Preprocessing(image_size=32))
+    architecture = Architecture("small", VIT, config, Preprocessing(image_size=32))
     with np.load(golden / "model.npz") as file:
         model = Model(architecture, from_timm(dict(file), architecture, "model.npz"))
     with np.load(golden / "data.npz") as file:
@@ -159,7 +161,8 @@ def make_vit(vit_model: tuple[QuantizedModel, np.ndarray]) -> Callable[[Sequence
     quantized, images = vit_model
 
     def make(sites: Sequence[str]) -> Subject:
-        stages = quantized.stages(lambda site: site.startswith("blocks.") and site.split(".", 2)[2] in sites)
+        searched = [s for s in quantized.quantizers if s.startswith("blocks.") and s.split(".", 2)[2] in sites]
+        stages = quantized.stages(space=Space(searched))
         return Subject(stages, quantized.model.stages(), images)
 
     return make

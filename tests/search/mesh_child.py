@@ -27,6 +27,8 @@ from cptv_jax.models.architecture import Architecture, sites_of  # noqa: E402
 from cptv_jax.models.preprocessing import Preprocessing  # noqa: E402
 from cptv_jax.models.timm_weights import from_timm  # noqa: E402
 from cptv_jax.models.vit import ViTConfig  # noqa: E402
+from cptv_jax.models.vit_family import VIT  # noqa: E402
+from cptv_jax.quantized.candidate import Space  # noqa: E402
 from cptv_jax.quantized.model import Model  # noqa: E402
 from cptv_jax.recipe.resolve import RecipeConfig, resolve  # noqa: E402
 from cptv_jax.runtime.forward import outputs  # noqa: E402
@@ -35,14 +37,16 @@ from cptv_jax.search import Evaluator, Generational, Objective  # noqa: E402
 
 folder, meshes = Path(arguments[0]), arguments[1:]
 config = ViTConfig(image_size=32, patch_size=8, num_classes=10, width=64, depth=3, heads=4)
-architecture = Architecture("small", "vit", config, Preprocessing(image_size=32))
+architecture = Architecture("small", VIT, config, Preprocessing(image_size=32))
 with np.load(folder / "model.npz") as file:
     model = Model(architecture, from_timm(dict(file), architecture, "model.npz"))
 with np.load(folder / "data.npz") as file:
     images = np.ascontiguousarray(file["calib_images"].transpose(0, 2, 3, 1)[:48])
 recipe = resolve(RecipeConfig(weight_bits=4, activation_observer="minmax"), sites_of(architecture))
 quantized = METHODS["fq-vit"].quantize(model, [jnp.asarray(images[:16])], recipe, jax.random.key(0))
-stages = quantized.stages(lambda site: site.endswith(("attn.qkv.weight", "attn.proj.weight")))
+stages = quantized.stages(
+    space=Space([site for site in quantized.quantizers if site.endswith(("attn.qkv.weight", "attn.proj.weight"))])
+)
 batches = [images[:24], images[24:]]
 teacher = [outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
 strategy = Generational(sigma=0.05, children=8)

@@ -29,7 +29,10 @@ IDENTITY: dict[str, Any] = {
 
 
 def state(position: int) -> SearchState:
-    scales = {"blocks.0": {"attn.qkv.weight": np.float32([0.1, 1e-30]) * position}, "blocks.1": {"fc": jnp.ones(())}}
+    scales = {
+        "blocks.0": {"attn.qkv.weight": np.array([0.1, 1e-30], np.float32) * position},
+        "blocks.1": {"fc": jnp.ones(())},
+    }
     log = tuple({"event": "accepted", "loss": 0.1 * i, "held_out": None} for i in range(position + 1))
     return SearchState(scales, 0, position, loss=0.1 + position, evaluations=3 * position, best_scales=scales, log=log)
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import Differentiable, Execution, Simulated
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.runtime.forward import array_of, forward
 from cptv_jax.runtime.mesh import make_mesh
@@ -26,14 +28,14 @@ def searched(site: str) -> bool:
     return site.startswith("blocks.") and site.endswith((".weight", "residual1"))
 
 
-def stages_of(model: QuantizedModel, **options: Any) -> tuple[Stage, ...]:
-    return model.stages(searched, shifted=True, **options)
+def stages_of(model: QuantizedModel, execution: Execution = Simulated()) -> tuple[Stage, ...]:  # noqa: B008 - frozen
+    return model.stages(execution, Space(filter(searched, model.quantizers), offsets=True))
 
 
 def paired_stages(model: QuantizedModel, images: np.ndarray) -> list[Stage]:
     teachers = model.model.stages()
     variances = channel_variances(teachers, images, array_of)
-    return paired(stages_of(model, differentiable=True), teachers, array_of, variances)
+    return paired(stages_of(model, Differentiable()), teachers, array_of, variances)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,12 @@ def moved(stages: Sequence[Stage], direction: dict[str, Any], fraction: float = 
 
 
 def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_two(scales: dict[str, Any]) -> None:
-    candidate = scales["blocks.0"]
-    assert candidate["attn.qkv.weight"].shape == candidate["attn.qkv.weight.zero_point"].shape == (192,)
-    np.testing.assert_array_equal(candidate["attn.qkv.weight.factor"], np.ones(192))
-    assert candidate["residual1"].shape == ()
-    assert candidate["residual1.exponents"].shape == (64,)
-    assert np.any(candidate["residual1.exponents"]) and np.all(candidate["residual1.exponents"] <= 3 / 25)
+    weight, residual = scales["blocks.0"]["attn.qkv.weight"], scales["blocks.0"]["residual1"]
+    assert weight.scale.shape == weight.zero_point.shape == (192,)
+    np.testing.assert_array_equal(weight.factor, np.ones(192))
+    assert residual.scale.shape == ()
+    assert residual.exponents.shape == (64,)
+    assert np.any(residual.exponents) and np.all(residual.exponents <= 3 / 25)
 
 
 @pytest.mark.slow
@@ -79,7 +81,7 @@ def test_it_differentiates_the_numbers_that_the_evaluator_computes(
 ) -> None:
     model, images = vit_model
     direction = proposer.propose(scales, 0, jax.random.key(0)).steps
-    smooth = forward(moved(stages_of(model, differentiable=True), direction), jnp.asarray(images))
+    smooth = forward(moved(stages_of(model, Differentiable()), direction), jnp.asarray(images))
     exact = forward(moved(stages_of(model), direction), images)
     # Sums of float32 in another order: not one step of the logits is off.
     np.testing.assert_allclose(smooth.logits, exact.logits, atol=1e-5)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cptv_jax.quantized.candidate import Space
+from cptv_jax.quantized.execution import Differentiable, Unrounded
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.runtime.forward import array_of, stage_inputs
 from cptv_jax.runtime.stacking import runs_of
@@ -29,7 +31,7 @@ def test_a_pair_computes_both_models_and_adds_up_the_errors_between(
     model, images = vit_model
     x = jnp.asarray(images[:10])
     students = model.stages()
-    teachers = model.model.stages() if teacher == "float" else model.stages(rounding=False)
+    teachers = model.model.stages() if teacher == "float" else model.stages(Unrounded())
     variances = channel_variances(teachers, jnp.asarray(images), array_of)
     of_student, of_teacher = stage_inputs(students, x), stage_inputs(teachers, x)
     pair = stage_inputs(paired(students, teachers, array_of, variances), x)[-1]
@@ -60,7 +62,9 @@ def test_variances_are_those_of_each_channel_over_images_and_tokens(
 
 def test_blocks_that_compute_alike_share_a_program_as_pairs_too(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
     model, images = vit_model
-    students = model.stages(lambda site: site.endswith(".weight"), shifted=True, differentiable=True)
+    students = model.stages(
+        Differentiable(), Space([s for s in model.quantizers if s.endswith(".weight")], offsets=True)
+    )
     variances = channel_variances(model.model.stages(), images, array_of)
     runs, _ = runs_of(paired(students, model.model.stages(), array_of, variances))
     assert [run.length for run in runs] == [run.length for run in runs_of(students)[0]]
@@ -69,7 +73,7 @@ def test_blocks_that_compute_alike_share_a_program_as_pairs_too(vit_model: tuple
 def test_no_derivative_passes_the_teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
     model, images = vit_model
     variances = channel_variances(model.model.stages(), images, array_of)
-    stages = paired(model.stages(differentiable=True), model.model.stages(), array_of, variances)
+    stages = paired(model.stages(Differentiable()), model.model.stages(), array_of, variances)
     stage, before = stages[1], stage_inputs(stages, images[:2])[1]
 
     def error(state: dict[str, object]) -> jax.Array:
