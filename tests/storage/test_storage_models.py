@@ -30,6 +30,7 @@ from cptv_jax import (
 from cptv_jax.cli.main import main
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.quantizers import QUANTIZERS
 from cptv_jax.storage.files import write_atomically
 from cptv_jax.storage.trees import read_metadata, restore_tree, save_tree
 
