@@ -29,11 +29,8 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def test_everything_comes_back_with_its_bits_types_shapes_and_order(tmp_path: Path) -> None:
     odd = {"z": np.array([np.nan, -0.0, 1e-45, np.inf], np.float32), "a/b.npy": {"": np.zeros((0, 2))}, "empty": {}}
-    parts: dict[str, dict[str, Any]] = {
-        "scales": {"blocks.1": part(1), "blocks.0": odd},
-        "direction": {},
-        "progress": {"done": np.int32(3)},
-    }
+    scales = {"blocks.1": part(1), "blocks.0": odd}
+    parts: dict[str, dict[str, Any]] = {"scales": scales, "direction": {}, "progress": {"done": np.int32(3)}}
     save_search_state(tmp_path / "state", parts, {"loss": 0.1, "best": None, "log": [{"a": 1e-300}]})
     found = load_search_state(tmp_path / "state")
     assert found is not None
