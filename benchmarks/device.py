@@ -33,7 +33,7 @@ from cptv_jax.runtime.forward import activation_bytes, outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once
 from cptv_jax.runtime.stages import Output
 from cptv_jax.search import Evaluator, EvolQ, Objective
-from cptv_jax.search.loop import run_search
+from cptv_jax.search.loop import Search, run_search
 from cptv_jax.search.state import SearchState, initial_state
 
 SITES = ("attn.qkv.weight", "attn.proj.weight")
@@ -166,11 +166,9 @@ def main() -> None:
     if args.passes:
         stages = model.stages(Simulated(), space)
         evaluator = Evaluator(stages, batches, teacher, Objective(), at_once, width, mesh)
-        strategy = EvolQ()
 
         def search(passes: int) -> SearchState:
-            begin = initial_state(evaluator)
-            return run_search(evaluator, lambda *_: strategy, passes, jax.random.key(0), begin)
+            return run_search(evaluator, Search(EvolQ(passes=passes), jax.random.key(0)), initial_state(evaluator))
 
         search(1)  # compiles
         start = time.perf_counter()

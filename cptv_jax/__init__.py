@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests hold it equal to the t
     from cptv_jax.recipe.presets import PRESETS
     from cptv_jax.recipe.resolve import RecipeConfig, resolve
     from cptv_jax.recipe.spec import Recipe, SiteSpec
-    from cptv_jax.reconstruction.training import ReconstructionConfig
+    from cptv_jax.reconstruction.config import ReconstructionConfig
     from cptv_jax.runtime.forward import forward
     from cptv_jax.runtime.mesh import use_all_cores
     from cptv_jax.runtime.stages import Output, Stage

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig
+from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig, SpaceConfig
 from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Float as FloatOperations
@@ -22,6 +22,7 @@ from cptv_jax.pipeline.quantize import quantize
 from cptv_jax.progress import bar
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.resolve import RecipeConfig
+from cptv_jax.search import Generational
 from cptv_jax.storage.files import lock
 from cptv_jax.storage.models import load_float_model, save_model
 
@@ -87,7 +88,7 @@ DEMO_CONFIG = QuantizeConfig(
     recipe=RecipeConfig(preset="evol-q", weight_bits=3),
     calibration=CalibrationConfig(images=300, batch=50),
     search=SearchConfig(
-        strategy="generational", passes=3, children=8, rounds=3, sigma=0.02, sites=("blocks.*.weight",)
+        strategy=Generational(passes=3, children=8, rounds=3, sigma=0.02), space=SpaceConfig(sites=("blocks.*.weight",))
     ),
 )
 

@@ -19,3 +19,8 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def one_line(error: Exception) -> str:
+    """An exception's text as part of a sentence: on one line, without a full stop."""
+    return " ".join(str(error).split()).rstrip(".")

@@ -27,13 +27,16 @@ _TYPES = {
     "tuple_type": "a list",
 }
 _BOUNDS = {
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
     "finite_number": "must be a finite number",
     "too_short": "must be a list that is not empty",
 }
+
+
+_LIMITS = ("gt", "ge", "lt", "le")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -43,8 +46,10 @@ def _as_tuple(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
 """A tuple of words that is not empty; a list, and a word alone, count as one."""
 
-Numbers = Annotated[tuple[int, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
-"""A tuple of whole numbers that is not empty; a list counts as one."""
+Numbers = Annotated[
+    tuple[Annotated[int, pydantic.Field(ge=1)], ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)
+]
+"""A tuple of whole numbers from 1 on that is not empty; a list counts as one."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
@@ -90,6 +95,17 @@ class _Inside(ValueError):
         self.cls, self.error = cls, error
 
 
+@dataclasses.dataclass(frozen=True)
+class Tag:
+    """Marks a field whose options are of one of several classes.
+
+    Attributes:
+        registry: The classes, or what names them as its `options`, by name.
+    """
+
+    registry: Registry[Any]
+
+
 def tagged(registry: Registry[Any]) -> Any:
     """The type of a field that holds options of one of several classes, told apart by their name.
 
@@ -103,24 +119,31 @@ def tagged(registry: Registry[Any]) -> Any:
     """
 
     def from_tag(value: Any) -> Any:
-        if isinstance(value, tuple(_class_of(known) for known in registry.values())):
+        if isinstance(value, tuple(options_of(known) for known in registry.values())):
             return value
         fields = {"name": value} if isinstance(value, str) else value
         if not isinstance(fields, Mapping) or "name" not in fields:
             raise ValueError(f"must be a {registry.kind}, or a mapping with its name{did_you_mean('', registry)}")
-        if fields["name"] not in registry:
+        if not isinstance(fields["name"], str) or fields["name"] not in registry:
             raise ValueError(f"is '{fields['name']}'{did_you_mean(str(fields['name']), registry)}")
-        cls = _class_of(registry[fields["name"]])
+        cls = options_of(registry[fields["name"]])
         try:
             return _read(cls, {name: field for name, field in fields.items() if name != "name"})
         except ValidationError as error:
             raise _Inside(cls, error) from None
 
-    return Annotated[Any, pydantic.BeforeValidator(from_tag)]
+    return Annotated[Any, pydantic.BeforeValidator(from_tag), Tag(registry)]
 
 
-def _class_of(registered: Any) -> type[Any]:
-    """The options of what is registered: a class of options itself, or something that names its `options`."""
+def options_of(registered: Any) -> type[Any]:
+    """The class of the options of a registered thing.
+
+    Args:
+        registered: A class of options, or something that names one as its `options`.
+
+    Returns:
+        The class.
+    """
     return registered if isinstance(registered, type) else registered.options
 
 
@@ -180,7 +203,7 @@ def to_mapping(value: Any) -> Any:
 def _explain(cls: type[Any], error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
     """The first thing that is wrong, as a sentence that names the field and the remedy."""
     found = error.errors(include_url=False)[0]
-    path = (*prefix, *(str(part) for part in found["loc"]))
+    path = (*prefix, *_named(cls, found["loc"]))
     if found["type"] != "value_error":
         return _sentence(cls, found, path, prefix)
     reason = found["ctx"]["error"]
@@ -189,16 +212,27 @@ def _explain(cls: type[Any], error: ValidationError, prefix: tuple[str, ...] = (
     return str(reason) if isinstance(reason, InputError) else f"{'.'.join(path)} {reason}"
 
 
+def _named(cls: type[Any], location: tuple[int | str, ...]) -> list[str]:
+    """A place of an error as names, also where an argument was given by its position."""
+    first = [dataclasses.fields(cls)[part].name if isinstance(part, int) else part for part in location[:1]]
+    return [*first, *map(str, location[1:])]
+
+
 def _sentence(cls: type[Any], found: ErrorDetails, path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
     kind, value, context, name = found["type"], found["input"], found.get("ctx", {}), ".".join(path)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         *groups, last = (str(part) for part in found["loc"])
         return f"unknown field '{name}'{did_you_mean(last, _fields_at(cls, groups))}"
+    if kind == "dataclass_exact_type":
+        return f"{name} is {value!r}; it must be a {context['class_name']}"
+    if path[-1] == "[key]":
+        return f"{'.'.join(path[:-2])} has the key {value!r}; it must be text"
     if kind == "literal_error":
         known = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
         return f"{name} is {value!r}{did_you_mean(str(value), known)}"
     if kind in _BOUNDS:
-        return f"{name} is {value}; it {_BOUNDS[kind].format(**context)}"
+        bounds = {key: int(bound) if bound == int(bound) else bound for key, bound in context.items() if key in _LIMITS}
+        return f"{name} is {value}; it {_BOUNDS[kind].format(**bounds)}"
     return f"{name} is {value!r}; it must be {_TYPES[kind]}" if kind in _TYPES else f"{name}: {found['msg']}"
 
 
@@ -209,3 +243,59 @@ def _fields_at(cls: type[Any], groups: list[str]) -> list[str]:
         inner = {field.name: field.type for field in dataclasses.fields(here)} if dataclasses.is_dataclass(here) else {}
         here = inner.get(group, here)
     return [field.name for field in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionField:
+    """What is known of a field of options.
+
+    Attributes:
+        name: The field's name.
+        annotation: Its type.
+        tag: Where options of several classes can stand: which.
+        help: Its docstring, on one line.
+    """
+
+    name: str
+    annotation: Any
+    tag: Tag | None
+    help: str
+
+
+@lru_cache(maxsize=64)
+def fields_of(cls: type[Any]) -> tuple[OptionField, ...]:
+    """The fields of a class of options, in order.
+
+    Args:
+        cls: A class made by `options`.
+
+    Returns:
+        Name, type and help of each.
+    """
+    found = []
+    for name, field in cls.__pydantic_fields__.items():
+        tag = next((mark for mark in field.metadata if isinstance(mark, Tag)), None)
+        found.append(OptionField(name, field.annotation, tag, " ".join((field.description or "").split())))
+    return tuple(found)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Lists options by dotted name.
+
+    Args:
+        value: Options.
+        prefix: What their names begin with.
+
+    Returns:
+        The values of all fields; options that a tag chose stand as their name and their fields.
+    """
+    flat: dict[str, Any] = {}
+    for field in fields_of(cast(Any, type(value))):
+        name, inner = f"{prefix}{field.name}", getattr(value, field.name)
+        if field.tag:
+            flat[name] = type(inner).name
+        if dataclasses.is_dataclass(inner):
+            flat |= flatten(inner, f"{name}.")
+        elif not field.tag:
+            flat[name] = inner
+    return flat

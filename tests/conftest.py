@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_MANY_MAPS = 30_000
+_MANY_MAPS = 20_000
+_MUCH_MEMORY = 2 * 2**30
 
 # Set before any test imports jax. Environment variables, not jax.config: child processes (the command line, notebooks,
 # pytest-xdist workers) inherit them, and whoever runs the tests can override each one. Workers may share the cache:
@@ -25,23 +26,21 @@ hypothesis.settings.register_profile("cptv", deadline=None)
 hypothesis.settings.load_profile("cptv")
 
 
-@pytest.fixture(autouse=True)
-def room_for_programs() -> Iterator[None]:
-    """Compiled programs are dropped before the kernel refuses their pieces of memory: Linux allows a process 65,530."""
-    yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
-        jax.clear_caches()
-
-
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_a_module() -> Iterator[None]:
-    """Compiled programs are dropped after each module: a worker that kept those of all would grow past 5 GB.
+def room_for_programs() -> Iterator[None]:
+    """Drops compiled programs after a module once they take too much; else the next module finds its own among them.
 
-    Programs that several modules use come back from the cache on disk.
+    Too much is memory, or nearly the pieces of it that the kernel allows a process: 65,530 on Linux. What is dropped
+    comes back from the cache on disk.
     """
     yield
-    jax.clear_caches()
+    statm, maps = Path("/proc/self/statm"), Path("/proc/self/maps")
+    if not maps.exists():
+        jax.clear_caches()
+        return
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > _MUCH_MEMORY or maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -250,11 +250,19 @@ class Inputs(dict[str, object]):
 
     @property
     def typo_yaml(self) -> Path:
-        return self.write("c.yaml", "search: {pases: 3}")
+        return self.write("c.yaml", "search: {judge: {holdot: 0.2}}")
+
+    @property
+    def older_yaml(self) -> Path:
+        return self.write("c.yaml", "search: {strategy: guided, gradient_steps: 3}")
+
+    @property
+    def twice_yaml(self) -> Path:
+        return self.write("c.yaml", "seed: 1\nseed: 2\n")
 
     @property
     def type_yaml(self) -> Path:
-        return self.write("c.yaml", "search: {passes: ten}")
+        return self.write("c.yaml", "search: {strategy: {name: evol-q, passes: ten}}")
 
 
 def paint(folder: Path, names: list[str]) -> Path:

@@ -16,13 +16,14 @@ from PIL import Image
 from tiny_vit import TINY
 
 from cptv_jax import CalibrationConfig, Model, QuantizeConfig, RecipeConfig, SearchConfig, load_images
+from cptv_jax.search import Generational
 from cptv_jax.storage.trees import METADATA, restore_tree
 
 DEEPER = replace(TINY, config=replace(TINY.config, depth=2))
 CONFIG = QuantizeConfig(
     recipe=RecipeConfig(weight_bits=3),
     calibration=CalibrationConfig(images=16, batch=8),  # a batch to calibrate and search, one held out
-    search=SearchConfig(strategy="generational", passes=2, rounds=1, children=4, sigma=0.1),
+    search=SearchConfig(strategy=Generational(passes=2, rounds=1, children=4, sigma=0.1)),
 )
 
 

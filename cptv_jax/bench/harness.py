@@ -17,11 +17,14 @@ from typing import Any
 from cptv_jax import data
 from cptv_jax.bench.table import Cell
 from cptv_jax.bench.worker import Task, read_measured
-from cptv_jax.config.schema import QuantizeConfig, flatten, to_mapping
+from cptv_jax.config.loading import config_from
+from cptv_jax.config.older import is_older, translate, translate_search
+from cptv_jax.config.schema import QuantizeConfig, SearchConfig
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.evaluation import check_labels, check_unseen
-from cptv_jax.pipeline.plan import planned
+from cptv_jax.options import flatten, from_mapping, to_mapping
+from cptv_jax.pipeline.plan import make_plan
 from cptv_jax.progress import bar
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
@@ -73,7 +76,7 @@ class Run:
         return f"{label}_{self.bits}_seed{self.config.seed}"
 
     def cell(self, measured: dict[str, Any], reason: str) -> Cell:
-        return Cell(self.bits, self.label, self.config.seed, self.config.search.strategy, measured, reason)
+        return Cell(self.bits, self.label, self.config.seed, self.config.search.strategy.name, measured, reason)
 
 
 def seeds_from(words: Sequence[str]) -> tuple[int, ...] | None:
@@ -100,7 +103,7 @@ def refuse_set(config: QuantizeConfig, options: Mapping[str, str]) -> None:
     given, usual = flatten(config), flatten(QuantizeConfig())
     for prefix, option in options.items():
         for name in given:
-            if f"{name}.".startswith(f"{prefix}.") and given[name] != usual[name]:
+            if f"{name}.".startswith(f"{prefix}.") and given[name] != usual.get(name):
                 raise InputError(f"--config sets {name}, which a bench has an option of its own for; use --{option}")
 
 
@@ -160,7 +163,7 @@ class Bench:
         path = self.folder / f"{run.name}.json"
         found, config = read_measured(path), to_mapping(run.config)
         if found.get("done"):
-            _refuse_other(f"{path} was measured", found.get("config", config), config)
+            _refuse_other(f"{path} was measured", _present(found.get("config", config)), config)
         else:
             read = self.source
             task = Task(
@@ -217,7 +220,7 @@ def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, st
     refused = {}
     for run in runs:
         try:
-            planned(model, images.take(slice(0, run.config.calibration.images)), run.config)
+            make_plan(model, images.take(slice(0, run.config.calibration.images)), run.config)
         except InputError as error:
             refused[run.name] = str(error)
     if len(refused) == len(runs) and len(set(refused.values())) == 1:
@@ -229,8 +232,26 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
     """Writes what a bench is, or raises InputError where `out` holds another one."""
     path = out / f"{KIND}.json"
     if path.exists():
-        _refuse_other(f"{out} holds a bench", read_measured(path), identity)
+        _refuse_other(f"{out} holds a bench", _present_settings(read_measured(path)), identity)
     write_atomically(path, json.dumps(identity, indent=1))
+
+
+def _present(config: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration in the present form: rows that were measured with an older one stay good."""
+    if not is_older(config):
+        return config
+    return dict(to_mapping(config_from(translate(config), "a row that was measured earlier")))
+
+
+def _present_settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a bench, with the configurations among them in the present form."""
+    found = dict(identity)
+    if is_older(found.get("config", {})):
+        found["config"] = _present(found["config"])
+    if is_older({"search": found.get("search", {})}):
+        search = translate_search(found["search"])
+        found["search"] = to_mapping(from_mapping(SearchConfig, search, "a bench that was begun earlier"))
+    return found
 
 
 def _refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -6,18 +6,19 @@ from pathlib import Path
 from cptv_jax.bench.harness import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import lines_of, markdown, near
 from cptv_jax.config.loading import load_config
-from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig
 from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.methods.registry import METHODS
+from cptv_jax.options import to_mapping
+from cptv_jax.search import Guided, NoSearch
 
 TABLE = Table("methods", lines_of, markdown)
 DEFAULT_BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W4A8", "W3A8")
-DEFAULT_SEARCH = SearchConfig(strategy="guided", gradient_steps=60)
+DEFAULT_SEARCH = SearchConfig(strategy=Guided(steps=60))
 NEAR_POINTS = 1.5
 RECONSTRUCTION_STEPS = 60  # a stage, as AIQViT's own
 _RECONSTRUCTION = "reconstruction"
 _OWN_OPTIONS = {
-    "method": "methods",
     "recipe.preset": "methods NAME/PRESET",
     "recipe.weight_bits": "bits",
     "recipe.activation_bits": "bits",
@@ -36,7 +37,7 @@ class Options:
     says of all: widths, calibration, search and seed. bits: such as W4A8. calibration, batch: images of a run, as in
     CalibrationConfig. held_out: further images that only the objective sees. seeds: None means
     the first of AUTO_SEEDS for all, and all of them for runs that are near another. search: on top of each base
-    method. config: what all runs share, such as options of methods.
+    method. config: what all runs share; options of its method count for the runs of that method.
     """
 
     weights: str
@@ -59,7 +60,7 @@ def search_from(text: str | None) -> SearchConfig:
     """The search that --search names: the `search` section of a YAML file, or no search for "none"."""
     if text is None:
         return DEFAULT_SEARCH
-    return SearchConfig(strategy="none") if text == "none" else load_config(text).search
+    return SearchConfig(strategy=NoSearch()) if text == "none" else load_config(text).search
 
 
 def _is_file(word: str) -> bool:
@@ -76,7 +77,8 @@ def _with_method(config: QuantizeConfig, word: str) -> tuple[str, QuantizeConfig
         raise InputError(f"--methods has '{name}'{did_you_mean(name, METHODS)}")
     if preset and preset not in METHODS[name].presets:
         raise InputError(f"--methods has '{word}'{did_you_mean(preset, METHODS[name].presets)}")
-    config = replace(config, method=name, recipe=replace(config.recipe, preset=preset or None))
+    method = config.method if config.method.name == name else METHODS[name].options()
+    config = replace(config, method=method, recipe=replace(config.recipe, preset=preset or None))
     if not plus:
         return word, config
     if addition != _RECONSTRUCTION:
@@ -85,11 +87,24 @@ def _with_method(config: QuantizeConfig, word: str) -> tuple[str, QuantizeConfig
     return f"{word}+{addition}", replace(config, reconstruction=replace(config.reconstruction, steps=steps))
 
 
+def _check_shared_method(options: Options) -> None:
+    """Raises InputError for a --config whose method, or whose options of it, no run would have."""
+    method, usual = options.config.method, QuantizeConfig().method
+    if method == usual:
+        return
+    if method == type(method)():
+        raise InputError("--config sets method, which a bench has an option of its own for; use --methods")
+    words = [word for word in options.methods or METHODS if not _is_file(word)]
+    if method.name not in (word.partition("+")[0].partition("/")[0] for word in words):
+        raise InputError(f"--config has options of {method.name}, which is not among --methods; name it there")
+
+
 def _runs(options: Options, seed: int) -> list[Run]:
     """The runs of one seed, by width and then by method. Raises InputError for what no run can use."""
     if options.batch > options.calibration:
         raise InputError(f"--batch is {options.batch}, but --calibration only {options.calibration} images; lower it")
     refuse_set(options.config, _OWN_OPTIONS)
+    _check_shared_method(options)
     if options.config != QuantizeConfig() and any(map(_is_file, options.methods)):
         raise InputError("--config does not reach a method of a YAML file; write what it shall share into that file")
     calibration = CalibrationConfig(options.calibration, options.batch)

@@ -12,22 +12,22 @@ import numpy as np
 from cptv_jax import data
 from cptv_jax.bench.harness import KIND, Line, Source, check_identity
 from cptv_jax.bench.table import rows_of
-from cptv_jax.config.schema import QuantizeConfig, SearchConfig, check, to_mapping
+from cptv_jax.config.schema import QuantizeConfig, SearchConfig
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.evaluation import check_labels, check_unseen, evaluate
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.mixed_precision.allocation import Genes, allocate, evolve_genes, sensitivities
 from cptv_jax.mixed_precision.widths import Widths, loss_of_genes, read_by_products
+from cptv_jax.options import to_mapping
 from cptv_jax.pipeline.judging import evaluator_of, outputs_of
-from cptv_jax.pipeline.plan import Plan, planned
-from cptv_jax.pipeline.quantize import base_model
+from cptv_jax.pipeline.plan import Plan, make_plan
 from cptv_jax.progress import bar
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
 from cptv_jax.report.plots import plotted
 from cptv_jax.runtime.mesh import make_mesh
-from cptv_jax.search import Evaluator, Objective
+from cptv_jax.search import Evaluator, NoSearch, Objective
 from cptv_jax.storage.files import digest, lock, refuse_foreign, write_atomically
 from cptv_jax.storage.models import load_float_model, save_model
 
@@ -66,7 +66,7 @@ def _at_width(config: QuantizeConfig, bits: int, activations: Sequence[str] = ()
     """The configuration with weights, and the named activations, of a width; what it overrides stays."""
     overrides = {**{site: {"bits": bits} for site in activations}, **config.recipe.overrides}
     recipe = replace(config.recipe, weight_bits=bits, overrides=overrides)
-    return replace(config, recipe=recipe, search=SearchConfig(strategy="none"))
+    return replace(config, recipe=recipe, search=SearchConfig(strategy=NoSearch()))
 
 
 def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequence[int]) -> dict[int, Plan]:
@@ -74,12 +74,12 @@ def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequ
     config = options.config
     activations: tuple[str, ...] = ()
     if options.genes == "all":
-        recipe = planned(model, images, _at_width(config, widths[0])).recipe
+        recipe = make_plan(model, images, _at_width(config, widths[0])).recipe
         activations = tuple(site for site in read_by_products(model, recipe) if recipe.places[site].role != "weight")
-    return {bits: planned(model, images, _at_width(config, bits, activations)) for bits in widths}
+    return {bits: make_plan(model, images, _at_width(config, bits, activations)) for bits in widths}
 
 
-def _check_options(options: PrecisionOptions, widths: Sequence[int], search: SearchConfig) -> None:
+def _check_options(options: PrecisionOptions, widths: Sequence[int], objective: Objective) -> None:
     """Raises InputError for options that cannot work, whatever the model and the images are."""
     if len(widths) < 2:
         raise InputError(f"--bits are {list(widths)}; mixed precision needs 2 widths or more")
@@ -91,11 +91,15 @@ def _check_options(options: PrecisionOptions, widths: Sequence[int], search: Sea
     for flag, number, least in (("generations", options.generations, 0), ("children", options.children, 1)):
         if number < least:
             raise InputError(f"--{flag} is {number}; it must be at least {least}")
-    check(replace(options.config, search=search))
-    for field, unused in (("race", search.race), ("teacher", search.teacher != "float")):
+    calibration, search = options.config.calibration, options.config.search
+    for field, value, unused in (
+        ("compute.race", search.compute.race, search.compute.race),
+        ("judge.teacher", search.judge.teacher, search.judge.teacher != "float"),
+    ):
         if unused:
-            raise InputError(f"search.{field} is {getattr(search, field)}, which has no meaning here; leave it out")
-    calibration = options.config.calibration
+            raise InputError(f"search.{field} is {value}, which has no meaning here; leave it out")
+    if "infonce" in objective.names and calibration.batch < 2:
+        raise InputError("calibration.batch is 1, but infonce contrasts the images of a batch; set it to at least 2")
     if not calibration.batch <= options.images <= calibration.images:
         raise InputError(
             f"--judges is {options.images}; it must lie between calibration.batch, {calibration.batch}, and "
@@ -108,16 +112,16 @@ def _check_base(plan: Plan, genes: str) -> None:
     kept = [name for name, method in METHODS.items() if not (method.rewrites_weights or method.couples_widths)]
     if plan.method.rewrites_weights:
         raise InputError(
-            f"method {plan.config.method} makes other weights at every width; set method to {' or '.join(kept)}"
+            f"method {plan.method.name} makes other weights at every width; set method to {' or '.join(kept)}"
         )
     if plan.method.couples_widths and genes == "weights":
         raise InputError(
-            f"method {plan.config.method} fits other scales of activations to every width of weights; "
+            f"method {plan.method.name} fits other scales of activations to every width of weights; "
             f"set method to {' or '.join(kept)}, or choose both: --genes all --budget bit-operations"
         )
-    if plan.config.reconstruction.steps:
+    if plan.reconstruction.steps:
         raise InputError(
-            f"reconstruction.steps is {plan.config.reconstruction.steps}, but it makes other weights at every width; "
+            f"reconstruction.steps is {plan.reconstruction.steps}, but it makes other weights at every width; "
             "leave it out"
         )
 
@@ -127,7 +131,7 @@ def _models(model: Model, plans: dict[int, Plan], progress: bool) -> Widths:
     found: list[QuantizedModel] = []
     with bar("calibrate", len(plans), progress) as shown:
         for plan in plans.values():
-            found.append(base_model(model, plan, lambda done, total: None))
+            found.append(plan.base_model(model, lambda done, total: None))
             shown.update(1)
     return Widths(tuple(found))
 
@@ -161,9 +165,9 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
     """
     source, config = options.source, options.config
     widths = tuple(sorted(set(options.bits)))
-    objective = Objective(config.search.objective or OBJECTIVE, config.search.on, config.search.temperature)
-    search = replace(config.search, objective=objective.name)
-    _check_options(options, widths, search)
+    judge = config.search.judge
+    objective, compute = Objective(judge.objective or OBJECTIVE, judge.on, judge.temperature), config.search.compute
+    _check_options(options, widths, objective)
     refuse_foreign(options.out, KIND)
     model = load_float_model(source.weights, source.arch)
     wanted, batch = config.calibration.images, config.calibration.batch
@@ -192,10 +196,10 @@ def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Li
         check_identity(options.out, identity)
         kept = _Kept(options.out / f"{NAME}-measured.json")
         models = _models(model, plans, progress)
-        teacher = outputs_of(model.stages(), batches, search, progress, "teacher outputs")
-        stages = models.stages(search.arithmetic)
-        judge = evaluator_of(stages, batches, teacher, objective, search, 1, make_mesh())
-        return _measured(options, models, judge, kept, lambda q: evaluate(q.stages(), evaluation).top1, progress)
+        teacher = outputs_of(model.stages(), batches, compute, progress, "teacher outputs")
+        stages = models.stages(compute.arithmetic)
+        evaluator = evaluator_of(stages, batches, teacher, objective, compute, 1, make_mesh())
+        return _measured(options, models, evaluator, kept, lambda q: evaluate(q.stages(), evaluation).top1, progress)
 
 
 def _measured(

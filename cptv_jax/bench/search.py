@@ -1,17 +1,19 @@
 """`cptv bench search`: strategies, objectives and budgets at several widths, on one base method, in one table."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from cptv_jax.bench.harness import AUTO_SEEDS, Line, Run, Source, Table, opened, refuse_set, with_bits
 from cptv_jax.bench.table import Cell, rows_of
-from cptv_jax.config.loading import load_config
-from cptv_jax.config.schema import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.config.loading import load_config, read_config
+from cptv_jax.config.schema import QuantizeConfig, SearchConfig
 from cptv_jax.errors import InputError, did_you_mean
-from cptv_jax.search import STRATEGIES, Objective
+from cptv_jax.options import fields_of, to_mapping
+from cptv_jax.search import STRATEGIES, NoSearch, Objective
 
 DEFAULT_SEARCHES = ("evol-q", "generational", "guided")  # what needs no optional package
 DEFAULT_BITS = ("W4A8", "W3A8")
@@ -48,21 +50,33 @@ def _budget(word: str) -> tuple[str, int | None]:
     return (name, int(number)) if colon and number.isdecimal() else (word, None)
 
 
-def _search(word: str) -> tuple[str, SearchConfig]:
+def _search(word: str) -> tuple[str, SearchConfig, int | None]:
+    """The label and the search that a word names, and the passes that its file asks for."""
     if word.endswith((".yaml", ".yml")):
-        return Path(word).stem, load_config(word).search
-    if word not in STRATEGIES:
-        raise InputError(f"--searches has '{word}'{did_you_mean(word, STRATEGIES)}")
-    return word, SearchConfig(strategy=word)  # type: ignore[arg-type]
+        search = load_config(word).search
+        said = read_config(word).get("search", {}).get("strategy")
+        own = search.strategy.passes if isinstance(said, Mapping) and "passes" in said else None
+        return Path(word).stem, search, own
+    known = [name for name in STRATEGIES if name != NoSearch.name]
+    if word not in known:
+        raise InputError(f"--searches has '{word}'{did_you_mean(word, known)}")
+    return word, SearchConfig(strategy=STRATEGIES[word]()), None
 
 
 def _with_objective(label: str, search: SearchConfig, word: str) -> tuple[str, SearchConfig]:
     """The label and the search with the objective that a word of --objectives names. Raises InputError."""
     names, _, on = word.partition("@")
     proposing, _, deciding = names.rpartition("/")
-    of = partial(Objective, on=on or search.on, temperature=search.temperature)  # type: ignore[arg-type]
-    judge, proposed = of(deciding), of(proposing).name if proposing else None
-    return f"{label}, {word}", replace(search, objective=judge.name, on=judge.on, gradient_objective=proposed)
+    of = partial(Objective, on=on or search.judge.on, temperature=search.judge.temperature)  # type: ignore[arg-type]
+    judge, strategy = of(deciding), search.strategy
+    if "objective" in (field.name for field in fields_of(cast(Any, type(strategy)))):
+        strategy = replace(strategy, objective=of(proposing).name if proposing else None)
+    elif proposing:
+        raise InputError(
+            f"--objectives has '{word}', but {strategy.name} differentiates nothing; leave out {proposing}/"
+        )
+    judged = replace(search.judge, objective=judge.name, on=judge.on)
+    return f"{label}, {word}", replace(search, judge=judged, strategy=strategy)
 
 
 def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
@@ -70,15 +84,16 @@ def _searches(options: SearchOptions) -> list[tuple[str, SearchConfig]]:
     found = []
     for word in dict.fromkeys(options.searches):
         name, own = _budget(word)
-        label, search = _search(name)
-        own = search.passes if own is None else own
+        label, search, of_file = _search(name)
+        own = of_file if own is None else own
         budgets = tuple(dict.fromkeys(options.passes)) if own is None else (own,)
         if min(budgets) < 1:
             raise InputError(f"a search of {min(budgets)} passes is asked for; give 1 or more")
         variants = [_with_objective(label, search, word) for word in dict.fromkeys(options.objectives)]
         for name, variant in variants or [(label, search)]:
             for passes in budgets:
-                found.append((f"{name}, {passes} pass{'es' * (passes > 1)}", replace(variant, passes=passes)))
+                strategy = replace(variant.strategy, passes=passes)
+                found.append((f"{name}, {passes} pass{'es' * (passes > 1)}", replace(variant, strategy=strategy)))
     return found
 
 

@@ -16,7 +16,7 @@ _HEADER = (
 class Cell:
     """One run of a bench and what came of it.
 
-    label: of the method. search: name of its strategy, or "none". measured: see `row.measure`; empty if there is
+    label: of the method. search: name of its strategy, or "none". measured: see `worker.measure`; empty if there is
     nothing yet. reason: why there is nothing.
     """
 

@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,17 @@ from typing import Any
 import jax.numpy as jnp
 
 from cptv_jax import data
-from cptv_jax.config.loading import from_mapping
-from cptv_jax.config.schema import QuantizeConfig, SearchConfig, to_mapping
+from cptv_jax.config.loading import config_from
+from cptv_jax.config.schema import QuantizeConfig
 from cptv_jax.errors import InputError
-from cptv_jax.evaluation import check_unseen, logits_of
-from cptv_jax.pipeline.plan import planned
+from cptv_jax.evaluation import logits_of
+from cptv_jax.options import to_mapping
+from cptv_jax.pipeline.plan import make_plan
 from cptv_jax.pipeline.quantize import quantize
+from cptv_jax.report.summary import summarize
 from cptv_jax.runtime.mesh import use_all_cores
 from cptv_jax.search.objective import info_nce, kl_divergence
+from cptv_jax.search.proposals.base import gradient_steps
 from cptv_jax.storage.files import versions, write_atomically
 from cptv_jax.storage.models import load_float_model
 
@@ -57,7 +59,7 @@ class Task:
     @classmethod
     def from_json(cls, text: str) -> "Task":
         values = json.loads(text)
-        values["config"] = from_mapping(QuantizeConfig, values["config"], "task")
+        values["config"] = config_from(values["config"], "task")
         for name in ("run", "measured"):
             values[name] = Path(values[name])
         return cls(**values)
@@ -126,9 +128,8 @@ def measure(task: Task) -> dict[str, Any]:
     count = wanted + task.held_out
     given = data.load(task.images, preprocessing, labels=False, limit=count, need=count, seed=config.seed)
     evaluation = data.load(task.evaluation, preprocessing, labels=True)
-    check_unseen(evaluation, given)
     images, held_out = given.take(slice(0, wanted)), given.take(slice(wanted, count))
-    plan = planned(model, images, config)
+    plan = make_plan(model, images, config)
     phases = Phases(task.measured)
     outcome = quantize(model, images, config, out=task.run, evaluation=evaluation, progress=True, on_phase=phases.begin)
     phases.end()
@@ -140,31 +141,25 @@ def measure(task: Task) -> dict[str, Any]:
             student = jnp.asarray(logits_of(quantized.stages(), held_out))
             objective[name] = float(info_nce(student, teacher, TEMPERATURE))
             kl[name] = float(kl_divergence(student, teacher, 1.0))
-    batch = config.calibration.batch
+    batch, summary = config.calibration.batch, summarize(outcome)
     return {
         "phases": phases.found,
-        "accuracy": outcome.results,
+        "accuracy": {name: vars(accuracy) for name, accuracy in outcome.results.items()},
         "objective": objective,
         "kl": kl,
         "recipe": outcome.model.recipe.name,
         "scope": outcome.model.recipe.scope,
-        "evaluations": max((record.get("evaluations", 0) for record in outcome.log), default=0),
-        "gradient_steps": _gradient_steps(config.search, outcome.log),
+        "evaluations": summary.evaluations,
+        "gradient_steps": summary.proposals * gradient_steps(config.search.strategy.proposers()),
         "images": {
             "base": plan.base_images,
-            "search": plan.split.searched * batch if config.search.strategy != "none" else 0,
+            "search": plan.split.searched * batch if plan.search else 0,
             "held_out": len(plan.split.held_out) * batch,
         },
         "versions": versions(),
         "config": to_mapping(task.config),
         "done": True,
     }
-
-
-def _gradient_steps(search: SearchConfig, log: Sequence[dict[str, Any]]) -> int:
-    """How many an optimizer took to propose, in the passes that were begun."""
-    passes = {record["pass"] for record in log if record["event"] == "proposal"}
-    return search.gradient_steps * len(passes)
 
 
 def _end_with_parent() -> None:

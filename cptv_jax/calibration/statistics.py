@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.calibration import observers
 from cptv_jax.calibration.observers import Range
+from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Observing, Tensor
 from cptv_jax.models.walk import Run, walk
 from cptv_jax.quantized.model import Model
@@ -48,7 +49,16 @@ def calibrate(
 
     Returns:
         The quantizers by site, in the recipe's order.
+
+    Raises:
+        InputError: For an observer that is no statistic, or a quantizer that no fit makes of one.
     """
+    for name, spec in recipe.sites.items():
+        if spec.observer not in observers.STATISTICS or spec.quantizer not in observers.FITS:
+            raise InputError(
+                f"{name}: statistics set no {spec.quantizer} quantizer by the observer {spec.observer}; set observer "
+                f"to {' or '.join(observers.STATISTICS)} and quantizer to {' or '.join(observers.FITS)}"
+            )
     stages = model.architecture.stage_names
     specs = {stage: recipe.of_stage(stage) for stage in stages}
     ranges: dict[str, dict[str, Range]] = {stage: {} for stage in stages}

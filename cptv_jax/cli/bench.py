@@ -1,7 +1,11 @@
 """The command line of the benches: `cptv bench NAME`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+from cptv_jax.cli.parser import Parser, add_compilation_cache
+from cptv_jax.runtime.mesh import stay_on_cpu
 
 _OF_CHILDREN = ("methods", "search")  # benches whose work is done by processes of their own
 
@@ -35,7 +39,9 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         metavar="YAML|none",
         help="the search on top, as a configuration has it (default: guided, with 60 steps)",
     )
-    methods.add_argument("--config", metavar="YAML", help="what all runs share, such as options of methods")
+    methods.add_argument(
+        "--config", metavar="YAML", help="what all runs share, with options for the runs of its method"
+    )
 
     summary = "Search strategies, objectives and budgets on one base method; repeat the command to continue it."
     search = benches.add_parser("search", help=summary, description=summary)
@@ -74,15 +80,6 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
 
-def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that every command has which computes."""
-    parser.add_argument(
-        "--compilation-cache",
-        metavar="DIR|off",
-        help="where compiled programs are kept for the next run (default: a folder of the user's cache directory)",
-    )
-
-
 def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     """What every bench reads and where it writes."""
     parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
@@ -98,10 +95,14 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
         parser.add_argument("--jobs", type=int, default=1, metavar="N", help=text)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the bench that was asked for and prints its table; 1 where no run could be measured."""
-    from cptv_jax.runtime.mesh import stay_on_cpu
+def run(words: Sequence[str], prog: str, summary: str) -> int:
+    """Runs the bench that was asked for and prints its table; see cptv_jax.cli.main.run.
 
+    Returns 1 where no run could be measured.
+    """
+    parser = Parser(prog=prog, description=summary)
+    add_benches(parser)
+    args = parser.parse_args(words)
     if args.bench in _OF_CHILDREN:
         stay_on_cpu()
     text, measured = {"methods": _methods, "search": _search, "precision": _precision}[args.bench](args)

@@ -8,37 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.errors import InputError, did_you_mean, one_line
+from cptv_jax.models.weight_files import npz_arrays
 
 FORMAT = 1
 _REMEDY = "see docs/interchange.md"
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file. Raises InputError for a file that is missing, damaged, or holds pickled objects."""
+    """Reads all arrays of an .npz file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The arrays by key.
+
+    Raises:
+        InputError: For a file that is missing or damaged, or that holds pickled objects.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; {_REMEDY}")
-    arrays: dict[str, np.ndarray] = {}
-    try:
-        # Opened here: given a path, numpy.load leaves a damaged archive open.
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} is a single array, not an .npz archive; {_REMEDY}")
-            for key in archive.files:
-                try:
-                    arrays[key] = archive[key]
-                except ValueError as error:  # an object array, which only unpickling could read
-                    raise InputError(f"{path}: array '{key}' cannot be read ({_one_line(error)}); {_REMEDY}") from error
-    except InputError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
-        raise InputError(f"{path} is not a readable .npz archive ({_one_line(error)}); {_REMEDY}") from error
-    return arrays
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return dict(npz_arrays(path, str(path), _REMEDY, _REMEDY))
 
 
 @dataclass(frozen=True)
@@ -202,7 +193,7 @@ def read_recording(path: Path, references: Mapping[str, Sequence[str]]) -> Recor
     try:
         fields = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: meta is not JSON ({_one_line(error)})") from error
+        raise InputError(f"{path}: meta is not JSON ({one_line(error)})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: meta must be a JSON object; {_REMEDY}")
     meta = Meta(path, fields)

@@ -36,7 +36,8 @@ def weight_names(architecture: Architecture) -> dict[str, str]:
 def read_recipe(meta: Meta, architecture: Architecture, preset: str, image_bits: str | None = None) -> Recipe:
     """The recipe of a preset at the widths in meta. image_bits: the field with the image's width, if any."""
     widths = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations")}
-    overrides = {} if image_bits is None else {"embed.input": {"bits": meta.integer(image_bits, MIN_BITS, MAX_BITS)}}
+    image = architecture.family.image_site
+    overrides = {} if image_bits is None else {image: {"bits": meta.integer(image_bits, MIN_BITS, MAX_BITS)}}
     config = RecipeConfig(
         preset=preset, weight_bits=widths["weights"], activation_bits=widths["activations"], overrides=overrides
     )

@@ -68,7 +68,10 @@ def compare_search(recording: Recording) -> list[Check]:
     teacher = subject.targets(subject.quantized.stages(Unrounded()))
     objective = Objective("infonce", "logits", meta.number("temperature"))
     strategy = EvolQ(
-        meta.number("step"), meta.integer("population"), meta.integer("samples"), rounds=meta.integer("cycles")
+        step=meta.number("step"),
+        population=meta.integer("population"),
+        samples=meta.integer("samples"),
+        rounds=meta.integer("cycles"),
     )
 
     found = subject.float_checks(recording)
@@ -239,6 +242,8 @@ class _Replay:
     def _same(self, name: str, ours: Flat, recorded: Flat, remark: str = "") -> Check:
         """Whether vectors of scales are the same candidates: two different ones are a whole mutation apart."""
         difference = ours - recorded
-        members = np.any(checks.off(difference, _SAME * self.strategy.step).reshape(-1, difference.shape[-1]), -1)
+        members = np.any(
+            checks.off(difference, _SAME * (self.strategy.step or 0.0)).reshape(-1, difference.shape[-1]), -1
+        )
         unit = f"of {members.size} differ" if members.size > 1 else "differs"
         return Check(self.group, name, float(members.sum()), 0.0, unit, checks.largest(difference), remark=remark)

@@ -107,19 +107,20 @@ def effective_weight(weight: Weight) -> Array:
 
 
 class FakeQuant:
-    """Runs the operations with every site in `quantizers` quantized and all other sites in float32.
-
-    quantizers: by site, relative to the stage.
-    weights: quantized weights by site; a layer that has one here ignores its float kernel.
-    arithmetic: how codes are multiplied; every one gives the same numbers.
-    integer_layer_norm: LayerNorms whose input is quantized run in integer arithmetic.
-    log_int_softmax: softmaxes whose input is quantized run in integer arithmetic.
-    rounding: False leaves every value unrounded and every weight float, yet marks tensors with their scales, so
-        that the integer functions above still act. This is what the published code calls its full-precision model.
-    all_tokens: compute also the tokens that no later stage reads.
+    """Runs the operations with every site that has a quantizer quantized, and all other sites in float32.
 
     Tensors hold codes, and matmuls multiply steps, not values, and apply the scales afterwards: sums of integers do not
     depend on the order of summation, so one candidate's result does not depend on what else shares its batch.
+
+    Args:
+        quantizers: By site, relative to the stage.
+        weights: Quantized weights by site; a layer that has one here ignores its float kernel.
+        arithmetic: How codes are multiplied; every one gives the same numbers.
+        integer_layer_norm: LayerNorms whose input is quantized run in integer arithmetic.
+        log_int_softmax: Softmaxes whose input is quantized run in integer arithmetic.
+        rounding: False leaves every value unrounded and every weight float, yet marks tensors with their scales, so
+            that the integer functions above still act. The published code calls this its full-precision model.
+        all_tokens: Compute also the tokens that no later stage reads.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Float execution that collects calibration statistics beside the output."""
+"""Float execution that collects calibration statistics on its way."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -24,13 +24,19 @@ class Observer(Protocol):
 
 
 class Observing(FakeQuant):
-    """Runs one calibration batch in float; `ranges` and `fitted` hold what it found.
+    """Runs one calibration batch in float and collects statistics.
 
-    observer: measures and fits. specs: the sites to observe.
-    ranges: their statistics so far (empty on the first batch).
-    fit: this is the last batch, so quantizers are fitted as the sites are passed.
-    log_int_softmax: reproduce FQ-ViT's calibration, where the integer softmax acts as soon as its input has a scale,
-        that is from the last batch on, so that later sites of that batch see its output.
+    Args:
+        observer: Measures and fits.
+        specs: The sites to observe, relative to the stage.
+        ranges: Their statistics so far (empty on the first batch).
+        fit: This is the last batch, so quantizers are fitted as the sites are passed.
+        log_int_softmax: Reproduce FQ-ViT's calibration, where the integer softmax acts as soon as its input has a
+            scale, that is from the last batch on, so that later sites of that batch see its output.
+
+    Attributes:
+        ranges: The statistics, this batch included, by site.
+        fitted: The quantizers, where this is the last batch.
     """
 
     def __init__(

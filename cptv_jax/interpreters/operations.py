@@ -8,17 +8,37 @@ from cptv_jax.interpreters.tensor import Tensor
 
 
 class Operations(Protocol):
-    """Each call names a site, relative to its stage: the tensor that the operation produces.
+    """What the modules of a model call instead of computing by themselves.
 
-    Whether, and how, that tensor is quantized is the interpreter's business. A linear layer's weight is the site
-    `{site}.weight`.
+    Each call names a site, relative to its stage: the tensor that the operation produces. Whether, and how, that tensor
+    is quantized is the interpreter's business. A linear layer's weight is a site too, `weight_site(site)`. No two calls
+    of a stage may name one site, and the site of a linear layer or LayerNorm is its path in the stage's module.
+
+    Between operations a tensor may be reshaped, transposed and sliced (`Tensor.move`). What computes anything else
+    makes a new tensor from `Tensor.values` and names it with `tensor`.
     """
 
     def tensor(self, site: str, x: Tensor) -> Tensor:
-        """A tensor that no operation below produces: the input image, the position embedding, a concatenation."""
+        """Names a tensor that no operation below produces: the input image, the position embedding, a concatenation.
+
+        Args:
+            site: The tensor's.
+            x: The tensor.
+
+        Returns:
+            The tensor that the operations after it read.
+        """
 
     def operand(self, site: str, x: Tensor) -> Tensor:
-        """A part of a tensor on its way into a matmul (query, key, value)."""
+        """Names a part of a tensor on its way into a matmul (query, key, value).
+
+        Args:
+            site: The part's.
+            x: The part.
+
+        Returns:
+            The tensor that the matmul reads.
+        """
 
     def linear(
         self,
@@ -29,27 +49,65 @@ class Operations(Protocol):
         *,
         hidden: bool = False,
     ) -> Tensor:
-        """x @ kernel + bias over the last axis; hidden says that only an activation function reads the result."""
+        """Computes x @ kernel + bias over the last axis.
+
+        Args:
+            site: The layer's.
+            kernel: [inputs, outputs].
+            bias: [outputs], or None.
+            x: [..., inputs].
+            hidden: Only an activation function reads the result, which recipes then leave in float.
+
+        Returns:
+            A tensor [..., outputs].
+        """
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-        """factor * a @ b over the last two axes, both operands activations."""
+        """Computes factor * a @ b over the last two axes of two activations.
+
+        Args:
+            site: The product's.
+            a: [..., rows, inner].
+            b: [..., inner, columns].
+            factor: What the product is multiplied by.
+
+        Returns:
+            A tensor [..., rows, columns].
+        """
 
     def layer_norm(
         self, site: str, weight: Float[Array, " channels"], bias: Float[Array, " channels"], epsilon: float, x: Tensor
     ) -> Tensor:
-        """LayerNorm over the last axis."""
+        """Computes LayerNorm over the last axis.
+
+        Args:
+            site: The LayerNorm's.
+            weight: [channels].
+            bias: [channels].
+            epsilon: Added to the variance.
+            x: [..., channels].
+
+        Returns:
+            A tensor of x's shape.
+        """
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
-        """Softmax over the last axis."""
+        """Computes softmax over the last axis; site: the result's."""
 
     def gelu(self, site: str, x: Tensor) -> Tensor:
-        """Exact (erf) GELU."""
+        """Computes the exact (erf) GELU; site: the result's."""
 
     def first(self, x: Tensor, count: int | None, axis: int) -> Tensor:
-        """The first `count` entries of an axis, where nothing reads the others; all of them for None.
+        """Takes the first entries of an axis, where nothing reads the others.
 
-        An interpreter that wants to see every token may return x whole.
+        Args:
+            x: The tensor.
+            count: How many entries are read; None means all.
+            axis: The axis.
+
+        Returns:
+            The entries; an interpreter that wants to see every token may return x whole.
         """
 
     def add(self, site: str, x: Tensor, y: Tensor) -> Tensor:
-        """Residual addition."""
+        """Adds two tensors (a residual connection); site: the sum's."""

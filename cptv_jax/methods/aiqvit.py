@@ -12,48 +12,53 @@ docs/results.md, "AIQViT's constants":
   learned.
 * Every head's attention map has an interval of its own. It starts as the one, of a grid, with the least squared error
   of the map's product with the values.
-* Then follows block reconstruction, easy images first: methods/reconstruction.py, with the defaults that
-  methods/__init__.py gives this method.
+* Then follows block reconstruction, easy images first: reconstruction/blocks.py, with the defaults that
+  methods/registry.py gives this method.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+from pydantic import Field
 
 from cptv_jax.calibration.first_pass import first_images
 from cptv_jax.calibration.percentile import quantiles
-from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Capturing, Tensor
 from cptv_jax.methods import repq_vit
-from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.walk import Run, walk
+from cptv_jax.options import Numbers, options
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Focusing, LowRank, Quantizer, RankSearch, Uniform
 from cptv_jax.recipe.spec import Recipe
 from cptv_jax.reconstruction.blocks import reconstruct
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.reconstruction.config import ReconstructionConfig
 
 _ENDS = tuple(2.0 ** (-k / 2) for k in range(13))  # parts of the largest value, tried as an interval's upper end
 _STARTS = (0.0, 0.1, 0.2, 0.3, 0.5)  # quantiles, tried as its lower end
 
 
-@dataclass(frozen=True)
+@options
 class AiqvitOptions:
-    """images: how many calibration images, the first ones, quantizers are fitted on; memory holds what one stage
-    computes for all of them. search_images: how many ranks are chosen on. ranks: the candidates. penalty: loss,
-    relative to a stage's output, of a term as large as its weight.
-    search_steps: optimizer steps a stage to choose ranks in; 0 gives every layer the largest.
-    """
+    """AIQViT: low-rank terms beside quantized weights, and a quantizer that focuses on an interval of attention."""
 
-    images: int = 32
-    search_images: int = 128
-    search_steps: int = 30
-    ranks: tuple[int, ...] = (2, 4, 8, 16)
-    penalty: float = 0.001
+    name: ClassVar[str] = "aiqvit"
+    images: int = Field(default=32, ge=1)
+    """How many calibration images, the first ones, quantizers are fitted on; memory holds what one stage computes for
+    all of them."""
+    search_images: int = Field(default=128, ge=1)
+    """How many calibration images ranks are chosen on."""
+    search_steps: int = Field(default=30, ge=0)
+    """Optimizer steps per stage to choose ranks in; 0 gives every layer the largest."""
+    ranks: Numbers = (2, 4, 8, 16)
+    """The ranks to choose from."""
+    penalty: float = Field(default=0.001, ge=0, allow_inf_nan=False)
+    """Loss, relative to a stage's output, of a term as large as its weight."""
 
 
 def fit_focusing(
@@ -139,7 +144,7 @@ def _started(
         else replace(spec, low_rank=False)
         for name, spec in recipe.sites.items()
     }
-    options = repq_vit.RepqVitOptions(images.shape[0], round_zero_point=True)
+    options = repq_vit.RepqVitOptions(images=images.shape[0], round_zero_point=True)
     start = repq_vit.quantize(model, [images], replace(recipe, sites=sites), key, on_progress, options)
     focusings = _focusings(model, images, recipe)
     return replace(start, recipe=recipe, quantizers={**start.quantizers, **focusings})
@@ -168,27 +173,19 @@ def _decided(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
     return {site: q.chosen() if isinstance(q, RankSearch) else q for site, q in quantizers.items()}
 
 
-def check(architecture: Architecture, recipe: Recipe, options: AiqvitOptions) -> None:
-    """Raises InputError for ranks below 1."""
-    if not options.ranks or min(options.ranks) < 1:
-        raise InputError(f"aiqvit.ranks are {list(options.ranks)}; each must be at least 1")
-
-
 def quantize(
     model: Model,
     batches: Sequence[Float[Array, "batch height width channels"]],
     recipe: Recipe,
     key: Array,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    options: AiqvitOptions = AiqvitOptions(),
+    options: AiqvitOptions = AiqvitOptions(),  # noqa: B008
 ) -> QuantizedModel:
     """A model with compensated weights and focusing attention quantizers, ready for block reconstruction.
 
     batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts stages, and
     then the steps of that search.
-    Raises InputError as `check` does.
     """
-    check(model.architecture, recipe, options)
     stages = len(model.stages())
     steps = stages * options.search_steps * any(spec.low_rank for spec in recipe.sites.values())
 
@@ -203,7 +200,7 @@ def quantize(
     if steps:
         images = np.asarray(first_images(batches, options.search_images))
         config = ReconstructionConfig(
-            options.search_steps, scale_rate=0, zero_point_rate=0, rounding_rate=0, weight_rate=0, easy_first=1.0
+            steps=options.search_steps, scale_rate=0, zero_point_rate=0, rounding_rate=0, weight_rate=0, easy_first=1.0
         )
         compensated = reconstruct(model, compensated, images, config, key, on_step)
     return replace(compensated, quantizers=_decided(compensated.quantizers))

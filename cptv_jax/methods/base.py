@@ -8,7 +8,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.spec import OBSERVERS, ObserverName, QuantizerName, Recipe, SiteSpec
-from cptv_jax.reconstruction.training import NO_RECONSTRUCTION, ReconstructionConfig
+from cptv_jax.reconstruction.config import NO_RECONSTRUCTION, ReconstructionConfig
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,31 @@ def _any(names: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """A base method.
+    """A base method: what makes the first quantized model of a float one.
 
-    carry_out: (float model, calibration batches, recipe, key, on_progress=..., [options=...]) -> quantized model.
-    presets: the recipes that are its own to carry out; the first is the default.
-    options: the field of QuantizeConfig with its options, if it has any.
-    abilities: what recipes may say; null means anything.
-    first_images: it reads the first calibration images alone, as many as its options say.
-    rewrites_weights: the quantized model has other weights than the float one.
-    couples_widths: the scales of one site depend on the widths of others.
-    check: (architecture, recipe, options) raises InputError for what is wrong beside that.
-    reconstruction: what null fields of QuantizeConfig's reconstruction mean.
+    Attributes:
+        options: The class of its options (see `cptv_jax.options.options`); its `name` is the method's.
+        carry_out: Called as carry_out(float model, calibration batches, recipe, key, on_progress, options=options);
+            returns the quantized model.
+        presets: The recipes that are its own to carry out; the first is the default.
+        abilities: What recipes may say; None means anything.
+        reconstruction: What null fields of the reconstruction's configuration mean.
+        first_images: It reads the first calibration images alone, as many as `images` among its options.
+        rewrites_weights: The quantized model has other weights than the float one.
+        couples_widths: The scales of one site depend on the widths of others.
+        check: check(architecture, recipe, options) raises InputError for whatever else is wrong.
+
+    Example:
+        >>> @options
+        ... class CoarseOptions:
+        ...     name: ClassVar[str] = "coarse"
+        ...     stretch: float = Field(default=1.0, gt=0)
+        >>> register_method(Method(CoarseOptions, quantize_coarsely, presets=("omse",)))
     """
 
+    options: type[Any]
     carry_out: Callable[..., QuantizedModel]
     presets: tuple[str, ...]
-    options: str | None = None
     abilities: Abilities | None = None
     reconstruction: ReconstructionConfig = NO_RECONSTRUCTION
     first_images: bool = False
@@ -105,8 +114,25 @@ class Method:
     couples_widths: bool = False
     check: Callable[[Architecture, Recipe, Any], None] = lambda architecture, recipe, options: None
 
+    @property
+    def name(self) -> str:
+        """The method's name in configurations."""
+        return str(self.options.name)
+
     def quantize(self, model: Model | QuantizedModel, *arguments: Any, **options: Any) -> QuantizedModel:
-        """`carry_out`, on a float model only. Raises InputError for a quantized one."""
+        """Carries the method out on a float model.
+
+        Args:
+            model: The float model.
+            *arguments: As of `carry_out`.
+            **options: As of `carry_out`.
+
+        Returns:
+            The quantized model.
+
+        Raises:
+            InputError: For a model that is quantized already.
+        """
         return self.carry_out(require_float(model), *arguments, **options)
 
 

@@ -3,15 +3,18 @@ by ridge regression in closed form and by refined rounding, each linear layer by
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from cptv_jax.calibration.error_feedback import quantize_by_halves, ridge
 from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
 from cptv_jax.calibration.moments import Batch, Layer, Moments, collect_moments, extended, layers_of
 from cptv_jax.calibration.percentile import fit_weight
+from cptv_jax.options import options
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import DualUniform, OffsetUniform, Quantizer
 from cptv_jax.recipe.spec import Recipe, SiteSpec
@@ -21,21 +24,21 @@ WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 
 _PUBLISHED_COE, _PUBLISHED_IMAGES, _PUBLISHED_TOKENS = 20_000.0, 1024, 197
 
 
-@dataclass(frozen=True)
+@options
 class ErqOptions:
-    """images: how many calibration images, the first ones, the activations' quantizers are fitted on (published: 32);
-        memory holds what one stage computes for all of them, while the weights' errors are reduced batch by batch.
-    coe: the coefficient of the published code that sets the ridge terms; null scales its 20,000, which belongs to
-        1,024 images, with what a layer reads, since the Gram matrix that a ridge term is added to is a sum over that.
-    flips: at most so many roundings of each output channel are reconsidered in each half of the inputs.
-    round_zero_point: round the zero points that reparameterization makes, for integer deployment; the published code
-        leaves them fractional.
-    """
+    """ERQ: ridge regression against the errors of activations and weights, and refined rounding."""
 
-    images: int = 32
-    coe: float | None = None
-    flips: int = 100
+    name: ClassVar[str] = "erq"
+    images: int = Field(default=32, ge=1)
+    """How many calibration images, the first ones, the quantizers of activations are fitted on; memory holds what one
+    stage computes for all of them."""
+    coe: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The published code's coefficient of the ridge terms; null scales its 20,000, which belongs to 1,024 images, with
+    the number of rows that a layer reads."""
+    flips: int = Field(default=100, ge=0)
+    """How many roundings of each output channel are reconsidered at most, in each half of the inputs."""
     round_zero_point: bool = False
+    """Round the zero points that reparameterization makes, for integer deployment; the published code does not."""
 
 
 def penalties(layer: Layer, rows: float, coe: float | None) -> tuple[float, float]:
@@ -110,7 +113,7 @@ def quantize(
     recipe: Recipe,
     key: Array,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    options: ErqOptions = ErqOptions(),
+    options: ErqOptions = ErqOptions(),  # noqa: B008
 ) -> QuantizedModel:
     """Quantizes what linear layers and matmuls read; all linear layers and the LayerNorms before them are rewritten.
 

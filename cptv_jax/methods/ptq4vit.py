@@ -11,12 +11,13 @@ sampled from its own output for every image; its square estimates the diagonal o
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from cptv_jax.calibration.first_pass import first_images
 from cptv_jax.calibration.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
@@ -24,6 +25,7 @@ from cptv_jax.calibration.layerwise import Layer, float_stage_inputs, layers, op
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters.arithmetic import Arithmetic
 from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.options import options
 from cptv_jax.quantized.execution import arithmetic_for
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Quantizer, TwinGelu, Uniform, grid, true_divide, twin_softmax
@@ -40,29 +42,32 @@ _SPLITS = 20  # candidates 2^0, 2^-1, ...
 _SMALLEST_INTERVAL = float(jnp.finfo(jnp.float32).eps)
 
 
-@dataclass(frozen=True)
+@options
 class Ptq4VitOptions:
-    """The search. Null means the published choice for the recipe's preset, "ptq4vit" or "base-ptq".
+    """PTQ4ViT: every interval by a search on the output of its layer; null means the published choice for the preset.
 
-    images: how many calibration images, the first ones, layers are searched on (published: 32).
-    metric: of a layer's output; "hessian" (ptq4vit), "cosine" (base-ptq) or "l2". alpha, beta: smallest and largest
-    factor of the initial interval (0.01 or 0.5, and 1.2). candidates: between them; beta itself is not tried.
-    rounds: turns over both operands (3 or 1).
-    softmax_form: of the twin quantizer after softmax; "piecewise", or "published", which adds an offset that is
-        there for parity with the published code.
-    images_at_once, candidates_at_once: bound what a candidate's evaluation takes; null lets the device decide. Beside
-        it, the inputs of every stage and those of one layer, with their gradients, are held for all `images`.
+    While it runs, the inputs of every stage and those of one layer, with their gradients, are held for all `images`.
     """
 
-    images: int = 32
+    name: ClassVar[str] = "ptq4vit"
+    images: int = Field(default=32, ge=1)
+    """How many calibration images, the first ones, layers are searched on."""
     metric: Metric | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    candidates: int = 100
-    rounds: int | None = None
+    """How far a layer's output is from the float one; null means hessian, or cosine for the preset base-ptq."""
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The smallest factor of the initial interval; null means 0.01, or 0.5 for the preset base-ptq."""
+    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The largest factor of the initial interval, itself not tried; null means 1.2."""
+    candidates: int = Field(default=100, ge=1)
+    """How many factors from alpha to beta are tried."""
+    rounds: int | None = Field(default=None, ge=1)
+    """Turns over both operands of a layer; null means 3, or 1 for the preset base-ptq."""
     softmax_form: Literal["piecewise", "published"] = "piecewise"
-    images_at_once: int | None = None
-    candidates_at_once: int | None = None
+    """The twin quantizer after softmax: piecewise, or with the offset of the published code, for parity with it."""
+    images_at_once: int | None = Field(default=None, ge=1)
+    """How many images a candidate is evaluated on at once; null lets the device decide."""
+    candidates_at_once: int | None = Field(default=None, ge=1)
+    """How many candidates are evaluated at once; null lets the device decide."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def resolve(
     metric, rounds = options.metric or published.metric, options.rounds or published.rounds
     assert alpha is not None and beta is not None and metric is not None and rounds is not None
     if not 0 < alpha < beta:
-        raise InputError(f"ptq4vit.alpha is {alpha} and ptq4vit.beta {beta}; give 0 < alpha < beta")
+        raise InputError(f"method.alpha is {alpha} and method.beta {beta}; give 0 < alpha < beta")
     overlap = options.softmax_form == "published"
     return Search(LossOptions(metric, at_once, arithmetic), alpha, beta, options.candidates, rounds, overlap)
 
@@ -113,7 +118,7 @@ def quantize(
     key: Array,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
-    options: Ptq4VitOptions = Ptq4VitOptions(),
+    options: Ptq4VitOptions = Ptq4VitOptions(),  # noqa: B008
     logit_gradient: Float[Array, "images classes"] | None = None,
 ) -> QuantizedModel:
     """Quantizes every site of the recipe; weights stay as they are.

@@ -3,47 +3,78 @@
 from cptv_jax.calibration.observers import FITS, STATISTICS
 from cptv_jax.methods import aiqvit, erq, fq_vit, ptq4vit, repq_vit
 from cptv_jax.methods.base import Abilities, Method
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.reconstruction.config import ReconstructionConfig
+from cptv_jax.registry import Registry
 
-METHODS: dict[str, Method] = {
-    "fq-vit": Method(
+METHODS: Registry[Method] = Registry("base method")
+
+
+def register_method(method: Method) -> Method:
+    """Makes a base method known to configurations, the command line and the benches.
+
+    Args:
+        method: The method; its name is that of its class of options.
+
+    Returns:
+        The method.
+
+    Raises:
+        InputError: Where another method has this name.
+    """
+    return METHODS.register(method.name, method)
+
+
+register_method(
+    Method(
+        fq_vit.FqVitOptions,
         fq_vit.quantize,
         ("evol-q", "evol-q-omse", "fq-vit"),
-        abilities=Abilities(FITS, FITS, STATISTICS),
-    ),
-    "omse": Method(  # the same calibration, of what matmuls read
+        Abilities(FITS, FITS, STATISTICS),
+    )
+)
+register_method(
+    Method(
+        fq_vit.OmseOptions,
         fq_vit.quantize,
         ("omse", "omse-log2"),
-        abilities=Abilities(FITS, FITS, STATISTICS),
-    ),
-    "ptq4vit": Method(
+        Abilities(FITS, FITS, STATISTICS),
+    )
+)
+register_method(
+    Method(
+        ptq4vit.Ptq4VitOptions,
         ptq4vit.quantize,
         ("ptq4vit", "base-ptq"),
-        "ptq4vit",
         Abilities(tensors=("uniform", "twin-softmax", "twin-gelu"), observers=("method",)),
         first_images=True,
         couples_widths=True,
         check=ptq4vit.check,
-    ),
-    "repq-vit": Method(
+    )
+)
+register_method(
+    Method(
+        repq_vit.RepqVitOptions,
         repq_vit.quantize,
         ("repq-vit",),
-        "repq_vit",
         Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True, grouped=()),
         first_images=True,
         rewrites_weights=True,
-    ),
-    "erq": Method(
+    )
+)
+register_method(
+    Method(
+        erq.ErqOptions,
         erq.quantize,
         ("erq", "erq-uniform"),
-        "erq",
         Abilities(("uniform", "dual-uniform"), ("uniform", "log-sqrt2"), ("method",), asymmetric_only=True, grouped=()),
         rewrites_weights=True,
-    ),
-    "aiqvit": Method(
+    )
+)
+register_method(
+    Method(
+        aiqvit.AiqvitOptions,
         aiqvit.quantize,
         ("aiqvit",),
-        "aiqvit",
         Abilities(
             tensors=("uniform", "log-sqrt2", "focusing"),
             observers=("method",),
@@ -53,6 +84,5 @@ METHODS: dict[str, Method] = {
         ),
         ReconstructionConfig(steps=60, easy_first=0.3),
         rewrites_weights=True,
-        check=aiqvit.check,
-    ),
-}
+    )
+)

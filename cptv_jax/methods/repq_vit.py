@@ -1,28 +1,30 @@
 """RepQ-ViT (arXiv 2212.08254): percentile search, and scale reparameterization of LayerNorm activations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
 from cptv_jax.calibration.percentile import fit_weight
+from cptv_jax.options import options
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.quantizers import Quantizer
 from cptv_jax.recipe.sites import weight_site
 from cptv_jax.recipe.spec import Recipe
 
 
-@dataclass(frozen=True)
+@options
 class RepqVitOptions:
-    """images: how many calibration images, the first ones, quantizers are fitted on (published: 32); memory holds what
-    one stage computes for all of them.
-    round_zero_point: round the zero points that reparameterization makes, for integer deployment; the published code
-    leaves them fractional.
-    """
+    """RepQ-ViT: percentile search, and scale reparameterization of LayerNorm activations."""
 
-    images: int = 32
+    name: ClassVar[str] = "repq-vit"
+    images: int = Field(default=32, ge=1)
+    """How many calibration images, the first ones, quantizers are fitted on; memory holds what one stage computes for
+    all of them."""
     round_zero_point: bool = False
+    """Round the zero points that reparameterization makes, for integer deployment; the published code does not."""
 
 
 def quantize(
@@ -31,7 +33,7 @@ def quantize(
     recipe: Recipe,
     key: Array,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    options: RepqVitOptions = RepqVitOptions(),
+    options: RepqVitOptions = RepqVitOptions(),  # noqa: B008
 ) -> QuantizedModel:
     """Quantizes what linear layers and matmuls read; LayerNorms and the layers behind them are rewritten.
 

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from cptv_jax.errors import InputError
+from cptv_jax.errors import InputError, one_line
 
 _HUB_PREFIXES = ("hub:", "hf:")
 _HUB_ID = re.compile(r"(?:hub|hf):(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COUNTER = ".num_batches_tracked"  # a whole number beside every batch norm of torch, of no use in inference
+_DOWNLOAD = "download or export it again"
 _INSTALL_TORCH = "install torch (pip install 'cptv-jax[torch]') or convert the file to .safetensors"
 
 
@@ -87,35 +88,51 @@ def _read_safetensors(path: Path, source: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
+def npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the arrays of an .npz file one by one, never unpickling.
+
+    Args:
+        path: The file.
+        source: What messages call it.
+        remedy: What messages advise about the whole file.
+        array_remedy: What messages advise about one array.
+
+    Yields:
+        An array's key and the array.
+
+    Raises:
+        InputError: For a damaged file, one that is no archive, and an array that only unpickling could read.
+    """
     try:
         # Opened here: given a path, numpy.load leaves a damaged archive open.
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{source} is a single array, not an .npz archive; save the weights with numpy.savez")
+                raise InputError(f"{source} is a single array, not an .npz archive; {array_remedy}")
             for key in archive.files:
-                member = _npz_member(archive, key, source)
-                if not _is_counter(key, member.dtype == np.int64, member.shape):
-                    tensors[key] = _as_float32(member, key, source)
+                yield key, _npz_member(archive, key, source, array_remedy)
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
-        raise _damaged(source, "a readable .npz archive", error) from error
-    return tensors
+        raise InputError(f"{source} is not a readable .npz archive ({one_line(error)}); {remedy}") from error
 
 
-def _npz_member(archive: Any, key: str, source: str) -> np.ndarray:
+def _npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
     try:
         member = archive[key]
     except ValueError as error:  # an object array, or a damaged header: NumPy's own words say which
-        raise InputError(
-            f"{source}: array {key!r} cannot be read ({error}); save it again as a plain float array"
-        ) from error
+        raise InputError(f"{source}: array {key!r} cannot be read ({one_line(error)}); {remedy}") from error
     if not isinstance(member, np.ndarray):  # NumPy hands out other files in the archive as bytes
-        raise InputError(f"{source}: {key!r} is not an array; save the weights with numpy.savez")
+        raise InputError(f"{source}: {key!r} is not an array; {remedy}")
     return member
+
+
+def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for key, member in npz_arrays(path, source, _DOWNLOAD, "save it again as a plain float array with numpy.savez"):
+        if not _is_counter(key, member.dtype == np.int64, member.shape):
+            tensors[key] = _as_float32(member, key, source)
+    return tensors
 
 
 def _read_torch(path: Path, source: str) -> dict[str, np.ndarray]:
@@ -216,7 +233,7 @@ def _not_floating_point(source: str, key: str, dtype: object) -> InputError:
 
 
 def _damaged(source: str, kind: str, error: Exception) -> InputError:
-    return InputError(f"{source} is not {kind} ({error}); download or export it again")
+    return InputError(f"{source} is not {kind} ({error}); {_DOWNLOAD}")
 
 
 _READERS: dict[str, Callable[[Path, str], dict[str, np.ndarray]]] = {

@@ -17,7 +17,7 @@ from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Free, Quantizer, Uniform, innermost, spread
 from cptv_jax.recipe.sites import Site
-from cptv_jax.search.state import Scales
+from cptv_jax.search.proposals.base import Scales
 
 _FITTED = ("factor", "start", "zero_point")  # of a grid of least error, beside its scale
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cptv_jax.config.schema import QuantizeConfig, to_mapping
+from cptv_jax.config.schema import QuantizeConfig
 from cptv_jax.data import Images
-from cptv_jax.evaluation import check_labels, evaluate
+from cptv_jax.errors import InputError
+from cptv_jax.evaluation import Accuracy, check_labels, check_unseen, evaluate
+from cptv_jax.options import to_mapping
 from cptv_jax.pipeline.outcome import Quantization
-from cptv_jax.pipeline.plan import Plan, check_size, planned
+from cptv_jax.pipeline.plan import Plan, check_size, make_plan
 from cptv_jax.pipeline.search_phase import improve
 from cptv_jax.progress import bar, counter
 from cptv_jax.quantized.model import Model, QuantizedModel
@@ -21,27 +22,15 @@ from cptv_jax.storage.files import digest, lock
 from cptv_jax.storage.run_directory import RunDirectory
 
 
-def base_model(model: Model, plan: Plan, on_progress: Callable[[int, int], None]) -> QuantizedModel:
-    """What the planned base method makes of a float model, before any reconstruction of its blocks."""
-    config, method = plan.config, plan.method
-    batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in plan.split.calibration]
-    options = {} if method.options is None else {"options": getattr(config, method.options)}
-    return method.quantize(model, batches, plan.recipe, _base_key(config), on_progress, **options)
-
-
-def _base_key(config: QuantizeConfig) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(config.seed), 0)
-
-
 def _make_base(model: Model, plan: Plan, run: RunDirectory | None, progress: bool) -> QuantizedModel:
     """The base method's model, its blocks reconstructed where that is asked for."""
-    config, split = plan.config, plan.split
+    split = plan.split
     resumed = run.reconstruction() if run else None
     done, base = resumed or (0, None)
     if base is None:
-        with bar(f"calibrate ({config.method})", len(split.calibration), progress) as shown:
-            base = base_model(model, plan, counter(shown))
-    if config.reconstruction.steps == 0:
+        with bar(f"calibrate ({plan.method.name})", len(split.calibration), progress) as shown:
+            base = plan.base_model(model, counter(shown))
+    if plan.reconstruction.steps == 0:
         return base
     if run and resumed is None:
         run.save_reconstruction(0, base)
@@ -57,8 +46,8 @@ def _make_base(model: Model, plan: Plan, run: RunDirectory | None, progress: boo
             model,
             base,
             images,
-            config.reconstruction,
-            jax.random.fold_in(_base_key(config), 1),
+            plan.reconstruction,
+            jax.random.fold_in(plan.key, 1),
             counter(shown),
             on_stage,
             done,
@@ -77,22 +66,43 @@ def quantize(
 ) -> Quantization:
     """Quantizes a float model with a base method and improves it by a search over its scales.
 
-    images: calibration images; labels are ignored. evaluation: labelled images; they are only ever evaluated on, after
-    the search is over. out: a run directory; the same call with the same `out` continues an interrupted run, and ends
-    with the same bits as an uninterrupted one. Raises InputError for settings or images that cannot work, and for an
-    `out` that holds something else or that another process is working in. on_phase is called with "base", "search"
-    and "evaluation" as these begin; one that is done already, or not asked for, is passed over.
+    Args:
+        model: The float model.
+        images: Calibration images; labels are ignored.
+        config: What to do.
+        out: A run directory; the same call with the same `out` continues an interrupted run, and ends with the same
+            bits as an uninterrupted one.
+        evaluation: Labelled images, none of which calibrates; they are only evaluated on, after the search is over.
+        progress: Whether to show bars.
+        on_phase: Called with "base", "search" and "evaluation" as these begin; one that is done already, or not asked
+            for, is passed over.
+
+    Returns:
+        The quantized model, and how it came about.
+
+    Raises:
+        InputError: For settings or images that cannot work, and for an `out` that holds something else or that another
+            process is working in.
+
+    Example:
+        >>> config = QuantizeConfig(method=ErqOptions(), search=SearchConfig(strategy=Guided()))
+        >>> outcome = quantize(model, images, config)
+        >>> outcome.save("quantized")
     """
+    if not isinstance(config, QuantizeConfig):
+        raise InputError(f"config is a {type(config).__name__}; give a QuantizeConfig, such as load_config(path) makes")
+    if not isinstance(images, Images):
+        raise InputError(f"images is a {type(images).__name__}; give Images, such as load_images or images_from_arrays")
     images = images.without_labels()
-    plan = planned(model, images, config)  # bad input is refused before anything is written
-    config = plan.config
+    plan = make_plan(model, images, config)  # bad input is refused before anything is written
     if evaluation is not None:
         check_size(model, evaluation)
         check_labels(model.stages(), evaluation)
+        check_unseen(evaluation, images)
     if out is None:
         return _continue(model, plan, None, evaluation, progress, on_phase)
     identity = {
-        "config": to_mapping(config),
+        "config": to_mapping(plan.config),
         "architecture": model.architecture.name,
         "weights": digest(model.weights),
         "images": digest(images.pixels),
@@ -111,7 +121,6 @@ def _continue(
     on_phase: Callable[[str], None],
 ) -> Quantization:
     """Whatever of a run is still to be done."""
-    config, split = plan.config, plan.split
     base = run.base() if run else None
     if base is None:
         on_phase("base")
@@ -122,11 +131,11 @@ def _continue(
     final = run.final() if run else None
     state = run.state() if run else None
     if final is None:
-        if config.search.strategy == "none":
+        if plan.search is None:
             final = base
         else:
             on_phase("search")
-            final, state = improve(model, base, split, config, run, progress)
+            final, state = improve(model, base, plan.split, plan.search, run, progress)
         if run:
             run.save_final(final)
 
@@ -145,8 +154,8 @@ def _continue(
                 results[name] = vars(evaluate(stages, evaluation, progress, f"evaluate {name}"))
             if run:
                 run.save_results(results)
-    accuracies = {name: result for name, result in results.items() if name != "images"}
-    outcome = Quantization(final, base, model, config, state.log if state else (), accuracies)
+    accuracies = {name: Accuracy(**result) for name, result in results.items() if name != "images"}
+    outcome = Quantization(final, base, model, plan.config, state.log if state else (), accuracies, plan.notes)
     if run:
         outcome.report(run.path)
     return outcome

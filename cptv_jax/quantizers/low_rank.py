@@ -5,7 +5,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cptv_jax.quantizers.base import WrappedQuantizer
 from cptv_jax.quantizers.free import Free
@@ -31,7 +31,7 @@ class LowRank(WrappedQuantizer):
         return self.down, self.up
 
     @property
-    def rank(self) -> Float[Array, ""]:
+    def rank(self) -> Int[Array, ""]:
         """How many columns of `down` are not zero."""
         return jnp.sum(jnp.any(self.down != 0, 0))
 

@@ -1,11 +1,13 @@
 """From what a user writes to the table of quantized sites."""
 
 import dataclasses
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from pydantic import Field
+
 from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.options import options
 from cptv_jax.recipe.presets import DEFAULT_PRESET, PRESETS
 from cptv_jax.recipe.sites import Site, keeps_channels, layer_norm_readers
 from cptv_jax.recipe.spec import (
@@ -21,35 +23,39 @@ from cptv_jax.recipe.spec import (
 _WORDS = {bool: "true or false", str: "a name"}
 
 
-@dataclass(frozen=True)
+@options
 class RecipeConfig:
-    """What a user writes; `resolve` turns it into a table of sites.
-
-    preset: a name in PRESETS; it fixes which kinds of site are quantized and how. Null means the base method's own.
-    weight_bits, activation_bits, softmax_bits: widths, 2 to 8; softmax_bits null means activation_bits
-        (FQ-ViT's preset: 4).
-    weight_observer, activation_observer: null means the preset's.
-    weight_signed: signed symmetric weights; null means the preset's.
-    bias_correction, low_rank, power_of_two_factor, integer_layer_norm, log_int_softmax, quantize_input: null means the
-        preset's.
-    overrides: by site name or pattern (`blocks.*.mlp.fc1.weight`), fields of SiteSpec to change, or `null` to leave
-        the site in float; later patterns win.
-    """
+    """What is quantized and how; null means the preset's choice."""
 
     preset: str | None = None
-    weight_bits: int = 8
-    activation_bits: int = 8
-    softmax_bits: int | None = None
+    """A published recipe, which fixes what kinds of site are quantized and how; null means the base method's own."""
+    weight_bits: int = Field(default=8, ge=MIN_BITS, le=MAX_BITS)
+    """Width of weights."""
+    activation_bits: int = Field(default=8, ge=MIN_BITS, le=MAX_BITS)
+    """Width of activations."""
+    softmax_bits: int | None = Field(default=None, ge=MIN_BITS, le=MAX_BITS)
+    """Width of attention maps; null means activation_bits (4 in FQ-ViT's preset)."""
     weight_observer: ObserverName | None = None
+    """The statistic that sets the parameters of weights."""
     activation_observer: ObserverName | None = None
+    """The statistic that sets the parameters of activations."""
     weight_signed: bool | None = None
+    """Signed symmetric weights."""
     bias_correction: bool | None = None
+    """Restore the mean and the deviation of each output channel of a weight."""
     low_rank: bool | None = None
+    """Add a float term of low rank to each weight (aiqvit)."""
     power_of_two_factor: bool | None = None
+    """Give the channels of what LayerNorms read and write scales that differ by powers of two."""
     integer_layer_norm: bool | None = None
+    """Compute LayerNorm in integers; it needs the power-of-two factors."""
     log_int_softmax: bool | None = None
+    """Compute softmax in integers, with attention maps in powers of two."""
     quantize_input: bool | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
+    """Quantize the image."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """By site name or pattern (blocks.*.mlp.fc1.weight), fields of a site to change such as {bits: 4}, or null to leave
+    it in float; later patterns win."""
 
 
 def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
@@ -192,12 +198,12 @@ def _check_flags(config: RecipeConfig, preset: str, factor: bool) -> None:
             if getattr(config, name):
                 raise InputError(
                     f"recipe.{name} is true, but preset {preset} quantizes only what matmuls read; leave it out, or "
-                    "set --recipe.preset to one that quantizes the whole network"
+                    "set recipe.preset to one that quantizes the whole network"
                 )
     if config.integer_layer_norm and not factor:
         raise InputError(
             "recipe.integer_layer_norm is true, but its arithmetic needs power-of-two factors; "
-            "set --recipe.power_of_two_factor true, or leave it out"
+            "set recipe.power_of_two_factor to true, or leave it out"
         )
 
 

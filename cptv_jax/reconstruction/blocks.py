@@ -18,12 +18,10 @@ from jaxtyping import Array, PyTree
 from cptv_jax.interpreters import Tensor
 from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.model import Model, QuantizedModel
+from cptv_jax.reconstruction.config import NO_RECONSTRUCTION, ReconstructionConfig, complete
 from cptv_jax.reconstruction.importance import output_importance
 from cptv_jax.reconstruction.training import (
-    NO_RECONSTRUCTION,
-    ReconstructionConfig,
     bind_learned,
-    completed,
     integral,
     learnable_stage,
     optimizer_of,
@@ -125,7 +123,7 @@ def reconstruct(
     divided among this process's devices. The same key gives the same result on as many devices. A stage that training
     makes worse stays as it was, but for fractional zero points: these are rounded first.
     """
-    config = completed(config, NO_RECONSTRUCTION)
+    config = complete(config, NO_RECONSTRUCTION)
     mesh, arithmetic = local_mesh(config.batch), gradient_arithmetic()
     steps = config.steps
     assert steps is not None

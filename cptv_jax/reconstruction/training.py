@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,50 +17,13 @@ from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import FractionalUniform, Free, Quantizer, RankSearch, move_candidate, spread
 from cptv_jax.recipe.spec import SiteSpec
+from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.runtime.forward import array_of
 from cptv_jax.runtime.mesh import compiler_options
 from cptv_jax.runtime.optimizers import finite_gradients
 
 _PREFERENCE_RATE = 0.1  # of the preferences among ranks: steps of a logit
 _TINY = 1e-12  # relative errors of a target of zeros stay finite
-
-
-@dataclass(frozen=True)
-class ReconstructionConfig:
-    """Block reconstruction after the base method; a rate of 0 leaves its parameters as they are.
-
-    steps: optimizer steps a stage; 0 turns reconstruction off. Null means the base method's (most have none).
-    batch: images a step. images: how many calibration images to use; null means all.
-    scale_rate: of the logarithm of scales. zero_point_rate: of zero points, in codes (they stay integers).
-    rounding_rate: of quantized weights, in steps of their channel. weight_rate: of what stays in float (biases,
-        LayerNorm), absolute.
-    low_rank_rate: of low-rank terms, absolute.
-    easy_first: fraction of the images, those with the least error, that a stage begins with; it grows to all of them
-        in half of the steps. 1 takes all from the start; null means the base method's (most take all).
-    float_input: probability that an element of a stage's input is the float model's instead of the quantized one's.
-    importance: weights of the squared error, "fisher" or "none".
-    """
-
-    steps: int | None = None
-    batch: int = 16
-    images: int | None = None
-    scale_rate: float = 5e-3
-    zero_point_rate: float = 2e-2
-    rounding_rate: float = 3e-3
-    weight_rate: float = 1e-3
-    low_rank_rate: float = 1e-3
-    easy_first: float | None = None
-    float_input: float = 0.5
-    importance: Literal["fisher", "none"] = "fisher"
-
-
-NO_RECONSTRUCTION = ReconstructionConfig(steps=0, easy_first=1.0)
-
-
-def completed(config: ReconstructionConfig, defaults: ReconstructionConfig) -> ReconstructionConfig:
-    """The configuration with its null fields filled in."""
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    return replace(defaults, **given)
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------

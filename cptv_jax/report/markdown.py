@@ -1,21 +1,21 @@
 """The report of a quantization as Markdown."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
-from cptv_jax.config.schema import to_mapping
 from cptv_jax.models.architecture import sites_of
+from cptv_jax.options import to_mapping
 from cptv_jax.quantizers import LowRank, Quantizer
 from cptv_jax.recipe.spec import SiteSpec
+from cptv_jax.report.plots import plot_losses, plot_proposals
+from cptv_jax.report.summary import STAGES, Summary, summarize
+from cptv_jax.search.events import Proposed
 from cptv_jax.storage.files import versions, write_atomically
 
 if TYPE_CHECKING:
     from cptv_jax.pipeline.outcome import Quantization
-from cptv_jax.report.plots import plot_losses, plot_proposals
-
-_ROWS = (("float", "full precision"), ("base", "base method"), ("final", "after the search"))
 
 
 def _describe(spec: SiteSpec, quantizer: Quantizer) -> str:
@@ -38,7 +38,14 @@ def _describe(spec: SiteSpec, quantizer: Quantizer) -> str:
 
 
 def site_table(outcome: "Quantization") -> str:
-    """Markdown table of every site of the architecture: quantized how, or in float."""
+    """Lists every site of the architecture.
+
+    Args:
+        outcome: Of `quantize`.
+
+    Returns:
+        A Markdown table that says how each is quantized, or that it stays in float.
+    """
     lines = ["| site | quantizer | bits | granularity | parameters from |", "|---|---|---|---|---|"]
     specs, quantizers = outcome.model.recipe.sites, outcome.model.quantizers
     for site in sites_of(outcome.teacher.architecture):
@@ -49,61 +56,70 @@ def site_table(outcome: "Quantization") -> str:
     return "\n".join(lines)
 
 
-def _accuracy(results: dict[str, Any]) -> str:
-    if not results:
+def _accuracy(summary: Summary) -> str:
+    if not summary.accuracies:
         return "No evaluation images were given."
     lines = ["| model | top-1 % | top-5 % | images |", "|---|---|---|---|"]
-    for key, name in _ROWS:
-        if key in results:
-            r = results[key]
-            lines.append(f"| {name} | {r['top1']:.2f} | {r['top5']:.2f} | {r['images']} |")
+    for key, name in STAGES.items():
+        if key in summary.accuracies:
+            found = summary.accuracies[key]
+            lines.append(f"| {name} | {found.top1:.2f} | {found.top5:.2f} | {found.images} |")
     return "\n".join(lines)
 
 
-def _search_summary(outcome: "Quantization") -> str:
-    if not outcome.log:
+def _search(summary: Summary) -> str:
+    if not summary.passes:
         return "No search was run."
     lines = ["| after | loss on search images | loss on held-out images | evaluations |", "|---|---|---|---|"]
-    for record in outcome.log:
-        if record["event"] in ("start", "pass"):
-            name = "base method" if record["event"] == "start" else f"pass {record['pass']}"
-            held_out = "" if record["held_out"] is None else f"{record['held_out']:.5f}"
-            lines.append(f"| {name} | {record['loss']:.5f} | {held_out} | {record.get('evaluations', 1)} |")
-    accepted = sum(record["event"] == "accepted" for record in outcome.log)
-    chosen = "last row" if outcome.log[0]["held_out"] is None else "row with the least held-out loss"
-    lines += ["", f"{accepted} steps were accepted; the {chosen} is the result."]
+    for row in summary.passes:
+        held_out = "" if row.held_out is None else f"{row.held_out:.5f}"
+        lines.append(f"| {row.name} | {row.loss:.5f} | {held_out} | {row.evaluations} |")
+    chosen = "row with the least held-out loss" if summary.passes[0].held_out is not None else "last row"
+    lines += ["", f"{summary.accepted} steps were accepted; the {chosen} is the result."]
+    if summary.changes:
+        changed = ", ".join(f"{one.changed} of {one.total} {one.kind}" for one in summary.changes)
+        lines += ["", f"The result differs from the base method in {changed}."]
     return "\n".join(lines)
 
 
 def write_report(directory: Path, outcome: "Quantization") -> Path:
-    """Writes report.md, and loss.png where there was a search (and proposals.png where gradients proposed); returns the
-    path of report.md.
+    """Writes the report of a quantization.
+
+    Args:
+        directory: Where report.md goes, and loss.png where there was a search, and proposals.png where gradients
+            proposed.
+        outcome: Of `quantize`.
+
+    Returns:
+        The path of report.md.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    recipe, teacher = outcome.model.recipe, outcome.teacher
+    recipe, teacher, summary = outcome.model.recipe, outcome.teacher, summarize(outcome)
     curve = ""
     if outcome.log:
         plot_losses(directory / "loss.png", outcome.log)
         curve = "\n![Loss of accepted steps](loss.png)\n"
-        if any(record.get("batch_losses") for record in outcome.log):
+        if any(isinstance(event, Proposed) and event.batch_losses for event in outcome.log):
             plot_proposals(directory / "proposals.png", outcome.log)
             curve += "\n![What the gradients lowered](proposals.png)\n"
     environment = ", ".join(f"{name} {number}" for name, number in versions().items())
     reconstructed = ", blocks reconstructed" if outcome.config.reconstruction.steps else ""
-    text = f"""# {teacher.architecture.name}, {outcome.config.method}{reconstructed}, recipe {recipe.name}
+    notes = "".join(f"\n{note}\n" for note in summary.notes)
+    text = f"""# {teacher.architecture.name}, {outcome.config.method.name}{reconstructed}, recipe {recipe.name}
 
 Weights: {teacher.source or "given as arrays"}{f" (sha256 {teacher.sha256[:16]}...)" if teacher.sha256 else ""}.
 {"Fully quantized" if recipe.scope == "full" else "Matmul-only: weights and what linear layers and matmuls read"}; \
 LayerNorm runs in {"integer" if recipe.integer_layer_norm else "float"} arithmetic, softmax in \
 {"integer (log-int-softmax)" if recipe.log_int_softmax else "float"}.
-
+Quantized weights take {summary.weight_bytes:,} bytes, {summary.float_bytes:,} in float32.
+{notes}
 ## Accuracy
 
-{_accuracy(outcome.results)}
+{_accuracy(summary)}
 
 ## Search
 
-{_search_summary(outcome)}
+{_search(summary)}
 {curve}
 ## What is and what is not quantized
 

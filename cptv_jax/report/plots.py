@@ -1,35 +1,45 @@
 """Plots as PNG files, written whole or not at all."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cptv_jax.search.events import Accepted, Log, PassEnd, Proposed, Start
 
 
-def plot_proposals(path: Path, log: tuple[dict[str, Any], ...]) -> None:
-    """What proposals minimized, batch after batch, as a PNG; each point is a mean over some batches."""
+def plot_proposals(path: Path, log: Log) -> None:
+    """Draws what proposals minimized, batch after batch.
+
+    Args:
+        path: Of the PNG file; each point is a mean over some batches.
+        log: Of the search.
+    """
     with plotted(path, (7, 4)) as axes:
         begin = 0
-        for record in (record for record in log if record.get("batch_losses")):
-            end = begin + len(record["batch_losses"])
-            axes.plot(range(begin, end), record["batch_losses"], label=f"pass {record['pass']}")
-            begin = end
+        for event in log:
+            if isinstance(event, Proposed) and event.batch_losses:
+                end = begin + len(event.batch_losses)
+                axes.plot(range(begin, end), event.batch_losses, label=f"pass {event.number}")
+                begin = end
         axes.set(xlabel="groups of optimizer steps", ylabel="mean loss of a batch")
 
 
-def plot_losses(path: Path, log: tuple[dict[str, Any], ...]) -> None:
-    """The objective after every accepted step, with the passes and their held-out losses, as a PNG."""
-    steps = [record for record in log if record["event"] in ("start", "accepted")]
+def plot_losses(path: Path, log: Log) -> None:
+    """Draws the objective after every accepted step, with the passes and their held-out losses.
+
+    Args:
+        path: Of the PNG file.
+        log: Of the search.
+    """
+    losses = [event.loss for event in log if isinstance(event, Start | Accepted)]
     position, marks = 0, []
-    for record in log:
-        position += record["event"] == "accepted"
-        if record.get("held_out") is not None:
-            marks.append((position, record["held_out"]))
+    for event in log:
+        position += isinstance(event, Accepted)
+        if isinstance(event, Start | PassEnd) and event.held_out is not None:
+            marks.append((position, event.held_out))
     with plotted(path, (7, 4)) as axes:
-        axes.step(range(len(steps)), [record["loss"] for record in steps], where="post", label="search images")
+        axes.step(range(len(losses)), losses, where="post", label="search images")
         if marks:
             axes.plot(*zip(*marks, strict=True), "o--", color="tab:orange", label="held-out images, after each pass")
         axes.set(xlabel="accepted steps", ylabel="objective")

@@ -111,5 +111,5 @@ def check_arithmetic(name: ArithmeticName) -> None:
     if name not in known:
         raise InputError(
             f"arithmetic {name} cannot be computed on this {jax.default_backend()} with jax {jax.__version__}; "
-            f"set --search.arithmetic to {' or '.join(known)}, or leave it out"
+            f"set search.compute.arithmetic to {' or '.join(known)}, or leave it out"
         )

@@ -56,7 +56,16 @@ def stay_on_cpu() -> None:
 
 
 def shared_by(processes: int) -> dict[str, str]:
-    """Environment of each of so many processes that use an accelerator at once: JAX takes 3/4 of it for one alone."""
+    """Environment variables for processes that share an accelerator.
+
+    A process takes three quarters of an accelerator's memory when JAX starts, so several would not fit.
+
+    Args:
+        processes: How many use it at once.
+
+    Returns:
+        What to add to the environment of each; nothing for one process.
+    """
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / processes:.4f}"} if processes > 1 else {}
 
 
@@ -66,9 +75,17 @@ def _mesh(population: int, devices: list[jax.Device]) -> Mesh:
 
 
 def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
-    """A mesh of population x data devices; data None takes all that are left over.
+    """Makes a mesh of population x data devices.
 
-    Raises ValueError where there are too few devices.
+    Args:
+        population: Groups of devices that divide the candidates.
+        data: Devices in a group, which divide the images; None takes as many as there are for each group.
+
+    Returns:
+        The mesh, of the first devices; those that make no whole group are left out.
+
+    Raises:
+        ValueError: Where there are too few devices.
     """
     data = jax.device_count() // population if data is None else data
     if population < 1 or data < 1 or population * data > jax.device_count():
@@ -77,22 +94,48 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
 
 
 def check_population(groups: int) -> None:
-    """Raises InputError for more groups of devices than there are devices."""
+    """Checks that there is a device for each group.
+
+    Args:
+        groups: Groups of devices that divide the candidates.
+
+    Raises:
+        InputError: For more groups than devices.
+    """
     if groups > jax.device_count():
         raise InputError(
-            f"search.population_devices is {groups}, but there are {jax.device_count()} devices; "
-            f"set --search.population_devices to at most {jax.device_count()}"
+            f"search.compute.population_devices is {groups}, but there are {jax.device_count()} devices; "
+            f"set search.compute.population_devices to at most {jax.device_count()}"
         )
 
 
 def local_mesh(images: int) -> Mesh:
-    """A mesh of this process's own devices along the data axis: as many as divide so many images evenly."""
+    """Makes a mesh of this process's own devices along the data axis.
+
+    Args:
+        images: How many images the devices share.
+
+    Returns:
+        A mesh of n devices, where n is the greatest common divisor of images and devices: every device gets as many
+        images as the others. (6 images on 4 devices make a mesh of 2, although 3 would divide the images too.)
+    """
     devices = jax.local_devices()[: math.gcd(images, jax.local_device_count())]
     return _mesh(1, devices)
 
 
 def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) -> PyTree:
-    """Arrays on the devices of a mesh: their axis at `position` divided among one of it, or copied to every device."""
+    """Places arrays on the devices of a mesh.
+
+    Args:
+        mesh: The mesh.
+        tree: Arrays, all of which every process holds whole.
+        axis: The axis of the mesh, POPULATION or DATA, whose devices divide the arrays; None copies them to every
+            device.
+        position: The axis of the arrays that is divided; its length must be a multiple of the devices.
+
+    Returns:
+        The arrays, sharded.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * position, axis) if axis else PartitionSpec())
     if not sharding.is_fully_addressable:  # several processes, each of which holds the whole tree
         tree = jax.tree.map(np.asarray, tree)
@@ -100,12 +143,20 @@ def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) 
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """For what every device holds whole."""
+    """The sharding of arrays that every device of a mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def gather(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Arrays that are divided among a mesh, whole and on the host, in every process."""
+    """Brings arrays that are divided among a mesh to the host, whole, in every process.
+
+    Args:
+        mesh: The mesh.
+        tree: Arrays on it.
+
+    Returns:
+        NumPy arrays.
+    """
     if not replicated(mesh).is_fully_addressable:
         tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(np.asarray, tree)
@@ -113,15 +164,24 @@ def gather(mesh: Mesh, tree: PyTree) -> PyTree:
 
 @cache
 def compiler_options() -> dict[str, Any]:
-    """Options of jax.jit for the programs that take the time, on the present backend.
+    """Options of jax.jit for the programs that take most of the time.
 
-    XLA's CPU compiler vectorizes to 256 bits unless told otherwise.
+    XLA's CPU compiler vectorizes to 256 bits unless told otherwise; float sums then have another order, so a program's
+    results hold for its options.
+
+    Returns:
+        The options for the default backend: wider vectors on a CPU, none elsewhere.
     """
     return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
 
 def activation_budget() -> float | None:
-    """Bytes of a device that activations may take; None on a CPU, where the caches set the size of a piece of work."""
+    """Bytes that activations may take on one device.
+
+    Returns:
+        Half of an accelerator's memory (of 8 GiB, where it does not say how much it has); None on a CPU, where the
+        caches set the size of a piece of work.
+    """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return None
@@ -130,9 +190,14 @@ def activation_budget() -> float | None:
 
 
 def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
-    """Images times candidates that one device computes at once.
+    """How many rows, images times candidates, one device computes at once.
 
-    bytes_a_row: activations of one image. budget: bytes for activations; None asks the device.
+    Args:
+        bytes_a_row: Bytes of one image's activations.
+        budget: Bytes for activations; None asks the device.
+
+    Returns:
+        At least 1; on a CPU no more than fit into a core's caches, whatever the budget.
     """
     found = activation_budget()
     limit = budget if budget is not None else found
@@ -141,10 +206,19 @@ def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
 
 
 def images_each(mesh: Mesh, bytes_a_row: int, images: int, budget: float | None = None) -> int:
-    """How many of so many images each device of the data axis computes at once; arguments as of rows_at_once.
+    """How many images each device of the data axis computes at once.
 
-    On CPU devices always as many as on one alone, so that a float model's sums are taken in the same order whatever
-    the mesh; on accelerators the images are shared out evenly.
+    On CPU devices as many as on one alone, so that a float model's sums are taken in the same order whatever the mesh;
+    a piece of work may then be larger than the images, and is padded. On accelerators the images are shared out evenly.
+
+    Args:
+        mesh: The mesh.
+        bytes_a_row: Bytes of one image's activations.
+        images: How many there are.
+        budget: Bytes for activations on each device; None asks the device.
+
+    Returns:
+        Images for each device.
     """
     rows = rows_at_once(bytes_a_row, budget)
     return min(rows, images if activation_budget() is None else -(-images // mesh.shape[DATA]))
@@ -153,9 +227,19 @@ def images_each(mesh: Mesh, bytes_a_row: int, images: int, budget: float | None 
 def pieces_at_once(
     mesh: Mesh, bytes_a_row: int, images: int, candidates: int, budget: float | None = None
 ) -> tuple[int, int]:
-    """Images and candidates to compute at once on a whole mesh, for so many in all; arguments as of rows_at_once.
+    """How many images and candidates a whole mesh computes at once.
 
-    Images first: all candidates of a piece of images read the same input, and pieces of all images need one call.
+    Images come first: all candidates of a piece of images read the same input, and pieces of all images need one call.
+
+    Args:
+        mesh: The mesh.
+        bytes_a_row: Bytes of one image's activations.
+        images: How many images there are.
+        candidates: How many candidates there are.
+        budget: Bytes for activations on each device; None asks the device.
+
+    Returns:
+        Images and candidates, multiples of the mesh's two axes; they may exceed what there is, which is then padded.
     """
     rows = rows_at_once(bytes_a_row, budget)
     each = min(rows, -(-images // mesh.shape[DATA]))

@@ -110,7 +110,9 @@ class Evaluator:
         on_refresh: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         if not batches or len(batches) != len(teacher):
-            raise ValueError(f"{len(batches)} batches and {len(teacher)} teacher outputs; they must match, and be some")
+            raise ValueError(
+                f"{len(batches)} batches and {len(teacher)} teacher outputs; expected as many, and at least one"
+            )
         self.mesh = mesh or make_mesh()
         self.batches = [np.asarray(batch) for batch in batches]
         self._bounds = np.cumsum([0, *map(len, self.batches)])  # the first image of each batch, and the number of all
@@ -203,8 +205,15 @@ class Evaluator:
         """Loss of a single candidate."""
         return float(self.losses(index, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], candidate))[0])
 
-    def accept(self, index: int, candidate: PyTree) -> None:
-        """Makes a candidate the stage's own; the cached inputs of later stages are dropped."""
+    def accept(self, index: int, candidate: PyTree, found: tuple[int, int] | None = None) -> None:
+        """Makes a candidate the stage's own; the cached inputs of later stages are dropped.
+
+        Args:
+            index: Of the stage.
+            candidate: The candidate.
+            found: Where it was evaluated: how many calls of `losses` ago (1 is the last), and in which row; None where
+                it was not, or not since the last call of `accept`.
+        """
         self.stages[index] = self._placed(
             self.stages[index].bound(place(self.mesh, jax.tree.map(jnp.asarray, candidate)))
         )

@@ -1,15 +1,16 @@
 """Objectives: how far a quantized model's outputs are from the teacher's, one scalar a batch, lower is better."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
+from pydantic import AfterValidator, Field
 
-from cptv_jax.errors import InputError, did_you_mean
+from cptv_jax.errors import did_you_mean
+from cptv_jax.options import options
 from cptv_jax.runtime.stages import Output
 
 Matrix = Float[Array, "batch dim"]
@@ -60,37 +61,46 @@ OBJECTIVES: dict[str, Callable[[Matrix, Matrix, float], Float[Array, ""]]] = {
 TEMPERATURES = {"infonce": 3.0, "kl": 1.0}
 
 
-@dataclass(frozen=True)
+def _known(name: str) -> str:
+    for part in name.split("+"):
+        if part not in OBJECTIVES:
+            raise ValueError(f"is '{name}'{did_you_mean(part, OBJECTIVES)}")
+    return name
+
+
+ObjectiveName = Annotated[str, AfterValidator(_known)]
+"""A key of OBJECTIVES, or several joined by +, whose losses are added."""
+
+
+@options
 class Objective:
-    """Loss of one batch of outputs against the teacher's.
+    """Loss of one batch of outputs against the teacher's."""
 
-    name: key of OBJECTIVES, or several joined by +, whose losses are added. on: which output is compared; "both" adds
-    the losses of the two. temperature: of infoNCE and KL; None means each one's own in TEMPERATURES.
-    Raises InputError for an unknown name or output, or a temperature that is not positive.
-    """
-
-    name: str = "infonce"
+    name: ObjectiveName = "infonce"
+    """A key of OBJECTIVES, or several joined by +, whose losses are added."""
     on: Compared = "logits"
-    temperature: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.names:
-            if name not in OBJECTIVES:
-                raise InputError(f"search.objective is '{self.name}'{did_you_mean(name, OBJECTIVES)}")
-        if self.on not in get_args(Compared):
-            raise InputError(f"search.on is '{self.on}'{did_you_mean(self.on, get_args(Compared))}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise InputError(f"search.temperature is {self.temperature}; it must be positive")
+    """Which output is compared; both adds the losses of the two."""
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Of infoNCE and KL; null means each one's own, 3 and 1."""
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The keys of OBJECTIVES whose losses are added."""
         return tuple(self.name.split("+"))
 
     def _temperature(self, name: str) -> float:
         return TEMPERATURES.get(name, 1.0) if self.temperature is None else self.temperature
 
     def __call__(self, student: Output, teacher: Output) -> Float[Array, ""]:
-        """The loss; a NaN (an overflown candidate) counts as infinitely bad."""
+        """Computes the loss.
+
+        Args:
+            student: Outputs of the model that is judged.
+            teacher: Outputs of the teacher for the same images.
+
+        Returns:
+            The loss; a NaN (an overflown candidate) counts as infinitely bad.
+        """
         outputs = ("logits", "features") if self.on == "both" else (self.on,)
         losses = [
             OBJECTIVES[name](getattr(student, output), getattr(teacher, output), self._temperature(name))

@@ -16,10 +16,6 @@ def _rungs(batches: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _bytes(candidate: PyTree) -> bytes:
-    return b"".join(np.asarray(leaf, np.float32).tobytes() for leaf in jax.tree.leaves(candidate))
-
-
 class RacingEvaluator(Evaluator):
     """An evaluator that races candidates by successive halving (Jamieson and Talwalkar 2016).
 
@@ -30,15 +26,14 @@ class RacingEvaluator(Evaluator):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._known: dict[bytes, np.ndarray] = {}  # losses by batch of what was evaluated whole since the last accept
+        self._seen: list[np.ndarray] = []  # losses [K, batches] of each call since the last accept
         self._reference: np.ndarray | None = None  # losses by batch of the present scales
 
     def losses(self, index: int, population: PyTree) -> np.ndarray:
         """Losses [K], float64; infinity for candidates that were dropped."""
-        present = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.stages[index].candidate)
         if self._reference is None:
+            present = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.stages[index].candidate)
             self._reference = self.batch_losses(index, present)[0]
-        self._known[_bytes(present)] = self._reference
         count = jax.tree.leaves(population)[0].shape[0]
         alive, seen = np.arange(count), np.zeros((count, len(self.batches)))
         for first, last in _rungs(len(self.batches)):
@@ -53,11 +48,11 @@ class RacingEvaluator(Evaluator):
                 break
         losses = np.full(count, np.inf)
         losses[alive] = seen[alive].mean(1)
-        for row in alive:
-            self._known[_bytes(jax.tree.map(lambda leaf, row=row: leaf[row], population))] = seen[row]
+        self._seen.append(seen)
         return losses
 
-    def accept(self, index: int, candidate: PyTree) -> None:
+    def accept(self, index: int, candidate: PyTree, found: tuple[int, int] | None = None) -> None:
+        """As of Evaluator. The candidate must have survived the race where it was found."""
         super().accept(index, candidate)
-        self._reference = self._known.get(_bytes(candidate))
-        self._known = {}
+        self._reference = None if found is None else self._seen[-found[0]][found[1]]
+        self._seen = []

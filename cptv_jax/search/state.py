@@ -1,58 +1,85 @@
 """Where a search stands between two stages."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import PyTree
 
 from cptv_jax.search.evaluator import Evaluator
+from cptv_jax.search.events import Log, log_from, to_record
+from cptv_jax.search.proposals.base import Progress, Scales
 
-Scales = dict[str, PyTree]  # candidates, or steps that move them, by stage name
-Progress = dict[str, PyTree]  # of a proposal that is not finished, as its proposer has it
-
-
-class Proposal(NamedTuple):
-    """Steps for all stages at the start of a pass.
-
-    losses: of the batches that it was made from, in order, for the log.
-    """
-
-    steps: Scales
-    losses: tuple[float, ...] = ()
+_TREES = ("scales", "best_scales", "direction", "progress")
 
 
 @dataclass(frozen=True)
 class SearchState:
     """Where a search stands between two stages; all that is needed to go on.
 
-    pass_index, position: the next stage to visit, as an index into the visiting order.
-    proposed, direction: whether this pass has had its proposal, and the steps (see Stage.move) of it that were taken;
-    where none were, steps that point away from half of it. progress: of the proposal that is being made. opened: how
-    many openings have been tried.
-    loss: of the present scales on the search batches (None before the first evaluation). evaluations: candidates
-    evaluated so far.
-    best_pass: 0 is the start; best_held_out: its loss on the held-out batches; best_scales: its scales.
-    sigma: the deviation of random steps that the last stage ended with, of strategies that have one.
-    log: a record of every accepted step and finished pass.
+    Attributes:
+        scales: The present candidates, by stage.
+        pass_index: The pass, from 0 on.
+        position: The next stage to visit, as an index into the visiting order.
+        proposed: How many of the proposers have had their turn in this pass.
+        direction: The steps (see Stage.move) of this pass's last proposal that were taken; where none were, steps that
+            point away from half of it.
+        progress: Of the proposal that is being made.
+        loss: Of the present scales on the search batches; None before the first evaluation.
+        evaluations: Candidates evaluated so far.
+        best_pass: The pass that is the best so far; 0 is the start.
+        best_held_out: Its loss on the held-out batches.
+        best_scales: Its candidates.
+        carried: What the strategy tells the next stage.
+        log: Every proposal, accepted step and finished pass.
     """
 
     scales: Scales
     pass_index: int = 0
     position: int = 0
-    proposed: bool = False
+    proposed: int = 0
     direction: Scales = field(default_factory=dict)
     progress: Progress = field(default_factory=dict)
-    opened: int = 0
     loss: float | None = None
     evaluations: int = 0
     best_pass: int = 0
     best_held_out: float | None = None
     best_scales: Scales = field(default_factory=dict)
-    sigma: float | None = None
-    log: tuple[dict[str, Any], ...] = ()
+    carried: float | None = None
+    log: Log = ()
+
+    def to_saved(self) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """Splits the state into what a checkpoint holds.
+
+        Returns:
+            Trees of arrays, those that are empty left out, and plain data.
+        """
+        trees = {name: getattr(self, name) for name in _TREES if getattr(self, name)}
+        plain = {name: value for name, value in vars(self).items() if name not in _TREES}
+        return trees, {**plain, "log": [to_record(event) for event in self.log]}
+
+    @classmethod
+    def from_saved(cls, trees: Mapping[str, PyTree], plain: Mapping[str, Any]) -> "SearchState":
+        """Puts together what `to_saved` split.
+
+        Args:
+            trees: The trees of arrays.
+            plain: The plain data.
+
+        Returns:
+            The state.
+        """
+        return cls(**trees, **{**plain, "log": log_from(plain["log"])})
 
 
 def initial_state(evaluator: Evaluator) -> SearchState:
-    """The state of a search that has not begun: the scales that the stages have now."""
+    """The state of a search that has not begun.
+
+    Args:
+        evaluator: Of the stages as they are.
+
+    Returns:
+        The state, whose scales are those that the stages have now.
+    """
     scales = {stage.name: stage.candidate for stage in evaluator.stages if stage.searchable}
     return SearchState(scales, best_scales=scales)

@@ -154,11 +154,26 @@ def _load_checkpoint(path: Path) -> Model | QuantizedModel:
     return QuantizedModel(model, recipe, quantizers)
 
 
-def load_model(source: str, architecture: str | None = None) -> Model | QuantizedModel:
-    """A model from a checkpoint, a run directory, a raw weight file (.safetensors, .npz, .pth) or a hub id.
+def load_model(source: str, architecture: str | Architecture | None = None) -> Model | QuantizedModel:
+    """Loads a model.
 
-    architecture: timm name; needed where a raw file's name does not contain it. Raises InputError for anything else.
+    Example:
+        >>> model = load_model("hub:timm/deit_tiny_patch16_224.fb_in1k")
+        >>> mine = load_model("mixer.safetensors", my_architecture)
+
+    Args:
+        source: A checkpoint, a run directory, a raw file of weights (.safetensors, .npz, .pth) or a hub id.
+        architecture: What a raw file holds: a timm name of the zoo, needed where the file's name does not contain it,
+            or a user's own architecture. A checkpoint knows its own; this must then be the same.
+
+    Returns:
+        The model, quantized if it was saved so.
+
+    Raises:
+        InputError: For a source that is missing, damaged or of another kind, for another architecture's weights, and
+            for a checkpoint of a family that is not registered.
     """
+    wanted = architecture_named(architecture) if isinstance(architecture, str) else architecture
     path = Path(source)
     if path.is_dir():
         inner = path / "model"
@@ -167,17 +182,30 @@ def load_model(source: str, architecture: str | None = None) -> Model | Quantize
                 raise InputError(f"{path} is a run that has not finished; run its command again to finish it")
             path = inner
         model = _load_checkpoint(path)
-        found = (model.model if isinstance(model, QuantizedModel) else model).architecture.name
-        if architecture is not None and architecture_named(architecture).name != found:
-            raise InputError(f"{source} holds a {found}, not a {architecture}; leave out --arch or give the other file")
+        found = (model.model if isinstance(model, QuantizedModel) else model).architecture
+        if wanted is not None and found.name != wanted.name:
+            raise InputError(
+                f"{source} holds a {found.name}, not a {wanted.name}; leave out --arch or give the other file"
+            )
         return model
     file = read_weights(source)
-    chosen = architecture_named(architecture) if architecture else guess_architecture(source)
+    chosen = wanted or guess_architecture(source)
     return Model(chosen, from_timm(file.tensors, chosen, file.source), file.source, file.sha256)
 
 
-def load_float_model(source: str, architecture: str | None = None) -> Model:
-    """`load_model`, refusing quantized ones."""
+def load_float_model(source: str, architecture: str | Architecture | None = None) -> Model:
+    """Does what `load_model` does, for float models only.
+
+    Args:
+        source: As of `load_model`.
+        architecture: As of `load_model`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: As `load_model` does, and for a quantized model.
+    """
     model = load_model(source, architecture)
     if isinstance(model, QuantizedModel):
         raise InputError(f"{source} is quantized already; give the float model that it was made from")

@@ -11,6 +11,7 @@ import yaml
 from cptv_jax.errors import InputError
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import free_from_plain, free_to_plain
+from cptv_jax.search.events import to_record
 from cptv_jax.search.state import SearchState
 from cptv_jax.storage.files import first_difference, refuse_foreign, versions, write_atomically
 from cptv_jax.storage.models import load_model, save_model
@@ -144,17 +145,16 @@ class RunDirectory:
         The log comes first: ahead of the state it is only written again, behind the last state it would stay so.
         """
         self.write_log(state)
-        described = {name: value for name, value in vars(state).items() if name not in _TREES}
-        trees = {name: free_to_plain(getattr(state, name)) for name in _TREES}
-        save_search_state(self.path / "state", trees, described)
+        trees, plain = state.to_saved()
+        save_search_state(self.path / "state", free_to_plain(trees), plain)
 
     def state(self) -> SearchState | None:
         """Reads the saved state, if there is one. Raises InputError where it is damaged."""
         saved = load_search_state(self.path / "state")
         if saved is None:
             return None
-        trees, described = saved
-        return SearchState(**{**described, **free_from_plain(trees), "log": tuple(described["log"])})
+        trees, plain = saved
+        return SearchState.from_saved(free_from_plain(trees), plain)
 
     def write_log(self, state: SearchState) -> None:
-        write_atomically(self.path / "log.jsonl", "".join(json.dumps(record) + "\n" for record in state.log))
+        write_atomically(self.path / "log.jsonl", "".join(json.dumps(to_record(event)) + "\n" for event in state.log))

@@ -7,8 +7,10 @@ from tiny_vit import TINY
 
 from cptv_jax import Model, SearchConfig, save_model
 from cptv_jax.bench.methods import Options
+from cptv_jax.config.schema import JudgeConfig
+from cptv_jax.search import Generational
 
-SEARCH = SearchConfig(strategy="generational", passes=1, rounds=1, children=2, sigma=0.1, holdout=0.5)
+SEARCH = SearchConfig(strategy=Generational(passes=1, rounds=1, children=2, sigma=0.1), judge=JudgeConfig(holdout=0.5))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import pytest
@@ -11,14 +11,18 @@ from spoiled_inputs import paint
 from tiny_vit import TINY
 
 from cptv_jax import InputError, SearchConfig, forward, load_images, load_model
-from cptv_jax.bench import methods
+from cptv_jax.bench import harness, methods
 from cptv_jax.bench.harness import Children
 from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.worker import Task, measure, peak_mib
 from cptv_jax.cli.main import main
 from cptv_jax.methods.base import Method
-from cptv_jax.methods.registry import METHODS
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.methods.erq import ErqOptions
+from cptv_jax.methods.fq_vit import FqVitOptions
+from cptv_jax.methods.registry import METHODS, register_method
+from cptv_jax.options import options as options_class
+from cptv_jax.options import to_mapping
+from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.search.objective import info_nce, kl_divergence
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +51,17 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Children, "run", run)
     return names
+
+
+def method_named(name: str, carry_out: Any) -> None:
+    """Registers a method without options of its own."""
+    register_method(
+        Method(
+            options_class(type(name, (), {"name": name, "__annotations__": {"name": ClassVar[str]}})),
+            carry_out,
+            ("evol-q",),
+        )
+    )
 
 
 def without_clocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,8 +140,9 @@ def test_a_method_that_fails_or_refuses_says_why_and_stops_no_other(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise InputError("four bits are too few for it")
 
-    for name, quantize_it in (("broken", fail), ("picky", refuse)):
-        monkeypatch.setitem(METHODS, name, Method(quantize_it, ("evol-q",)))
+    carry_out = {"broken": fail, "picky": refuse}
+    for name in carry_out:
+        method_named(name, lambda *args, name=name, **kwargs: carry_out[name](*args, **kwargs))
     options = replace(
         options, methods=("broken", "picky", "fq-vit/evol-q", "fq-vit"), search=SearchConfig(strategy="none")
     )
@@ -137,7 +153,7 @@ def test_a_method_that_fails_or_refuses_says_why_and_stops_no_other(
     assert lines["fq-vit/evol-q"]["top1"] == lines["fq-vit"]["top1"]  # its own preset, by name
     assert lines["fq-vit"]["remark"] == "" and lines["fq-vit"]["top1"]
     here.clear()
-    monkeypatch.setitem(METHODS, "broken", METHODS["fq-vit"])
+    carry_out["broken"] = lambda *args, options, **kwargs: METHODS["fq-vit"].carry_out(*args, **kwargs)
     again = {line["method"]: line for line in bench_methods(options, progress=False)}
     assert here == ["broken_W4A8_seed0", "picky_W4A8_seed0"]  # what failed is tried again
     assert again["broken"]["top1"] == lines["fq-vit"]["top1"] and again["broken"]["remark"] == ""
@@ -158,7 +174,7 @@ def test_automatic_seeds_go_to_runs_that_are_near_another(
     options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two methods that are one, and a third at another width that has no rival: its search is off."""
-    monkeypatch.setitem(METHODS, "twin", METHODS["fq-vit"])
+    method_named("twin", lambda *args, options, **kwargs: METHODS["fq-vit"].carry_out(*args, **kwargs))
     options = replace(options, methods=("fq-vit", "twin"), seeds=None, search=SearchConfig(strategy="none"))
     lines = bench_methods(options, progress=False)
     assert here == [f"{name}_W4A8_seed{seed}" for seed in (0, 1, 2) for name in ("fq-vit", "twin")]
@@ -206,7 +222,7 @@ def test_a_bench_with_other_settings_is_refused_and_one_with_more_methods_goes_o
     for change, says in (
         ({"calibration": 8}, "calibration: 16 there, 8 here"),
         ({"held_out": 10}, "held-out: 12 there, 10 here"),
-        ({"search": searching}, "search.strategy: none there, generational here"),
+        ({"search": searching}, "search.strategy.name: none there, generational here"),
     ):
         with pytest.raises(InputError, match=says):
             bench_methods(replace(options, **change), progress=False)
@@ -295,3 +311,35 @@ def test_bench_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench"])
     assert ended.value.code == 2 and "see cptv bench --help" in capsys.readouterr().err
+
+
+def test_options_of_the_configurations_method_are_those_of_its_runs_alone(options: Options) -> None:
+    shared = replace(options.config, method=ErqOptions(flips=3))
+    names = ("erq", "fq-vit", "erq/erq-uniform")
+    found = [run.config.method for run in methods._runs(replace(options, methods=names, config=shared), 0)]
+    assert found == [ErqOptions(flips=3), FqVitOptions(), ErqOptions(flips=3)]
+    with pytest.raises(InputError, match="--config has options of erq, which is not among --methods"):
+        methods._runs(replace(options, methods=("fq-vit",), config=shared), 0)
+    with pytest.raises(InputError, match="--config sets method, which a bench has an option of its own for"):
+        methods._runs(replace(options, config=replace(options.config, method=ErqOptions())), 0)
+
+
+def test_rows_and_benches_of_an_older_form_are_read(options: Options) -> None:
+    """The rows that the repository holds were measured before methods and strategies owned their options."""
+    row = json.loads((ROOT / "benchmarks" / "methods" / "erq_W4A4_seed0.json").read_text())["config"]
+    bench = json.loads((ROOT / "benchmarks" / "methods" / "bench.json").read_text())
+    source = Options("w", "i", "e", Path("o"), methods=("erq",), bits=("W4A4",))
+    (run,) = methods._runs(source, 0)
+    assert harness._present(row) == to_mapping(run.config)
+    assert harness._present(to_mapping(run.config)) == to_mapping(run.config)
+    now = harness._present_settings(bench)
+    assert now["search"] == to_mapping(methods.DEFAULT_SEARCH) and now["config"] == to_mapping(source.config)
+    assert {name: now[name] for name in now if name not in ("search", "config")} == {
+        name: bench[name] for name in bench if name not in ("search", "config")
+    }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*_seed*.json")), ids=lambda path: path.stem)
+def test_every_row_of_the_repository_has_a_configuration_that_is_understood(path: Path) -> None:
+    config = json.loads(path.read_text())["config"]
+    assert harness._present(config)["method"]["name"] == config["method"]

@@ -12,9 +12,9 @@ from cptv_jax import InputError, Model, QuantizeConfig, QuantizedModel, evaluate
 from cptv_jax.bench import precision as bench
 from cptv_jax.bench.harness import Source
 from cptv_jax.bench.precision import PrecisionOptions, bench_precision, markdown
-from cptv_jax.config.schema import CalibrationConfig, SearchConfig
+from cptv_jax.config.schema import CalibrationConfig, ComputeConfig, JudgeConfig, SearchConfig
 from cptv_jax.pipeline.judging import evaluator_of
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.search import Objective
 
 
@@ -112,13 +112,13 @@ def test_bounds_on_memory_change_no_result(options: PrecisionOptions, monkeypatc
     whole = bench_precision(options, progress=False)
     at_once = []
 
-    def judged(stages: Any, batches: Any, teacher: Any, objective: Any, search: SearchConfig, *rest: Any) -> Any:
-        evaluator = evaluator_of(stages, batches, teacher, objective, search, *rest)
+    def judged(stages: Any, batches: Any, teacher: Any, objective: Any, compute: Any, *rest: Any) -> Any:
+        evaluator = evaluator_of(stages, batches, teacher, objective, compute, *rest)
         at_once.append(evaluator.images)
         return evaluator
 
     monkeypatch.setattr(bench, "evaluator_of", judged)
-    config = replace(options.config, search=SearchConfig(images_at_once=4))
+    config = replace(options.config, search=SearchConfig(compute=ComputeConfig(images_at_once=4)))
     parts = bench_precision(replace(options, config=config, out=options.out.parent / "parts"), progress=False)
     assert at_once == [4] and parts == whole
 
@@ -131,10 +131,11 @@ def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> Non
         with pytest.raises(InputError, match=f"is {number}; it must be at least"):
             bench_precision(replace(options, **{field: number}))  # type: ignore[arg-type]
     for change, message in (
-        ({"search": SearchConfig(objective="kll")}, "search.objective is 'kll'.*'kl'"),
-        ({"search": SearchConfig(race=True)}, "search.race is True, which has no meaning here"),
-        ({"search": SearchConfig(images_at_once=-1)}, "search.images_at_once is -1"),
-        ({"seed": -1}, "seed is -1"),
+        ({"search": SearchConfig(compute=ComputeConfig(race=True))}, "search.compute.race is True, which has no meani"),
+        (
+            {"search": SearchConfig(judge=JudgeConfig(teacher="published"))},
+            "search.judge.teacher is published, which h",
+        ),
         ({"method": "erq"}, "method erq makes other weights at every width; .*set method to fq-vit or omse$"),
         ({"method": "ptq4vit"}, "method ptq4vit fits other scales of activations .*fq-vit or omse, or .*--genes all"),
         ({"reconstruction": ReconstructionConfig(steps=5)}, r"reconstruction\.steps is 5.*leave it out"),

@@ -14,7 +14,9 @@ from cptv_jax.bench.harness import Children, Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
 from cptv_jax.bench.worker import measure
-from cptv_jax.config.schema import CalibrationConfig, to_mapping
+from cptv_jax.config.schema import CalibrationConfig
+from cptv_jax.options import to_mapping
+from cptv_jax.search import Generational
 
 
 def cell(label: str, seed: int, base: float, final: float, steps: int = 60, bits: str = "W3A8") -> Cell:
@@ -81,7 +83,7 @@ def test_every_strategy_budget_and_seed_is_a_run(options: SearchOptions, monkeyp
 
     monkeypatch.setattr(Children, "run", run)
     bench_search(replace(options, searches=("evol-q", "generational")), progress=False)
-    asked = [(t.config.search.strategy, t.config.search.passes, t.config.seed) for t in tasks]
+    asked = [(t.config.search.strategy.name, t.config.search.strategy.passes, t.config.seed) for t in tasks]
     assert asked == [(s, p, seed) for seed in (0, 3) for s in ("evol-q", "generational") for p in (1, 2)]
     assert len({t.run for t in tasks}) == len(tasks)
 
@@ -117,22 +119,27 @@ def test_evaluations_seconds_and_versions_are_the_runs_own(
 
 
 def test_a_yaml_file_gives_a_search_of_its_name(options: SearchOptions, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("search: {strategy: generational, children: 3}\n")
+    (tmp_path / "mine.yaml").write_text("search: {strategy: {name: generational, children: 3}}\n")
     (run, _) = _runs(replace(options, searches=(str(tmp_path / "mine.yaml"),)), 0)
     assert run.label == "mine, 1 pass"
-    assert to_mapping(run.config.search) == to_mapping(SearchConfig(strategy="generational", children=3, passes=1))
+    assert to_mapping(run.config.search) == to_mapping(SearchConfig(strategy=Generational(children=3, passes=1)))
 
 
 def test_every_objective_is_a_run_with_the_output_that_it_names(options: SearchOptions) -> None:
     found = _runs(replace(options, passes=(1,), objectives=("kl", "kl+cosine@features")), 0)
     assert [run.label for run in found] == ["evol-q, kl, 1 pass", "evol-q, kl+cosine@features, 1 pass"]
     searches = [run.config.search for run in found]
-    assert [(s.objective, s.on, s.passes) for s in searches] == [("kl", "logits", 1), ("kl+cosine", "features", 1)]
+    assert [(s.judge.objective, s.judge.on, s.strategy.passes) for s in searches] == [
+        ("kl", "logits", 1),
+        ("kl+cosine", "features", 1),
+    ]
     assert len({run.name for run in found}) == 2
     (proposed,) = _runs(replace(options, searches=("guided:1",), objectives=("infonce/kl",)), 0)
-    assert (proposed.config.search.gradient_objective, proposed.config.search.objective) == ("infonce", "kl")
+    assert (proposed.config.search.strategy.objective, proposed.config.search.judge.objective) == ("infonce", "kl")
     with pytest.raises(InputError, match="did you mean 'infonce'"):
-        bench_search(replace(options, objectives=("infonse/kl",)))
+        bench_search(replace(options, searches=("guided",), objectives=("infonse/kl",)))
+    with pytest.raises(InputError, match="evol-q differentiates nothing; leave out infonce/"):
+        bench_search(replace(options, objectives=("infonce/kl",)))
     with pytest.raises(InputError, match="did you mean 'cosine'"):
         bench_search(replace(options, objectives=("cosin",)))
     with pytest.raises(InputError, match="did you mean 'features'"):
@@ -142,6 +149,8 @@ def test_every_objective_is_a_run_with_the_output_that_it_names(options: SearchO
 def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> None:
     with pytest.raises(InputError, match="did you mean 'evol-q'"):
         bench_search(replace(options, searches=("evolq",)))
+    with pytest.raises(InputError, match=r"--searches has 'none'; known: evol-q, evosax, generational, guided"):
+        bench_search(replace(options, searches=("none",)))
     for change in ({"passes": (0, 1)}, {"searches": ("evol-q:0",)}):
         with pytest.raises(InputError, match="a search of 0 passes is asked for; give 1 or more"):
             bench_search(replace(options, **change))
@@ -150,4 +159,12 @@ def test_unknown_searches_and_budgets_are_refused(options: SearchOptions) -> Non
 def test_a_search_may_have_passes_of_its_own(options: SearchOptions) -> None:
     found = _runs(replace(options, searches=("evol-q:7", "generational")), 0)
     assert [run.label for run in found] == ["evol-q, 7 passes", "generational, 1 pass", "generational, 2 passes"]
-    assert [run.config.search.passes for run in found] == [7, 1, 2]
+    assert [run.config.search.strategy.passes for run in found] == [7, 1, 2]
+
+
+def test_a_file_that_names_passes_has_these_alone(options: SearchOptions, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "search: {strategy: {name: evol-q, passes: 10}}\n"
+    )  # also where it is the default
+    found = _runs(replace(options, searches=(str(tmp_path / "mine.yaml"),)), 0)
+    assert [run.label for run in found] == ["mine, 10 passes"]

@@ -9,6 +9,7 @@ from golden_vit import SMALL, images, recipe_of, small_model
 
 from cptv_jax.calibration import observers
 from cptv_jax.calibration.statistics import calibrate
+from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.models.walk import _compiled_visit
 from cptv_jax.quantized.execution import FullPrecision
@@ -19,12 +20,14 @@ from cptv_jax.runtime.forward import forward, stage_inputs
 
 PLAIN = {"weight_observer": "minmax", "activation_observer": "minmax", "power_of_two_factor": False}
 
+BY_STATISTICS = ("evol-q", "evol-q-omse", "fq-vit", "omse", "omse-log2")
+
 
 def scales(quantizers: dict[str, Quantizer]) -> dict[str, np.ndarray]:
     return {site: np.asarray(quantizer.scale) for site, quantizer in quantizers.items()}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", BY_STATISTICS)
 def test_every_site_of_the_recipe_and_no_other_gets_its_kind_of_quantizer(golden: Path, preset: str) -> None:
     recipe = recipe_of(preset=preset, weight_bits=4)
     quantizers = calibrate(small_model(golden), [images(golden)[:8], images(golden)[8:16]], recipe)
@@ -40,6 +43,12 @@ def test_every_site_of_the_recipe_and_no_other_gets_its_kind_of_quantizer(golden
     used = {f"{stage.name}.{site}" for stage in model.stages() for site in stage.state["quantizers"]}
     assert used == set(recipe.sites)
     assert np.isfinite(forward(model.stages(), images(golden)[:2]).logits).all()
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - set(BY_STATISTICS)))
+def test_what_only_a_method_s_own_search_sets_is_refused(golden: Path, preset: str) -> None:
+    with pytest.raises(InputError, match="quantizer by the observer method; set observer to minmax or"):
+        calibrate(small_model(golden), [images(golden)[:8]], recipe_of(preset=preset))
 
 
 def test_sites_that_overrides_add_or_remove_are_fitted_or_left_out(golden: Path) -> None:

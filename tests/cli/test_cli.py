@@ -11,7 +11,7 @@ from tiny_vit import TINY
 
 from cptv_jax import Model, QuantizeConfig, save_model
 from cptv_jax.cli.main import main
-from cptv_jax.config.schema import flatten
+from cptv_jax.options import flatten
 
 COMMANDS = ("demo", "import", "quantize", "evaluate", "report", "bench", "compare")
 
@@ -54,7 +54,7 @@ def test_flags_stand_anywhere_and_reach_the_run(run: Path) -> None:
     config = json.loads((run / "run.json").read_text())["identity"]["config"]
     assert config["seed"] == 3  # given before the model
     assert config["calibration"] == {"images": 20, "batch": 10}
-    assert config["search"]["strategy"] == "none"
+    assert config["search"]["strategy"] == {"name": "none"}
 
 
 def test_report_prints_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

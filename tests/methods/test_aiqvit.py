@@ -17,7 +17,7 @@ from cptv_jax.methods.registry import METHODS
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Focusing, Free, LowRank, OffsetUniform
 from cptv_jax.reconstruction.blocks import reconstruct
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.runtime.forward import forward
 from cptv_jax.storage.models import load_model, save_model
 

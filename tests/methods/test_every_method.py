@@ -21,17 +21,20 @@ from cptv_jax import (
     load_model,
     quantize,
 )
+from cptv_jax.config.schema import SpaceConfig
 from cptv_jax.methods.aiqvit import AiqvitOptions
 from cptv_jax.methods.ptq4vit import Ptq4VitOptions
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.methods.repq_vit import RepqVitOptions
 from cptv_jax.pipeline.closed_form import steps_to_least_output_error
-from cptv_jax.pipeline.plan import planned
+from cptv_jax.pipeline.plan import make_plan
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.reconstruction.training import ReconstructionConfig
+from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.runtime.forward import forward
-from cptv_jax.search.state import Scales
+from cptv_jax.search import Guided
+from cptv_jax.search.events import PassEnd
+from cptv_jax.search.proposals.base import Scales
 
 KEY = jax.random.key(0)
 SHORT: dict[str, Any] = {  # of methods that search for long, ranks among the rest
@@ -126,16 +129,15 @@ def test_a_run_is_searched_saved_continued_and_reported(golden: Path, method: st
     given = images_from_arrays(pixels[:16], preprocessing=SMALL.preprocessing)
     test = images_from_arrays(pixels[16:], np.arange(8), preprocessing=SMALL.preprocessing)
     config = replace(
-        QuantizeConfig(method=method),
+        QuantizeConfig(method=SHORT.get(method, method)),
         recipe=RecipeConfig(weight_bits=4, activation_bits=6),
         calibration=CalibrationConfig(16, 8),
         reconstruction=ReconstructionConfig(steps=2, batch=4),
-        search=SearchConfig(strategy="guided", gradient_steps=2, gradient_batch=4, children=2, sites=("*",)),
-        **SHORT,
+        search=SearchConfig(strategy=Guided(steps=2, batch=4, children=2), space=SpaceConfig(sites=("*",))),
     )
     first = quantize(small_model(golden), given, config, out=tmp_path, evaluation=test)
-    assert set(first.results) == {"float", "base", "final"} and first.log[-1]["event"] == "pass"
-    assert min(record["loss"] for record in first.log) == first.log[-1]["loss"] <= first.log[0]["loss"]
+    assert set(first.results) == {"float", "base", "final"} and isinstance(first.log[-1], PassEnd)
+    assert min(event.loss for event in first.log) == first.log[-1].loss <= first.log[0].loss
     assert f"recipe {first.model.recipe.name}" in (tmp_path / "report.md").read_text()
     again = quantize(small_model(golden), given, config, out=tmp_path, evaluation=test)
     saved = load_model(str(tmp_path))
@@ -157,11 +159,11 @@ def test_a_run_is_searched_saved_continued_and_reported(golden: Path, method: st
     ],
 )
 def test_the_plan_says_how_many_images_a_method_reads(golden: Path, method: str, steps: int | None, read: int) -> None:
-    config = QuantizeConfig(method=method, calibration=CalibrationConfig(16, 8), search=SearchConfig(strategy="none"))
-    config = replace(config, ptq4vit=Ptq4VitOptions(images=5), repq_vit=RepqVitOptions(images=5))
+    options = {"ptq4vit": Ptq4VitOptions(images=5), "repq-vit": RepqVitOptions(images=5)}.get(method, method)
+    config = QuantizeConfig(method=options, calibration=CalibrationConfig(16, 8), search=SearchConfig(strategy="none"))
     config = replace(config, reconstruction=ReconstructionConfig(steps=steps))
     given = images_from_arrays(np.zeros((16, 32, 32, 3), np.uint8), preprocessing=SMALL.preprocessing)
-    assert planned(small_model(golden), given, config).base_images == read
+    assert make_plan(small_model(golden), given, config).base_images == read
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -97,7 +97,7 @@ def test_intervals_are_factors_of_the_largest_absolute_value(golden: Path) -> No
 @pytest.mark.slow
 def test_the_published_form_and_metric_give_the_recorded_intervals(golden: Path) -> None:
     """The whole search, on its own path. The noise floor of this recording is zero, so every interval must agree."""
-    options = Ptq4VitOptions(96, metric="l2", softmax_form="published")
+    options = Ptq4VitOptions(images=96, metric="l2", softmax_form="published")
     result = run(small_model(golden), images(golden)[:96], recipe_of(), options)
     with np.load(golden / "ptq4vit_l2_w6a6.npz") as file:
         for block in range(3):

@@ -17,7 +17,7 @@ from cptv_jax.pipeline.closed_form import steps_to_least_error, steps_to_least_o
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Free, move_candidate
-from cptv_jax.search.state import Scales
+from cptv_jax.search.proposals.base import Scales
 
 LAYERS = ("attn.qkv", "mlp.fc2")
 

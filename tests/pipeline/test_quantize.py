@@ -1,5 +1,6 @@
 """The pipeline: which images may reach what, on a tiny ViT trained on a few digits."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from cptv_jax.config.schema import CalibrationConfig, QuantizeConfig, SearchConfig
+from cptv_jax.config.schema import CalibrationConfig, JudgeConfig, QuantizeConfig, SearchConfig, SpaceConfig
 from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters import Float, Tensor
@@ -26,7 +27,9 @@ from cptv_jax.quantized.model import Model
 from cptv_jax.quantizers import BiasCorrected
 from cptv_jax.recipe.resolve import RecipeConfig
 from cptv_jax.runtime.forward import forward
-from cptv_jax.search import Objective
+from cptv_jax.search import Generational, Guided, Objective
+from cptv_jax.search.events import Event, PassEnd, Proposed, Start, to_record
+from cptv_jax.search.loop import Search
 from cptv_jax.storage.files import lock
 
 TINY = Architecture(
@@ -41,7 +44,9 @@ CONFIG = QuantizeConfig(
     calibration=CalibrationConfig(images=40, batch=BATCH),
     # Three batches are searched, one is held out.
     search=SearchConfig(
-        strategy="generational", passes=2, children=3, rounds=1, sigma=0.1, holdout=0.25, sites=("blocks.*.weight",)
+        strategy=Generational(passes=2, children=3, rounds=1, sigma=0.1),
+        judge=JudgeConfig(holdout=0.25),
+        space=SpaceConfig(sites=("blocks.*.weight",)),
     ),
 )
 
@@ -110,7 +115,11 @@ def same_base(a: Quantization, b: Quantization) -> bool:
 
 def losses(log: Any) -> list[tuple[Any, ...]]:
     """The log without what the held-out images gave."""
-    return [tuple(value for key, value in record.items() if key != "held_out") for record in log]
+    return [tuple(value for key, value in to_record(event).items() if key != "held_out") for event in log]
+
+
+def held_out_losses(log: Sequence[Event]) -> list[float | None]:
+    return [event.held_out for event in log if isinstance(event, Start | PassEnd)]
 
 
 # Evaluation images
@@ -143,8 +152,16 @@ class Guarded(Images):
 
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guarded images open when the search hands back its final state."""
+    """Guarded images open when the search hands back its final state, and to be told apart from calibration images."""
     Guarded.open = False
+    told_apart = pipeline.check_unseen
+
+    def check(evaluation: Images, calibration: Images) -> None:
+        Guarded.open = True
+        told_apart(evaluation, calibration)
+        Guarded.open = False
+
+    monkeypatch.setattr(pipeline, "check_unseen", check)
     search = pipeline.improve
 
     def search_then_open(*arguments: Any) -> Any:
@@ -173,13 +190,14 @@ def test_a_guided_search_is_never_worse_and_reads_no_evaluation_image(
     closed: None, model: Model, calibration: Images, evaluation: Images, tmp_path: Path
 ) -> None:
     guarded = Guarded(evaluation.pixels, evaluation.labels, evaluation.names, evaluation.mean, evaluation.std)
-    search = replace(CONFIG.search, strategy="guided", offsets=True, gradient_steps=5, gradient_batch=10, passes=1)
+    search = replace(CONFIG.search, strategy=Guided(steps=5, batch=10, passes=1))
     config = replace(CONFIG, search=search)
     found = quantize(model, calibration, config, evaluation=guarded, out=tmp_path / "run")
     assert Guarded.open
-    assert found.log[-1]["loss"] < found.log[0]["loss"]
-    assert any(record["event"] == "proposal" and record["fraction"] > 0 for record in found.log)
-    assert [len(record.get("batch_losses", ())) for record in found.log if record["event"] == "proposal"] == [0, 0, 1]
+    assert found.log[-1].loss < found.log[0].loss
+    proposals = [event for event in found.log if isinstance(event, Proposed)]
+    assert any(event.fraction > 0 for event in proposals)
+    assert [len(event.batch_losses) for event in proposals] == [0, 0, 1]
     assert (tmp_path / "run" / "proposals.png").stat().st_size > 0
     moved = found.model.quantizers["blocks.0.attn.qkv.weight"]
     assert isinstance(moved, BiasCorrected)
@@ -209,12 +227,12 @@ def test_accuracies_are_those_of_the_models_handed_back(
         logits = np.asarray(forward(stages, jnp.asarray(evaluation.pixels)).logits)
         top5 = np.argsort(-logits, 1, kind="stable")[:, :5]
         found = outcome.results[name]
-        assert found["top1"] == pytest.approx(100 * np.mean(top5[:, 0] == labels))
-        assert found["top5"] == pytest.approx(
+        assert found.top1 == pytest.approx(100 * np.mean(top5[:, 0] == labels))
+        assert found.top5 == pytest.approx(
             100 * np.mean([label in row for label, row in zip(labels, top5, strict=True)])
         )
-        assert found["images"] == 30
-    assert outcome.results["float"]["top1"] > 20  # it has learnt something, so there is something to lose
+        assert found.images == 30
+    assert outcome.results["float"].top1 > 20  # it has learnt something, so there is something to lose
 
 
 # Calibration images
@@ -243,7 +261,7 @@ def test_held_out_images_reach_neither_calibration_nor_search(
     found = quantize(model, changed(calibration, pixels=pixels), CONFIG)
     assert same_base(found, outcome)
     assert losses(found.log) == losses(outcome.log)
-    judged = [[r["held_out"] for r in log if "held_out" in r] for log in (found.log, outcome.log)]
+    judged = [held_out_losses(log) for log in (found.log, outcome.log)]
     assert len(judged[0]) == 3 and all(a != b for a, b in zip(*judged, strict=True))
 
 
@@ -264,7 +282,7 @@ def test_the_pass_with_the_least_held_out_loss_is_handed_back(
 ) -> None:
     chunk = jnp.asarray(calibration.pixels[held_out_rows()])
     found = Objective()(forward(outcome.model.stages(), chunk), forward(model.stages(), chunk))
-    judged = [record["held_out"] for record in outcome.log if record.get("held_out") is not None]
+    judged = [loss for loss in held_out_losses(outcome.log) if loss is not None]
     # One batch of ten, whose sums may be in another order.
     assert float(found) == pytest.approx(min(judged), rel=1e-6)
 
@@ -277,9 +295,8 @@ def test_a_search_that_only_fits_its_own_images_is_undone(
     remaining = iter(held_out)
     search, states = search_phase.run_search, []
 
-    def with_made_up_losses(*arguments: Any) -> Any:
-        before, after = arguments[:5], arguments[6:]  # of the held-out loss
-        states.append(search(*before, lambda stages: next(remaining), *after))
+    def with_made_up_losses(evaluator: Any, what: Search, *arguments: Any) -> Any:
+        states.append(search(evaluator, replace(what, held_out_loss=lambda stages: next(remaining)), *arguments))
         return states[-1]
 
     monkeypatch.setattr(search_phase, "run_search", with_made_up_losses)
@@ -296,15 +313,15 @@ def test_a_search_that_only_fits_its_own_images_is_undone(
 
 
 def test_a_search_without_held_out_images_ends_with_its_last_pass(model: Model, calibration: Images) -> None:
-    search = SearchConfig(**{**vars(CONFIG.search), "holdout": 0.0})
-    found = quantize(model, calibration, QuantizeConfig(**{**vars(CONFIG), "search": search}))
-    assert [record["held_out"] for record in found.log if "held_out" in record] == [None] * 3
+    search = replace(CONFIG.search, judge=JudgeConfig(holdout=0.0))
+    found = quantize(model, calibration, replace(CONFIG, search=search))
+    assert held_out_losses(found.log) == [None] * 3
     stages, teacher = found.model.stages(), model.stages()
     order = np.random.default_rng([0, 40]).permutation(40).reshape(4, BATCH)
     chunks = [jnp.asarray(calibration.pixels[rows]) for rows in order]
     values = [float(Objective()(forward(stages, chunk), forward(teacher, chunk))) for chunk in chunks]
-    assert found.log[-1]["loss"] == pytest.approx(np.mean(values), rel=1e-6)
-    assert found.log[-1]["loss"] < found.log[0]["loss"]
+    assert found.log[-1].loss == pytest.approx(np.mean(values), rel=1e-6)
+    assert found.log[-1].loss < found.log[0].loss
 
 
 def test_only_the_named_sites_change(outcome: Quantization) -> None:
@@ -315,19 +332,20 @@ def test_only_the_named_sites_change(outcome: Quantization) -> None:
         if any(not np.array_equal(x, y) for x, y in zip(before, after, strict=True)):
             moved.add(site)
     assert moved <= {site for site in base if site.startswith("blocks.") and site.endswith(".weight")}
-    assert moved or outcome.log[-1]["held_out"] >= outcome.log[0]["held_out"]
+    before, *_, after = held_out_losses(outcome.log)
+    assert before is not None and after is not None and (moved or after >= before)
 
 
 def test_the_seed_determines_the_result(model: Model, calibration: Images, outcome: Quantization) -> None:
     assert_same_models(quantize(model, calibration, CONFIG), outcome)
-    other = quantize(model, calibration, QuantizeConfig(**{**vars(CONFIG), "seed": 1}))
+    other = quantize(model, calibration, replace(CONFIG, seed=1))
     assert losses(other.log) != losses(outcome.log)
     assert not same_base(other, outcome)  # other images are held out
 
 
 def test_without_a_search_the_base_model_is_the_result(model: Model, calibration: Images, evaluation: Images) -> None:
     search = SearchConfig(strategy="none")
-    found = quantize(model, calibration, QuantizeConfig(**{**vars(CONFIG), "search": search}), evaluation=evaluation)
+    found = quantize(model, calibration, replace(CONFIG, search=search), evaluation=evaluation)
     assert found.model is found.base and found.log == ()
     assert found.results["final"] == found.results["base"]
 
@@ -338,8 +356,8 @@ def test_a_finished_run_measures_other_evaluation_images_anew(
     first = quantize(model, calibration, CONFIG, out=tmp_path / "run", evaluation=evaluation)
     other = evaluation.take(slice(0, len(evaluation) // 2))
     again = quantize(model, calibration, CONFIG, out=tmp_path / "run", evaluation=other)
-    assert first.results["final"]["images"] == len(evaluation)
-    assert again.results["final"]["images"] == len(other)
+    assert first.results["final"].images == len(evaluation)
+    assert again.results["final"].images == len(other)
 
 
 def test_a_run_that_another_process_works_on_is_refused(model: Model, calibration: Images, tmp_path: Path) -> None:
@@ -352,3 +370,28 @@ def test_a_run_that_another_process_works_on_is_refused(model: Model, calibratio
 def test_images_of_another_size_are_refused(model: Model, calibration: Images) -> None:
     with pytest.raises(InputError, match="the images have shape"):
         quantize(model, changed(calibration, pixels=calibration.pixels[:, ::2, ::2]), CONFIG)
+
+
+def test_evaluation_images_that_calibrate_are_refused_before_anything_is_written(
+    model: Model, calibration: Images, evaluation: Images, tmp_path: Path
+) -> None:
+    pixels = evaluation.pixels.copy()
+    pixels[3] = calibration.pixels[5]
+    with pytest.raises(InputError, match=r"1 of the 30 evaluation images are calibration images too .*evaluate on oth"):
+        quantize(model, calibration, CONFIG, evaluation=changed(evaluation, pixels=pixels), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"config": {"method": "omse"}}, "config is a dict; give a QuantizeConfig"),
+        ({"config": "omse.yaml"}, "config is a str; give a QuantizeConfig"),
+        ({"images": np.zeros((4, 32, 32, 3))}, "images is a ndarray; give Images"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(
+    model: Model, calibration: Images, arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        quantize(**{"model": model, "images": calibration, "config": CONFIG, **arguments})

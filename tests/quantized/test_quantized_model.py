@@ -154,14 +154,14 @@ def test_a_users_own_quantizer_is_computed_searched_saved_and_loaded(
     model: QuantizedModel, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(QUANTIZERS, "_known", dict(QUANTIZERS))
-    site = f"blocks.0.{QKV}"
-    scale = 1.5 * jnp.mean(jnp.abs(model.model.layer("blocks.0.attn.qkv")["kernel"]), 0)
+    local, site = "mlp.fc2.weight", "blocks.0.mlp.fc2.weight"
+    scale = 1.5 * jnp.mean(jnp.abs(model.model.layer("blocks.0.mlp.fc2")["kernel"]), 0)
     own = replace(model, quantizers={**model.quantizers, site: Ternary(scale)})
     logits = forward(own.stages(), images).logits
     assert np.isfinite(logits).all() and np.any(logits != forward(model.stages(), images).logits)
     stage = own.stage("blocks.0", Simulated(), Space([site], offsets=True, rounding=True))
-    assert set(stage.candidate[QKV].names) == {"scale", "bias"}
-    candidate = {QKV: Free(scale * 1.3)}
+    assert set(stage.candidate[local].names) == {"scale", "bias"}
+    candidate = {local: Free(scale * 1.3)}
     moved = own.with_candidates({"blocks.0": candidate})
     stages = [stage.bound(candidate) if s.name == "blocks.0" else s for s in own.stages()]
     np.testing.assert_array_equal(forward(stages, images).logits, forward(moved.stages(), images).logits)

@@ -1,5 +1,6 @@
 """Recipes: what each preset quantizes and how, and what a user may change."""
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -333,3 +334,18 @@ def test_an_integer_layer_norm_without_its_factors_is_refused() -> None:
     assert not make(power_of_two_factor=False).integer_layer_norm
     with pytest.raises(InputError, match=r"needs power-of-two factors; set --recipe\.power_of_two_factor true"):
         make(power_of_two_factor=False, integer_layer_norm=True)
+
+
+def test_a_recipe_says_that_it_leaves_layer_norm_in_float_where_its_preset_asks_for_integers() -> None:
+    (remark,) = make(power_of_two_factor=False).remarks
+    assert "LayerNorm runs in float arithmetic: preset evol-q asks for integer arithmetic" in remark
+    assert "recipe.power_of_two_factor" in remark
+    for fields in ({}, {"power_of_two_factor": False, "integer_layer_norm": False}, {"preset": "omse"}):
+        assert make(**fields).remarks == ()
+
+
+def test_a_recipe_of_a_site_that_the_architecture_lacks_is_refused() -> None:
+    recipe = make()
+    sites = {**recipe.sites, "blocks.1.atn.qkv": recipe.sites["blocks.1.attn.qkv"]}
+    with pytest.raises(InputError, match=r"quantizes blocks\.1\.atn\.qkv, .*did you mean 'blocks\.1\.attn\.qkv'"):
+        dataclasses.replace(recipe, sites=sites)

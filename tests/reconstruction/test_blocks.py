@@ -16,20 +16,20 @@ from golden_vit import images, recipe_of, small_model
 
 from cptv_jax.interpreters import Tensor
 from cptv_jax.methods.registry import METHODS
+from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import Uniform
+from cptv_jax.quantizers import DualUniform, Uniform
 from cptv_jax.reconstruction.blocks import _batches, reconstruct
 from cptv_jax.reconstruction.importance import output_importance
 from cptv_jax.reconstruction.training import (
     ReconstructionConfig,
-    bound,
-    differentiable_outputs,
-    initial_parameters,
+    bind_learned,
+    learnable_stage,
     mixed,
     optimizer_of,
-    stage_state,
+    train_step_program,
 )
-from cptv_jax.runtime.forward import forward, stage_inputs
+from cptv_jax.runtime.forward import array_of, forward, stage_inputs
 from cptv_jax.storage.models import load_model, save_model
 
 CONFIG = ReconstructionConfig(steps=40, batch=16)
@@ -83,7 +83,8 @@ def test_the_result_is_an_ordinary_quantized_model(golden: Path, tmp_path: Path)
     assert model.recipe == base.recipe
     for site, quantizer in model.quantizers.items():
         assert type(quantizer) is Uniform
-        assert jax.tree.map(jnp.shape, quantizer) == jax.tree.map(jnp.shape, base.quantizers[site]), site
+        plain = replace(quantizer, rounding=None)
+        assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, base.quantizers[site]), site
         assert np.all(np.asarray(quantizer.scale) > 0), site
         zero_point = np.asarray(quantizer.zero_point)
         np.testing.assert_array_equal(zero_point, np.round(zero_point), err_msg=site)
@@ -93,40 +94,72 @@ def test_the_result_is_an_ordinary_quantized_model(golden: Path, tmp_path: Path)
     assert isinstance(again, QuantizedModel)
     expected = forward(model.stages(), some).logits
     np.testing.assert_array_equal(forward(again.stages(), some).logits, expected)
-    [site] = [site for site in model.recipe.sites if site == "blocks.1.attn.qkv.weight"]
-    moved = model.with_parameters({site: model.quantizers[site].scale * 1.3})
+    # A search goes on from what was learned.
+    site = "blocks.1.attn.qkv.weight"
+    stage = model.stage("blocks.1", space=Space([site], offsets=True, rounding=True))
+    start = stage.candidate["attn.qkv.weight"]
+    np.testing.assert_array_equal(2 * start.rounding, model.quantizers[site].rounding)
+    assert np.any(start.rounding)
+    np.testing.assert_array_equal(
+        model.model.layer("blocks.1.attn.qkv")["kernel"], base.model.layer("blocks.1.attn.qkv")["kernel"]
+    )
+    moved = model.with_candidates({"blocks.1": {"attn.qkv.weight": replace(start, scale=start.scale * 1.3)}})
     assert np.any(forward(moved.stages(), some).logits != expected)
 
 
-def test_learned_roundings_are_the_codes_of_the_ordinary_quantizer(golden: Path) -> None:
+def test_what_is_learned_is_what_the_ordinary_quantizer_makes_of_it(golden: Path) -> None:
     base = base_of(golden, "omse")
-    before = stage_state(base, "blocks.0")
-    parameters = initial_parameters(before, base.recipe.of_stage("blocks.0"))
+    _, bind, before, parameters = learnable_stage(base, "blocks.0", CONFIG)
     rng = np.random.default_rng(0)
-    parameters = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape), jnp.float32), parameters)
-    state = bound(before, parameters)
-    kernel, site = before["weights"]["mlp"]["fc1"]["kernel"], "mlp.fc1.weight"
-    old, new = before["quantizers"][site], state["quantizers"][site]
-    # The NumPy oracle of what `bound` documents.
-    scale = np.asarray(old.scale) * np.exp(np.asarray(parameters["quantizers"][site]["scale"]))
-    zero_point = np.clip(np.round(old.zero_point + parameters["quantizers"][site]["zero_point"]), 0, 7)
-    moved = kernel + parameters["weights"]["mlp"]["fc1"]["kernel"] * old.scale
+    # Steps as large as 30 of the rates' units would be without rates: a third of a code, of a step.
+    parameters = jax.tree.map(
+        lambda a, unit: jnp.asarray(0.3 * rng.standard_normal(a.shape) * unit, jnp.float32), parameters, before.units
+    )
+    state = bind_learned(bind, before, parameters)
+    kernel, site = before.state["weights"]["mlp"]["fc1"]["kernel"], "mlp.fc1.weight"
+    old, new, steps = before.state["quantizers"][site], state["quantizers"][site], parameters["sites"][site]
+    # The NumPy oracle of what Free and the units document.
+    scale = np.asarray(old.scale) * np.exp(np.asarray(steps.scale))
+    zero_point = np.clip(np.round(old.zero_point + 7 * steps.zero_point), 0, 7)
     np.testing.assert_allclose(new.scale, scale, rtol=1e-6)
     np.testing.assert_array_equal(new.zero_point, zero_point)
-    np.testing.assert_allclose(state["weights"]["mlp"]["fc1"]["kernel"], moved, rtol=1e-6, atol=1e-9)
-    codes = np.clip(np.round(np.asarray(moved) / scale + zero_point), 0, 7)
-    differing = np.mean(new.codes(state["weights"]["mlp"]["fc1"]["kernel"]) != codes)
-    assert differing < 1e-3  # a rounding tie or so
-    assert np.mean(new.codes(state["weights"]["mlp"]["fc1"]["kernel"]) != old.codes(kernel)) > 0.1
+    np.testing.assert_array_equal(state["weights"]["mlp"]["fc1"]["kernel"], kernel)
+    assert np.std(7 * np.asarray(steps.zero_point)) == pytest.approx(0.3, rel=0.1)  # in codes, 256 draws
+    assert np.std(2 * np.asarray(steps.rounding)) == pytest.approx(0.3, rel=0.05)  # in steps, 16384 draws
+    bias = before.state["weights"]["mlp"]["fc1"]["bias"]
+    change = np.asarray(state["weights"]["mlp"]["fc1"]["bias"]) - np.asarray(bias)
+    assert np.std(change) == pytest.approx(0.3, rel=0.1)  # absolute, 256 draws
+    codes = np.clip(np.round(np.asarray(kernel) / scale + zero_point + 2 * np.asarray(steps.rounding)), 0, 7)
+    assert np.mean(new.codes(kernel) != codes) < 1e-3  # a rounding tie or so
+    assert np.mean(new.codes(kernel) != old.codes(kernel)) > 0.1
+
+
+def test_kernels_whose_quantizer_learns_no_rounding_move_by_steps_of_their_channels(golden: Path) -> None:
+    base, site = base_of(golden, "omse"), "blocks.0.mlp.fc1.weight"
+    grid = base.quantizers[site]
+    assert isinstance(grid, Uniform)
+    inputs = base.model.layer("blocks.0.mlp.fc1")["kernel"].shape[0]
+    ones = jnp.ones_like(grid.scale)
+    dual = DualUniform(
+        grid.scale, grid.zero_point, 2 * ones, grid.zero_point, jnp.arange(inputs) < 3, grid.low, grid.high
+    )
+    model = replace(base, quantizers={**base.quantizers, site: dual})
+    _, bind, before, parameters = learnable_stage(model, "blocks.0", CONFIG)
+    assert before.candidate["mlp.fc1.weight"].rounding is None
+    (key,) = parameters["kernels"]
+    np.testing.assert_array_equal(before.units["kernels"][key], grid.scale)
+    parameters["kernels"][key] = parameters["kernels"][key] + 1.0
+    moved = bind_learned(bind, before, parameters)["weights"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(moved, before.state["weights"]["mlp"]["fc1"]["kernel"] + 1.0)
 
 
 def test_parameters_of_zero_change_no_bit(golden: Path) -> None:
     for name in BASES:
         base = base_of(golden, name)
-        for stage in base.stages():
-            state = stage_state(base, stage.name)
-            same = jax.jit(bound)(state, initial_parameters(state, base.recipe.of_stage(stage.name)))
-            jax.tree.map(np.testing.assert_array_equal, same, state)
+        for stage in base.model.architecture.stage_names:
+            _, bind, learnable, parameters = learnable_stage(base, stage, CONFIG)
+            same = jax.jit(bind_learned, static_argnums=0)(bind, learnable, parameters)
+            jax.tree.map(np.testing.assert_array_equal, same, learnable.state)
 
 
 @pytest.mark.slow
@@ -134,54 +167,76 @@ def test_gradients_pass_integer_layer_norm_and_integer_softmax(golden: Path) -> 
     base = base_of(golden, "log-int-softmax")
     stage = base.stages()[1]
     x = stage_inputs(base.stages()[:1], images(golden)[:8])[-1]
-    before = stage_state(base, stage.name)
-    parameters = initial_parameters(before, base.recipe.of_stage(stage.name))
+    function, bind, before, parameters = learnable_stage(base, stage.name, CONFIG)
     exact = stage.function(stage.state, x).values
-    ours = differentiable_outputs(stage.function, before, x)
+    ours = array_of(function(before.state, x))
     np.testing.assert_allclose(ours, exact, atol=1e-5)  # not one step of the output, 0.02, is off
 
     def loss_of(parameters: Any) -> jax.Array:
-        return jnp.mean(differentiable_outputs(stage.function, bound(before, parameters), x) ** 2)
+        return jnp.mean(array_of(function(bind_learned(bind, before, parameters), x)) ** 2)
 
     gradients = jax.jit(jax.grad(loss_of))(parameters)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(gradient).all(), path
     # Through the softmax to the query's share of qkv, and through both LayerNorms to their weights.
-    assert np.all(np.any(np.asarray(gradients["weights"]["attn"]["qkv"]["kernel"])[:, :64] != 0, 0))
+    assert np.all(np.any(np.asarray(gradients["sites"]["attn.qkv.weight"].rounding)[:, :64] != 0, 0))
     for norm in ("norm1", "norm2"):
-        assert np.any(np.asarray(gradients["weights"][norm]["weight"]) != 0)
+        assert np.any(np.asarray(gradients["weights"][f"['{norm}']['weight']"]) != 0)
 
 
 def test_power_of_two_factors_stay_such(golden: Path) -> None:
     base = base_of(golden, "fq-vit")
-    before = stage_state(base, "blocks.0")
-    parameters = initial_parameters(before, base.recipe.of_stage("blocks.0"))
-    learned_of = parameters["quantizers"]["residual1"]
-    assert set(learned_of) == {"scale"} and learned_of["scale"].shape == ()
-    state = bound(before, jax.tree.map(lambda a: a + 0.3, parameters))
+    _, bind, before, parameters = learnable_stage(base, "blocks.0", CONFIG)
+    learned_of = parameters["sites"]["residual1"]
+    assert learned_of.names == ("scale",) and learned_of.scale.shape == ()
+    state = bind_learned(bind, before, jax.tree.map(lambda a: a + 0.3, parameters))
     scale = np.asarray(state["quantizers"]["residual1"].scale)
     exponents = np.log2(scale / scale.min())
     np.testing.assert_allclose(exponents, np.round(exponents), atol=1e-6)
     assert exponents.max() > 0
 
 
-def test_a_rate_of_zero_freezes_its_parameters_alone(golden: Path) -> None:
+def test_a_rate_of_zero_leaves_its_parameters_out_alone(golden: Path) -> None:
     base = base_of(golden, "omse")
-    before = stage_state(base, "blocks.0")
-    parameters = initial_parameters(before, base.recipe.of_stage("blocks.0"))
-    gradients = jax.tree.map(jnp.ones_like, parameters)
-    frozen = {"scale_rate": "scale", "zero_point_rate": "zero_point", "rounding_rate": "kernel", "weight_rate": "bias"}
-    for rate, last in frozen.items():
-        optimizer = optimizer_of(replace(CONFIG, **{rate: 0.0}))  # type: ignore[arg-type]
-        updates, _ = optimizer.update(gradients, optimizer.init(parameters))
-        for path, update in jax.tree_util.tree_leaves_with_path(updates):
-            rests = path[-1].key == last or (last == "bias" and path[-1].key == "weight")  # LayerNorm's
-            assert np.all(np.asarray(update) == 0) == rests, (rate, path)
+
+    def learned_with(**rates: float) -> tuple[set[str], set[str]]:
+        _, _, _, parameters = learnable_stage(base, "blocks.0", replace(CONFIG, **rates))  # type: ignore[arg-type]
+        assert not parameters["kernels"]
+        return {name for free in parameters["sites"].values() for name in free.names}, set(parameters["weights"])
+
+    every, floats = learned_with()
+    assert every == {"scale", "bias", "rounding", "zero_point"}
+    assert floats == {f"['{norm}']['{name}']" for norm in ("norm1", "norm2") for name in ("weight", "bias")}
+    for rate, name in {"scale_rate": "scale", "zero_point_rate": "zero_point", "rounding_rate": "rounding"}.items():
+        assert learned_with(**{rate: 0.0}) == (every - {name}, floats), rate
+    assert learned_with(weight_rate=0.0) == (every - {"bias"}, set())
+
+
+def test_the_first_step_is_each_rate_in_its_unit(golden: Path) -> None:
+    """Adam's first step is the rate itself, whatever the gradient: of a zero point in codes, of a rounding in steps."""
+    base = base_of(golden, "omse")
+    config = replace(CONFIG, steps=1000)
+    function, bind, learnable, parameters = learnable_stage(base, "blocks.0", config)
+    x = stage_inputs(base.stages()[:1], images(golden)[:8])[-1]
+    target = jnp.zeros(x.shape)
+    steps, _ = train_step_program()(
+        function, bind, config, learnable, parameters, optimizer_of(config).init(parameters),
+        x, x.values, target + 1.0, jnp.ones(()), KEY,
+    )  # fmt: skip
+    free, norm = steps["sites"]["mlp.fc1.weight"], np.abs(steps["weights"]["['norm2']['bias']"])
+    kernel = np.asarray(base.model.layer("blocks.0.mlp.fc1")["kernel"])
+    bias = np.abs(free.bias) * 0.1 * np.linalg.norm(kernel, axis=0)
+    found = {
+        "scale": np.abs(free.scale), "zero_point": 7 * np.abs(free.zero_point), "rounding": 2 * np.abs(free.rounding),
+        "bias": bias, "norm": norm,
+    }  # fmt: skip
+    rates = {"scale": 5e-3, "zero_point": 2e-2, "rounding": 3e-3, "bias": 1e-3, "norm": 1e-3}
+    for name, values in found.items():
+        assert np.median(values) == pytest.approx(rates[name], rel=1e-2), name  # small gradients feel Adam's epsilon
 
 
 def test_a_gradient_that_is_no_number_leaves_its_parameter_alone(golden: Path) -> None:
-    base = base_of(golden, "omse")
-    parameters = initial_parameters(stage_state(base, "embed"), base.recipe.of_stage("embed"))
+    _, _, _, parameters = learnable_stage(base_of(golden, "omse"), "embed", CONFIG)
     optimizer = optimizer_of(CONFIG)
     gradients = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), parameters)
     updates, state = optimizer.update(gradients, optimizer.init(parameters))

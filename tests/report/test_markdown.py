@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from tiny_vit import TINY
 
@@ -21,20 +20,22 @@ from cptv_jax import (
     load_images,
     quantize,
 )
-from cptv_jax.config.loading import from_mapping
-from cptv_jax.config.schema import completed_search
+from cptv_jax.config.loading import config_from
+from cptv_jax.config.yaml12 import read_yaml
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantizers import LowRank, Uniform
 from cptv_jax.recipe.spec import SiteSpec
 from cptv_jax.report.markdown import site_table
 from cptv_jax.report.plots import plot_losses
+from cptv_jax.search import Generational
+from cptv_jax.search.events import Accepted, PassEnd, Start
 
 CONFIG = QuantizeConfig(
     recipe=RecipeConfig(
         preset="fq-vit", weight_bits=4, overrides={"*.attn.query": {"bits": 5}, "head.fc": None, "embed.input": None}
     ),
     calibration=CalibrationConfig(images=30, batch=10),
-    search=SearchConfig(strategy="generational", passes=2, rounds=1, children=2),
+    search=SearchConfig(strategy=Generational(passes=2, rounds=1, children=2)),
 )
 
 
@@ -96,28 +97,28 @@ def test_a_float_term_beside_a_weight_stands_in_its_row_with_its_rank(outcome: Q
 def test_the_accuracies_are_those_measured(text: str, outcome: Quantization) -> None:
     for name, label in (("float", "full precision"), ("base", "base method"), ("final", "after the search")):
         result = outcome.results[name]
-        assert f"| {label} | {result['top1']:.2f} | {result['top5']:.2f} | 30 |" in text
+        assert f"| {label} | {result.top1:.2f} | {result.top5:.2f} | 30 |" in text
 
 
 def test_the_search_is_summed_up(text: str, outcome: Quantization) -> None:
-    passes = [record for record in outcome.log if record["event"] == "pass"]
+    passes = [event for event in outcome.log if isinstance(event, PassEnd)]
     assert len(passes) == 2
-    for record in passes:
-        row = f"| pass {record['pass']} | {record['loss']:.5f} | {record['held_out']:.5f} | {record['evaluations']} |"
-        assert row in text
-    accepted = sum(record["event"] == "accepted" for record in outcome.log)
+    for event in passes:
+        assert f"| pass {event.number} | {event.loss:.5f} | {event.held_out:.5f} | {event.evaluations} |" in text
+    accepted = sum(isinstance(event, Accepted) for event in outcome.log)
     assert f"{accepted} steps were accepted; the row with the least held-out loss is the result." in text
 
 
-def test_where_everything_came_from_is_said(text: str) -> None:
+def test_where_everything_came_from_is_said(text: str, outcome: Quantization) -> None:
     assert text.startswith("# tiny_vit, fq-vit, recipe fq-vit\n")
     assert "Weights: tiny.safetensors (sha256 0123456789abcdef...)." in text
     assert "softmax in integer (log-int-softmax)." in text
     found = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert found is not None
     # What the method decides is filled in.
-    told = from_mapping(QuantizeConfig, yaml.safe_load(found[1]), "report")
-    assert told.reconstruction.steps == 0 and told.search == completed_search(CONFIG.search)
+    told = config_from(read_yaml(found[1], "report"), "report")
+    assert told.reconstruction.steps == 0 and told == outcome.config
+    assert (told.search.judge.objective, told.search.judge.images) == ("infonce", 20)
     assert replace(told, reconstruction=CONFIG.reconstruction, search=CONFIG.search) == CONFIG
     assert re.search(r"python 3\.\d+\.\d+, cptv-jax .*, jax \d", text)
 
@@ -139,7 +140,7 @@ def test_without_search_or_evaluation_it_says_so(outcome: Quantization, tmp_path
 
 
 def test_without_held_out_images_the_last_pass_is_the_result(outcome: Quantization, tmp_path: Path) -> None:
-    log = tuple({**record, "held_out": None} if "held_out" in record else record for record in outcome.log)
+    log = tuple(replace(e, held_out=None) if isinstance(e, Start | PassEnd) else e for e in outcome.log)
     text = replace(outcome, log=log).report(tmp_path).read_text()
     assert "the last row is the result." in text
     plot_losses(tmp_path / "other.png", log)

@@ -11,9 +11,11 @@ import pytest
 from stopped_runs import CONFIG, DEEPER, Saboteur, assert_same, outcome_of
 
 from cptv_jax import InputError, Model, Quantization, SearchConfig, load_images, quantize
-from cptv_jax.methods.registry import METHODS
+from cptv_jax.config.schema import SpaceConfig
+from cptv_jax.methods.base import Method
 from cptv_jax.pipeline import quantize as pipeline
 from cptv_jax.pipeline import search_phase
+from cptv_jax.search import Guided
 from cptv_jax.search.proposals import gradient
 
 
@@ -61,7 +63,7 @@ def test_a_guided_run_goes_on_from_within_a_proposal(
     model: Model, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradient, "_SAVED_EVERY", 2)
-    searching = SearchConfig(strategy="guided", gradient_steps=5, gradient_batch=4, sites=("*",))
+    searching = SearchConfig(strategy=Guided(steps=5, batch=4), space=SpaceConfig(sites=("*",)))
     images = load_images(str(folders[0]), DEEPER.preprocessing, labels=False, progress=False)
 
     def call(out: Path) -> Quantization:
@@ -101,7 +103,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
         raise AssertionError("computed again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "fq-vit", replace(METHODS["fq-vit"], carry_out=fail))
+        patch.setattr(Method, "quantize", fail)
         patch.setattr(search_phase, "run_search", fail)
         patch.setattr(pipeline, "evaluate", fail)
         second = call(tmp_path / "run")

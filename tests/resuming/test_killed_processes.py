@@ -31,7 +31,12 @@ PHASES = {  # how far a run is that has this file, in order
 }
 OPTIONS = [
     *("--recipe.weight_bits=3", "--calibration.images=16", "--calibration.batch=8", "--search.strategy=generational"),
-    *("--search.passes=2", "--search.rounds=1", "--search.children=4", "--search.sigma=0.1"),
+    *(
+        "--search.strategy.passes=2",
+        "--search.strategy.rounds=1",
+        "--search.strategy.children=4",
+        "--search.strategy.sigma=0.1",
+    ),
 ]
 # Tests that run in the background of a script ignore SIGINT, which their children inherit: here it acts again.
 CLI = """

@@ -55,7 +55,7 @@ for name in meshes:
     values = []
     for index in (3, 2):
         candidate = jax.tree.map(np.asarray, evaluator.stages[index].candidate)
-        population = jax.tree.map(np.asarray, strategy.ask(strategy.init(candidate, 0.0), jax.random.key(index)))
+        population = jax.tree.map(np.asarray, strategy.ask(strategy.init(candidate, 0.0), jax.random.key(index))[0])
         losses = evaluator.losses(index, population)
         evaluator.accept(index, jax.tree.map(lambda leaf: leaf[int(np.argmin(losses))], population))  # noqa: B023
         values += [float(loss).hex() for loss in losses]

@@ -9,38 +9,34 @@ import numpy as np
 
 from cptv_jax.runtime.forward import forward
 from cptv_jax.runtime.stages import Stage
-from cptv_jax.search import Evaluator, EvolQ, Evosax, Generational, Objective, Strategy
-from cptv_jax.search.loop import run_search
+from cptv_jax.search import Evaluator, EvolQ, Evosax, Generational, Objective, Proposer, Strategy
+from cptv_jax.search.loop import Hooks, Search, run_search
 from cptv_jax.search.state import SearchState, initial_state
 
 Subject = Any  # tests/search/conftest.py
 STRATEGIES: dict[str, Strategy] = {
-    "evol-q": EvolQ(step=0.05, population=6, samples=4, rounds=3),
-    "generational": Generational(sigma=0.1, children=3, survivors=2, rounds=2),
-    "evosax": Evosax(sigma=0.1, children=4, rounds=2),
+    "evol-q": EvolQ(step=0.05, population=6, samples=4, rounds=3, passes=2),
+    "generational": Generational(sigma=0.1, children=3, survivors=2, rounds=2, passes=2),
+    "evosax": Evosax(sigma=0.1, children=4, rounds=2, passes=2),
 }
 LOSS = Objective("mse")
 
 
 def search(
     evaluator: Evaluator,
-    strategy: str = "generational",
+    strategy: str | Strategy = "generational",
     passes: int = 2,
     seed: int = 0,
     state: SearchState | None = None,
     held_out: Any = None,
-    **options: Any,
+    proposers: Sequence[Proposer] = (),
+    patience: int | None = None,
+    **hooks: Any,
 ) -> SearchState:
     begin = initial_state(evaluator) if state is None else state
-    return run_search(
-        evaluator,
-        lambda *_: STRATEGIES[strategy],
-        passes,
-        jax.random.key(seed),
-        begin,
-        held_out,
-        **options,
-    )
+    chosen: Any = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
+    what = Search(dataclasses.replace(chosen, passes=passes), jax.random.key(seed), proposers, held_out, patience)
+    return run_search(evaluator, what, begin, Hooks(**hooks))
 
 
 def fake_held_out(values: Sequence[float]) -> Callable[[Sequence[Stage]], float]:

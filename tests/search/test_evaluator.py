@@ -1,6 +1,7 @@
 """The evaluator: exact whatever is computed together, cached or cut up; one program per entry."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from cptv_jax.runtime.forward import _program, forward
 from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Evaluator, EvolQ, Generational, Objective
-from cptv_jax.search.loop import run_search
+from cptv_jax.search.loop import Search, run_search
 from cptv_jax.search.state import initial_state
 
 Subject = Any  # tests/search/conftest.py
@@ -43,7 +44,7 @@ def maximum_error(student: Output, teacher: Output) -> jax.Array:
 
 def population_of(stage: Stage, count: int, seed: int = 0, sigma: float = 0.05) -> Any:
     strategy = Generational(sigma=sigma, children=count)
-    return strategy.ask(strategy.init(stage.candidate, 0.0), jax.random.key(seed))
+    return strategy.ask(strategy.init(stage.candidate, 0.0), jax.random.key(seed))[0]
 
 
 def member(population: Any, index: int) -> Any:
@@ -225,7 +226,7 @@ def test_float64_candidates_are_rounded_to_float32(toy: Subject) -> None:
 
 @pytest.mark.parametrize("batches", [0, 1])
 def test_teacher_and_batches_must_match(toy: Subject, batches: int) -> None:
-    with pytest.raises(ValueError, match="must match"):
+    with pytest.raises(ValueError, match="expected as many"):
         Evaluator(toy.stages, toy.batches(12)[:batches], toy.teacher(12)[: 2 * batches], fingerprint)
 
 
@@ -249,7 +250,7 @@ def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
     programs = []
     for strategy in (EvolQ(rounds=2), Generational(children=3, rounds=2)):
         for passes in (1, 2):
-            run_search(cached, lambda *_, s=strategy: s, passes, jax.random.key(0), initial_state(cached))
+            run_search(cached, Search(replace(strategy, passes=passes), jax.random.key(0)), initial_state(cached))
             assert cached.compile_counts() == once
             programs.append(_program()._cache_size())
     assert programs == [programs[0]] * 4  # a later pass refreshes its cache with the programs that are there
@@ -259,5 +260,6 @@ def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
 def test_unlike_stages_have_a_program_each(toy: Subject) -> None:
     cached = evaluator(toy, 12, 6, Objective(), width=2)
     for passes in (1, 2):
-        run_search(cached, lambda *_: Generational(children=3), passes, jax.random.key(0), initial_state(cached))
+        strategy = Generational(children=3, passes=passes)
+        run_search(cached, Search(strategy, jax.random.key(0)), initial_state(cached))
         assert cached.compile_counts() == {"generation": 3, "losses": 1}

@@ -1,5 +1,6 @@
 """The guided strategy: what its children are, and which of them survives."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,22 +9,23 @@ import numpy as np
 import pytest
 
 from cptv_jax.runtime.stages import scaled
-from cptv_jax.search import Guided
+from cptv_jax.search import Guided, StageContext
 
 PARENT = {"weight": jnp.asarray([0.1, 0.2, 0.4, 0.05]), "input": jnp.float32(0.3)}
 DIRECTION = {"weight": jnp.asarray([0.3, -0.2, 0.1, 0.25]), "input": jnp.float32(-0.15)}
 CHILDREN = 30
+CONTEXT = StageContext(direction=DIRECTION, move=scaled)
 
 
 def steps_of(strategy: Guided, seed: int = 0) -> np.ndarray:
     """Children of PARENT as steps from it, [children, parameters]."""
-    population = strategy.ask(strategy.init(PARENT, 1.0), jax.random.key(seed))
+    population, _ = strategy.ask(strategy.init(PARENT, 1.0, CONTEXT), jax.random.key(seed))
     logs = jax.tree.map(lambda child, parent: np.log(np.asarray(child) / np.asarray(parent)), population, PARENT)
     return np.concatenate([np.reshape(leaf, (CHILDREN, -1)) for leaf in jax.tree.leaves(logs)], 1)
 
 
 def guided(**options: Any) -> Guided:
-    return Guided(DIRECTION, scaled, children=CHILDREN, **options)
+    return Guided(children=CHILDREN, **options)
 
 
 def test_a_fifth_of_the_children_go_further_or_back_along_the_direction() -> None:
@@ -59,8 +61,8 @@ def test_a_fifth_goes_along_by_a_length_of_its_own_for_each_parameter_and_a_fift
 
 def test_the_elder_survives_a_tie_and_the_best_child_a_loss() -> None:
     strategy = guided()
-    state = strategy.init(PARENT, 1.0)
-    population = strategy.ask(state, jax.random.key(0))
+    state = strategy.init(PARENT, 1.0, CONTEXT)
+    population, state = strategy.ask(state, jax.random.key(0))
     losses = np.full(CHILDREN, 1.0)
     kept, loss = strategy.best(strategy.tell(state, population, losses))
     jax.tree.map(np.testing.assert_array_equal, kept, PARENT)
@@ -73,14 +75,29 @@ def test_the_elder_survives_a_tie_and_the_best_child_a_loss() -> None:
 
 def test_random_steps_grow_while_they_succeed_and_shrink_while_they_fail() -> None:
     strategy = guided()
-    state = strategy.init(PARENT, 1.0)
-    population = strategy.ask(state, jax.random.key(0))
+    state = strategy.init(PARENT, 1.0, CONTEXT)
+    population, state = strategy.ask(state, jax.random.key(0))
     worse, better = np.full(CHILDREN, 2.0), np.full(CHILDREN, 2.0)
     better[2::5] = 0.5
     assert strategy.tell(state, population, worse).sigma < state.sigma < strategy.tell(state, population, better).sigma
 
 
 def test_a_lone_child_leaves_the_deviation_as_it_is() -> None:
-    strategy = Guided(DIRECTION, scaled, children=1)
-    state = strategy.init(PARENT, 1.0)
-    assert strategy.tell(state, strategy.ask(state, jax.random.key(0)), np.asarray([2.0])).sigma == state.sigma
+    strategy = Guided(children=1)
+    state = strategy.init(PARENT, 1.0, CONTEXT)
+    population, state = strategy.ask(state, jax.random.key(0))
+    assert strategy.tell(state, population, np.asarray([2.0])).sigma == state.sigma
+
+
+def test_it_goes_on_with_the_deviation_of_the_stage_before() -> None:
+    strategy = guided(sigma=0.02)
+    assert strategy.init(PARENT, 1.0, CONTEXT).sigma == 0.02
+    state = strategy.init(PARENT, 1.0, replace(CONTEXT, carried=0.5))
+    assert state.sigma == strategy.carried(state) == 0.5
+
+
+def test_without_a_proposal_its_random_steps_are_all_that_moves() -> None:
+    strategy = guided()
+    population, _ = strategy.ask(strategy.init(PARENT, 1.0), jax.random.key(0))
+    moved = np.any(np.asarray(population["weight"]) != np.asarray(PARENT["weight"]), 1)
+    np.testing.assert_array_equal(moved, np.arange(CHILDREN) % 5 == 2)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -13,9 +13,11 @@ from searches import LOSS, STRATEGIES, Subject, assert_same, fake_held_out, sear
 
 from cptv_jax.runtime.forward import forward
 from cptv_jax.runtime.stages import Stage
-from cptv_jax.search import Evaluator, Generational, Strategy
-from cptv_jax.search.loop import evolve_stage, run_search
+from cptv_jax.search import Evaluator, Generational, StageContext
+from cptv_jax.search.events import Accepted, PassEnd, Start
+from cptv_jax.search.loop import Search, evolve_stage, run_search
 from cptv_jax.search.state import SearchState, initial_state
+from cptv_jax.search.strategies.base import NO_CONTEXT
 from cptv_jax.storage.run_directory import RunDirectory
 
 
@@ -112,9 +114,7 @@ def test_every_stage_round_and_pass_draws_anew(make_evaluator: Callable[..., Eva
             drawn.append(np.asarray(jax.random.key_data(key)).tobytes())
             return super().ask(state, key)
 
-    strategy = Recording(children=3, rounds=2)
-    evaluator = make_evaluator()
-    run_search(evaluator, lambda *_: strategy, 2, jax.random.key(0), initial_state(evaluator))
+    search(make_evaluator(), Recording(children=3, rounds=2))
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 3
 
 
@@ -192,22 +192,21 @@ def test_the_log_tells_every_improvement_and_every_pass(make_evaluator: Callable
         on_round=lambda stage, evaluated, best: counted.append((stage, evaluated)),
     )
     first, *rest = final.log
-    assert first["event"] == "start" and first["held_out"] == 0.5
-    losses = [first["loss"], *(record["loss"] for record in rest if record["event"] == "accepted")]
+    assert isinstance(first, Start) and first.held_out == 0.5
+    accepted = [event for event in rest if isinstance(event, Accepted)]
+    losses = [first.loss, *(event.loss for event in accepted)]
     assert len(losses) > 2 and all(a > b for a, b in pairwise(losses))
-    passes = [record for record in rest if record["event"] == "pass"]
-    assert [(record["pass"], record["held_out"]) for record in passes] == [(1, 0.25), (2, 0.75)]
+    passes = [event for event in rest if isinstance(event, PassEnd)]
+    assert [(event.number, event.held_out) for event in passes] == [(1, 0.25), (2, 0.75)]
     # 3 stages, 2 rounds of 3 children, and the start.
-    assert [record["evaluations"] for record in passes] == [1 + 18, 1 + 36] and final.evaluations == 37
-    assert passes[-1] == rest[-1] and rest[-1]["loss"] == final.loss == losses[-1]
-    for record in rest:
-        if record["event"] == "accepted":
-            assert record["stage"] in ("patches", "merge", "head") and record["round"] in (1, 2)
+    assert [event.evaluations for event in passes] == [1 + 18, 1 + 36] and final.evaluations == 37
+    assert passes[-1] == rest[-1] and passes[-1].loss == final.loss == losses[-1]
+    assert all(event.stage in ("patches", "merge", "head") and event.round in (1, 2) for event in accepted)
     # Last stage first, and pass by pass.
     assert [name for name, _ in counted] == 2 * (["head"] * 2 + ["merge"] * 2 + ["patches"] * 2)
     assert {evaluated for _, evaluated in counted} == {3}
     order = {"head": 0, "merge": 1, "patches": 2}
-    places = [(record["pass"], order[record["stage"]], record["round"]) for record in rest if "stage" in record]
+    places = [(event.number, order[event.stage], event.round) for event in accepted]
     assert places == sorted(places)
 
 
@@ -221,7 +220,7 @@ def test_a_stage_without_sites_is_skipped(
     assert list(dict.fromkeys(visited)) == ["head", "patches"]
     assert sorted(final.scales) == sorted(final.best_scales) == ["head", "patches"]
     jax.tree.map(np.testing.assert_array_equal, evaluator.stages[1].state, some.stages[1].state)
-    assert final.loss is not None and final.loss < final.log[0]["loss"]
+    assert final.loss is not None and final.loss < final.log[0].loss
 
 
 def test_one_stage_reports_its_improving_rounds(make_evaluator: Callable[..., Evaluator]) -> None:
@@ -229,13 +228,19 @@ def test_one_stage_reports_its_improving_rounds(make_evaluator: Callable[..., Ev
     start = evaluator.loss_of(1, evaluator.stages[1].candidate)
     rounds: list[float] = []
     strategy = Generational(sigma=0.1, children=3, rounds=6)
-    candidate, loss, accepted, sigma = evolve_stage(
-        evaluator, 1, strategy, start, jax.random.key(0), lambda evaluated, best: rounds.append(best)
+    candidate, loss, accepted, carried, found = evolve_stage(
+        evaluator,
+        1,
+        strategy,
+        start,
+        jax.random.key(0),
+        on_round=lambda evaluated, best: rounds.append(best),
     )
     assert evaluator.loss_of(1, candidate) == loss == rounds[-1] < start
     improving = [i for i in range(6) if rounds[i] < ([start, *rounds])[i]]
     assert accepted == [(i, rounds[i]) for i in improving]
-    assert sigma is not None and sigma != 0.1
+    assert carried is None
+    assert found is not None and found[0] == 6 - accepted[-1][0]  # so many rounds before the end
     # It proposes only: the stage keeps its scales until they are accepted.
     assert evaluator.loss_of(1, evaluator.stages[1].candidate) == start
 
@@ -249,16 +254,19 @@ def test_patience_ends_a_search_that_no_longer_improves(make_evaluator: Callable
     assert_same(search(make_evaluator(), passes=4, state=ended, patience=2), ended)
 
 
-def test_a_stage_is_told_what_deviation_the_one_before_ended_with(make_evaluator: Callable[..., Evaluator]) -> None:
+def test_a_stage_is_told_what_the_one_before_carried(make_evaluator: Callable[..., Evaluator]) -> None:
     told: list[float | None] = []
 
-    def strategy_of(name: str, direction: Any, sigma: float | None) -> Strategy:
-        told.append(sigma)
-        return Generational(sigma=0.1 if sigma is None else sigma, children=3, rounds=1)
+    class Carrying(Generational):
+        def init(self, candidate: Any, loss: float, context: StageContext = NO_CONTEXT) -> Any:
+            told.append(context.carried)
+            return dataclasses.replace(super().init(candidate, loss), sigma=context.carried or 0.1)
+
+        def carried(self, state: Any) -> float:
+            return float(state.sigma)
 
     def run(state: SearchState, passes: int) -> SearchState:
-        evaluator = make_evaluator()
-        return run_search(evaluator, strategy_of, passes, jax.random.key(0), state)
+        return search(make_evaluator(), Carrying(children=3, rounds=1), passes, state=state)
 
     whole = run(initial_state(make_evaluator()), 2)
     assert told[0] is None and len(told) == 6 and None not in told[1:] and len(set(told)) > 2
@@ -267,18 +275,38 @@ def test_a_stage_is_told_what_deviation_the_one_before_ended_with(make_evaluator
     assert told == expected
 
 
+def test_a_stage_is_told_its_widths_and_how_it_moves(toy: Subject, make_evaluator: Callable[..., Evaluator]) -> None:
+    told: list[StageContext] = []
+
+    class Asking(Generational):
+        def init(self, candidate: Any, loss: float, context: StageContext = NO_CONTEXT) -> Any:
+            told.append(context)
+            return super().init(candidate, loss)
+
+    evaluator = make_evaluator()
+    what = Search(Asking(passes=1, children=2), jax.random.key(0), widths={"head": (3, 4)})
+    run_search(evaluator, what, initial_state(evaluator))
+    assert [context.widths for context in told] == [(3, 4), (), ()]
+    assert all(context.direction is None and context.move is toy.stages[0].move for context in told)
+
+
 def test_a_pass_ends_after_stages_in_a_row_that_gain_nothing(make_evaluator: Callable[..., Evaluator]) -> None:
     visited: list[str] = []
 
-    def strategy_of(name: str, direction: Any, sigma: float | None) -> Strategy:
-        visited.append(name)
-        return Generational(sigma=0.0, children=2, rounds=1)  # children that are their parent
+    class Idle(Generational):
+        idle: ClassVar[int | None] = None
 
-    def run(idle_stages: int | None, state: SearchState | None = None, **options: Any) -> SearchState:
-        evaluator = make_evaluator()
-        begin = initial_state(evaluator) if state is None else state
+        @property
+        def patience_of_stages(self) -> int | None:
+            return self.idle
+
+    def run(idle_stages: int | None, state: SearchState | None = None, **hooks: Any) -> SearchState:
         visited.clear()
-        return run_search(evaluator, strategy_of, 2, jax.random.key(0), begin, idle_stages=idle_stages, **options)
+        Idle.idle = idle_stages
+        strategy = Idle(sigma=1e-20, children=2, rounds=1)  # children that are their parent
+        return search(
+            make_evaluator(), strategy, state=state, on_round=lambda stage, *_: visited.append(stage), **hooks
+        )
 
     assert run(None).pass_index == 2
     every = list(visited)
@@ -289,6 +317,6 @@ def test_a_pass_ends_after_stages_in_a_row_that_gain_nothing(make_evaluator: Cal
     for state in states:  # also where it goes on from what was saved
         assert_same(run(2, state), whole)
     # A stage that gains begins the count anew.
-    gained = {"event": "accepted", "pass": 1, "stage": every[0], "round": 1, "loss": 0.0}
+    gained = Accepted(1, every[0], 1, 0.0)
     run(2, dataclasses.replace(states[1], log=(*states[1].log, gained)))
     assert visited[:2] == every[1:3]

@@ -203,14 +203,14 @@ def test_the_published_choice_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "infonse"}, "search.objective is 'infonse'; did you mean 'infonce'?"),
-        ({"name": "kl+infonse"}, "search.objective is 'kl+infonse'; did you mean 'infonce'?"),
-        ({"name": ""}, "search.objective is ''"),
+        ({"name": "infonse"}, "name is 'infonse'; did you mean 'infonce'?"),
+        ({"name": "kl+infonse"}, "name is 'kl+infonse'; did you mean 'infonce'?"),
+        ({"name": ""}, "name is ''"),
         ({"name": "hinge"}, "known: cosine, infonce, kl, mse"),
         ({"on": "feature"}, "did you mean 'features'?"),
-        ({"temperature": 0.0}, "must be positive"),
-        ({"temperature": -1.0}, "must be positive"),
-        ({"temperature": math.nan}, "must be positive"),
+        ({"temperature": 0.0}, "it must be greater than 0"),
+        ({"temperature": -1.0}, "it must be greater than 0"),
+        ({"temperature": math.nan}, "it must be greater than 0"),
     ],
 )
 def test_unusable_settings_are_refused(arguments: dict[str, Any], message: str) -> None:

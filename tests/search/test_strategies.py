@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptv_jax.search import EvolQ, Generational, Strategy
+from cptv_jax.search import EvolQ, Generational, StageContext, Strategy
 from cptv_jax.search.strategies.evol_q import Draws, State, published_step
 
 Candidate = dict[str, Any]
@@ -67,6 +67,7 @@ def transcription(
 
 def draws_from(strategy: EvolQ, like: Candidate, rng: np.random.Generator) -> tuple[list[int], np.ndarray, Draws]:
     samples = rng.integers(0, strategy.population, strategy.samples)
+    assert strategy.step is not None
     perturbation = rng.uniform(-strategy.step, strategy.step, flat(like).size)
     return samples.tolist(), perturbation, Draws(samples, unflat(perturbation, like))
 
@@ -76,7 +77,7 @@ def draws_from(strategy: EvolQ, like: Candidate, rng: np.random.Generator) -> tu
 def test_the_published_evolution_is_followed_step_for_step(seed: int, cycles: int, levels: int, step: float) -> None:
     """Few loss levels make ties; step 0.05 makes sums negative, so that absolute values matter."""
     rng = np.random.default_rng(seed)
-    strategy, start = EvolQ(step), candidate(seed)
+    strategy, start = EvolQ(step=step), candidate(seed)
     losses = (rng.integers(0, levels, cycles + 1) / levels).tolist()
     drawn = [draws_from(strategy, start, rng) for _ in range(cycles)]
     evaluated, population = transcription(
@@ -98,11 +99,11 @@ def test_the_published_evolution_is_followed_step_for_step(seed: int, cycles: in
 
 def test_the_published_sizes_are_the_defaults() -> None:
     strategy = EvolQ()
-    assert (strategy.step, strategy.population, strategy.samples, strategy.rounds) == (1e-3, 15, 10, 3)
+    assert (strategy.population, strategy.samples, strategy.rounds, strategy.passes) == (15, 10, 3, 10)
     state = strategy.init(candidate(), 7.0)
     np.testing.assert_array_equal(rows(state.candidates), np.tile(flat(candidate()).astype(np.float64), (15, 1)))
     np.testing.assert_array_equal(state.losses, np.full(15, 7.0))
-    child = strategy.ask(state, jax.random.key(0))
+    child, _ = strategy.ask(state, jax.random.key(0))
     assert rows(child).shape == (1, flat(candidate()).size)
     assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves((state.candidates, child)))
     assert len(strategy.tell(state, child, np.array([8.0])).losses) == 15
@@ -111,10 +112,13 @@ def test_the_published_sizes_are_the_defaults() -> None:
 @pytest.mark.parametrize(("bits", "step"), [(2, 1e-3), (3, 1e-3), (4, 1e-3), (6, 1e-3), (8, 1e-4)])
 def test_the_published_step_depends_on_the_bits(bits: int, step: float) -> None:
     assert published_step(bits) == step
+    # Of widths that differ, the last one's: the published code asks the projection.
+    assert EvolQ().init(candidate(), 1.0, StageContext((5, bits))).step == step
+    assert EvolQ(step=0.5).init(candidate(), 1.0, StageContext((bits,))).step == 0.5
 
 
 def test_steps_are_uniform_within_their_bounds_and_samples_cover_the_population_with_replacement() -> None:
-    strategy = EvolQ(0.25)
+    strategy = EvolQ(step=0.25)
     state = strategy.init({"a": np.full(400, 5.0, np.float32), "b": np.full(400, 5.0, np.float32)}, 1.0)
     drawn = [strategy.draw(state, jax.random.key(i)) for i in range(30)]
     steps = np.concatenate([flat(d.perturbation) for d in drawn])
@@ -132,8 +136,8 @@ def test_steps_are_uniform_within_their_bounds_and_samples_cover_the_population_
 def test_a_cycle_draws_from_its_key_alone() -> None:
     strategy = EvolQ()
     state = strategy.init(candidate(), 1.0)
-    again, other = (rows(strategy.ask(state, jax.random.key(seed))) for seed in (3, 4))
-    np.testing.assert_array_equal(rows(strategy.ask(state, jax.random.key(3))), again)
+    again, other = (rows(strategy.ask(state, jax.random.key(seed))[0]) for seed in (3, 4))
+    np.testing.assert_array_equal(rows(strategy.ask(state, jax.random.key(3))[0]), again)
     assert not np.array_equal(again, other)
 
 
@@ -141,7 +145,7 @@ def test_the_best_of_the_sampled_is_the_parent_and_of_equals_the_elder() -> None
     strategy = EvolQ(population=4, samples=3)
     members = {"a": np.arange(4.0)[:, None] + 1}
     nothing = {"a": np.zeros(1)}
-    state = State(members, np.array([1.0, 2.0, 2.0, 3.0]))
+    state = State(members, np.array([1.0, 2.0, 2.0, 3.0]), 1e-3)
     assert strategy.parent(state, Draws(np.array([3, 2, 1]), nothing)) == 1
     assert strategy.parent(state, Draws(np.array([3, 3, 2]), nothing)) == 2
     assert strategy.parent(state, Draws(np.array([3, 0, 0]), nothing)) == 0
@@ -150,7 +154,7 @@ def test_the_best_of_the_sampled_is_the_parent_and_of_equals_the_elder() -> None
 
 def test_a_tie_keeps_the_elder_and_the_worst_leaves() -> None:
     strategy = EvolQ(population=3)
-    state = State({"a": np.array([[1.0], [2.0], [3.0]])}, np.array([1.0, 2.0, 3.0]))
+    state = State({"a": np.array([[1.0], [2.0], [3.0]])}, np.array([1.0, 2.0, 3.0]), 1e-3)
     child = {"a": np.array([[9.0]])}
     tied = strategy.tell(state, child, np.array([1.0]))
     np.testing.assert_array_equal(tied.candidates["a"], [[1.0], [9.0], [2.0]])
@@ -170,7 +174,7 @@ def evolve(strategy: Strategy, start: Candidate, loss_of: Any, rounds: int, seed
     state = strategy.init(start, float(loss_of(flat(start)[None])[0]))
     values = [strategy.best(state)[1]]
     for index in range(rounds):
-        population = strategy.ask(state, jax.random.fold_in(jax.random.key(seed), index))
+        population, state = strategy.ask(state, jax.random.fold_in(jax.random.key(seed), index))
         state = strategy.tell(state, population, loss_of(rows(population)))
         values.append(strategy.best(state)[1])
     return state, values
@@ -205,7 +209,7 @@ def test_the_survivor_is_never_worse_than_its_parent_and_scales_stay_positive(se
 def test_as_many_children_are_asked_for_and_as_many_survive_as_set(children: int, survivors: int) -> None:
     strategy = Generational(children=children, survivors=survivors)
     state = strategy.init(candidate(), 1.0)
-    population = strategy.ask(state, jax.random.key(0))
+    population, state = strategy.ask(state, jax.random.key(0))
     assert rows(population).shape == (children, flat(candidate()).size)
     assert len(np.unique(rows(population), axis=0)) == children
     state = strategy.tell(state, population, np.arange(children, dtype=float))
@@ -218,7 +222,7 @@ def test_children_are_their_parents_times_a_log_normal_factor() -> None:
     parents = {"a": jnp.stack([jnp.full(200, 1.0), jnp.full(200, 1000.0)])}
     state = strategy.init({"a": parents["a"][0]}, 1.0)
     state = type(state)(parents, state.losses, state.sigma)
-    children = rows(strategy.ask(state, jax.random.key(0)))
+    children = rows(strategy.ask(state, jax.random.key(0))[0])
     first = np.median(children, 1) < 30
     assert 0.2 < first.mean() < 0.8  # both parents have children
     steps = np.log(np.where(first[:, None], children, children / 1000))
@@ -229,7 +233,7 @@ def test_children_are_their_parents_times_a_log_normal_factor() -> None:
 def test_the_same_key_has_the_same_children_and_another_key_others() -> None:
     strategy = Generational()
     state = strategy.init(candidate(), 1.0)
-    one, same, other = (rows(strategy.ask(state, jax.random.key(seed))) for seed in (5, 5, 6))
+    one, same, other = (rows(strategy.ask(state, jax.random.key(seed))[0]) for seed in (5, 5, 6))
     np.testing.assert_array_equal(one, same)
     assert not np.any(np.all(one == other, 1))
 
@@ -237,7 +241,7 @@ def test_the_same_key_has_the_same_children_and_another_key_others() -> None:
 def test_steps_grow_on_success_and_shrink_on_failure() -> None:
     strategy = Generational(sigma=0.02, children=10, survivors=2)
     state = strategy.init(candidate(), 1.0)
-    population = strategy.ask(state, jax.random.key(0))
+    population, state = strategy.ask(state, jax.random.key(0))
 
     def sigma(losses: list[float]) -> float:
         return strategy.tell(state, population, np.array(losses)).sigma
@@ -253,16 +257,16 @@ def test_the_adapted_step_is_the_one_taken() -> None:
     strategy = Generational(sigma=0.02, children=200, survivors=1)
     start = {"a": np.ones(50, np.float32)}
     state = strategy.init(start, 1.0)
-    population = strategy.ask(state, jax.random.key(0))
+    population, state = strategy.ask(state, jax.random.key(0))
     state = strategy.tell(state, population, np.full(200, 2.0))
-    children = rows(strategy.ask(state, jax.random.key(1)))
+    children = rows(strategy.ask(state, jax.random.key(1))[0])
     assert np.log(children).std() == pytest.approx(0.02 * math.exp(-0.1), rel=0.03)
 
 
 def test_a_tie_keeps_the_elder() -> None:
     strategy = Generational(children=3, survivors=2)
     state = strategy.init(candidate(), 1.0)
-    population = strategy.ask(state, jax.random.key(0))
+    population, state = strategy.ask(state, jax.random.key(0))
     state = strategy.tell(state, population, np.array([1.0, 1.0, 1.0]))
     np.testing.assert_array_equal(rows(state.parents), np.tile(flat(candidate()), (2, 1)))
     state = strategy.tell(state, population, np.array([0.5, 0.5, np.inf]))

@@ -119,7 +119,9 @@ def test_the_description_says_what_is_inside(quantized: QuantizedModel, tmp_path
     save_model(tmp_path / "q", quantized)
     metadata = json.loads((tmp_path / "q" / "metadata.json").read_text())
     assert metadata["kind"] == "quantized"
-    assert metadata["architecture"] == json.loads(json.dumps(asdict(TINY)))
+    described = {"name": TINY.name, "family": "vit"}
+    described |= {"config": asdict(TINY.config), "preprocessing": asdict(TINY.preprocessing)}
+    assert metadata["architecture"] == json.loads(json.dumps(described))
     assert metadata["architecture"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     assert (metadata["source"], metadata["sha256"]) == ("somewhere", "0123abcd")
     assert {site: SiteSpec(**spec) for site, spec in metadata["recipe"]["sites"].items()} == quantized.recipe.sites

@@ -1,7 +1,7 @@
 """Gradient steps on the candidates of a whole model: they propose where to go, and the evaluator decides."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,8 +16,8 @@ from cptv_jax.runtime.mesh import DATA, compiler_options, place
 from cptv_jax.runtime.optimizers import adam_by_tensor
 from cptv_jax.runtime.stacking import Run, runs_of, stacked
 from cptv_jax.runtime.stages import Stage
+from cptv_jax.search.proposals.base import Listener, Progress, Proposal, Scales
 from cptv_jax.search.proposals.matching import TEACHER
-from cptv_jax.search.state import Progress, Proposal
 
 Loss = Callable[[PyTree], Array]
 _SAVED_EVERY, _LOGGED_EVERY = 50, 25  # steps
@@ -172,20 +172,32 @@ class GradientProposer:
             members[run].append(tree)
         return [stacked(of_run) for of_run in members]
 
+    every_pass = True
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per pass."""
+        return self.descent.steps
+
     def propose(
         self,
-        scales: dict[str, PyTree],
+        scales: Scales,
         pass_index: int,
         key: Array,
-        on_step: Callable[[float], None] = lambda loss: None,
         progress: Progress | None = None,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
+        listener: Listener = Listener(),  # noqa: B008 - immutable
     ) -> Proposal:
-        """Steps by stage name, away from the candidates `scales`, that a pass of descent arrives at, and the mean loss
-        of every 25 batches on the way.
+        """Proposes the steps that a pass of descent arrives at (see Proposer.propose).
 
-        on_step(loss): called after every step with the loss of its batch before it. progress: what on_progress was last
-        called with, to go on from there as if nothing had been between.
+        Args:
+            scales: The candidates to start from, by stage.
+            pass_index: The pass, from 0 on, which decides the rate.
+            key: Of the order of the images, and of what mixup draws.
+            progress: What the listener was last told, to go on from there with the same bits.
+            listener: Told the loss of every batch, and now and then the progress.
+
+        Returns:
+            Steps by stage, and the mean loss of every 25 batches on the way.
         """
         present = [scales.get(name, own) for name, own in zip(self._names, self._candidates, strict=True)]
         candidates = place(self.mesh, self._stacked(jax.tree.map(jnp.asarray, present)))
@@ -194,17 +206,14 @@ class GradientProposer:
         begin, losses = 0, []
         if progress:
             begin, losses = int(progress["done"]), [float(loss) for loss in progress["losses"]]
-            leaves, structure = jax.tree.flatten((steps, moments))
-            saved = [jnp.asarray(progress[f"{i:05d}"]) for i in range(len(leaves))]
-            steps, moments = place(self.mesh, jax.tree.unflatten(structure, saved))
+            steps, moments = place(self.mesh, self._restored((steps, moments), progress))
         batches = _batches(self.count, self.batch, self.descent.steps, key)
         for number, rows in enumerate(batches):
             if number < begin:
                 continue
             if number > begin and number % _SAVED_EVERY == 0:
-                leaves = jax.tree.leaves((steps, moments))
-                saved_leaves = {f"{i:05d}": np.asarray(x) for i, x in enumerate(leaves)}
-                on_progress({"done": np.int32(number), "losses": np.asarray(losses, np.float32), **saved_leaves})
+                sofar = {"done": np.int32(number), "losses": np.asarray(losses, np.float32)}
+                listener.on_progress({**sofar, **self._saved((steps, moments))})
             rate = self.descent.rate_at(pass_index * self.descent.steps + number)
             images = self.read(rows)
             if self.descent.mixup:
@@ -215,7 +224,7 @@ class GradientProposer:
                 self._runs, self.loss, self.batch, self._states, candidates, steps, moments, rate, x
             )
             losses.append(float(value))
-            on_step(losses[-1])
+            listener.on_step(f"gradient, batch loss {losses[-1]:.5f}", 1)
         found = {
             name: self._member(steps, home, place_in_run)
             for name, (home, place_in_run) in zip(self._names, self._home, strict=True)
@@ -223,6 +232,27 @@ class GradientProposer:
         }
         means = [float(np.mean(losses[i : i + _LOGGED_EVERY])) for i in range(0, len(losses), _LOGGED_EVERY)]
         return Proposal(found, tuple(means))
+
+    def _labels(self, trees: tuple[PyTree, PyTree]) -> list[str]:
+        """A name for each leaf of steps and moments: what it is, the first stage of its run, and where it lies there.
+
+        The state of the optimizer lists a count, means and squares.
+        """
+        firsts = [self._names[[run for run, _ in self._home].index(number)] for number in range(len(self._runs))]
+        labels = []
+        for kind, tree in zip(("step", "moment"), trees, strict=True):
+            for (run, *path), _ in jax.tree_util.tree_leaves_with_path(tree):
+                inner = jax.tree_util.keystr(tuple(path), simple=True, separator=".")
+                labels.append(f"{kind}.{firsts[run.idx]}.{inner}")
+        return labels
+
+    def _saved(self, trees: tuple[PyTree, PyTree]) -> dict[str, np.ndarray]:
+        return dict(zip(self._labels(trees), map(np.asarray, jax.tree.leaves(trees)), strict=True))
+
+    def _restored(self, like: tuple[PyTree, PyTree], saved: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+        leaves = [jnp.asarray(saved[label]) for label in self._labels(like)]
+        found: tuple[PyTree, PyTree] = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return found
 
     def _member(self, trees: Sequence[PyTree], home: int, index: int) -> PyTree:
         if self._runs[home].length == 1:

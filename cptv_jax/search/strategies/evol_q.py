@@ -1,11 +1,15 @@
 """The published evolution, step for step."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+from pydantic import Field
+
+from cptv_jax.options import options
+from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
 
 def published_step(bits: int) -> float:
@@ -26,31 +30,47 @@ class Draws:
 
 @dataclass(frozen=True)
 class State:
-    """candidates: pytree with a leading axis of length `population`; losses: [population], float64, ascending."""
+    """Where the evolution stands.
+
+    Attributes:
+        candidates: Pytree with a leading axis of length `population`.
+        losses: [population], float64, ascending.
+        step: Half-width of the mutation.
+    """
 
     candidates: PyTree
     losses: np.ndarray
+    step: float
 
 
-@dataclass(frozen=True)
-class EvolQ:
-    """Tournament selection with one mutated child a cycle (CPT-V, algorithm 1; Evol-Q's code).
+@options
+class EvolQ(Strategy):
+    """The published search: tournament selection with one mutated child per round (CPT-V, algorithm 1; Evol-Q's code).
 
-    The population starts as copies of the stage's candidate. Each cycle draws `samples` members with replacement, adds
+    The population starts as copies of the stage's candidate. Each round draws `samples` members with replacement, adds
     a uniform step in [-step, step] to the best of them, takes absolute values, and replaces the worst member.
     Scales are kept in float64, as published, and rounded to float32 when they are evaluated.
     """
 
-    step: float = 1e-3
-    population: int = 15
-    samples: int = 10
-    rounds: int = 3
+    name: ClassVar[str] = "evol-q"
+    passes: int = Field(default=10, ge=1)
+    """Sweeps over the blocks, last block first."""
+    rounds: int = Field(default=3, ge=1)
+    """Rounds of mutation per block and pass."""
+    population: int = Field(default=15, ge=1)
+    """How many candidates survive."""
+    samples: int = Field(default=10, ge=1)
+    """How many of them compete to be the parent of a round."""
+    step: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Half-width of the mutation, in input units; null means 1e-4 for 8-bit weights and 1e-3 otherwise."""
 
-    def init(self, candidate: PyTree, loss: float) -> State:
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         def copies(leaf: Any) -> np.ndarray:
             return np.repeat(np.asarray(leaf, np.float64)[None], self.population, 0)
 
-        return State(jax.tree.map(copies, candidate), np.full(self.population, loss, np.float64))
+        # The last width where they differ, as the published code asks the projection's.
+        step = published_step(context.widths[-1] if context.widths else 0) if self.step is None else self.step
+        return State(jax.tree.map(copies, candidate), np.full(self.population, loss, np.float64), step)
 
     def draw(self, state: State, key: jax.Array) -> Draws:
         """The cycle's random numbers from its key."""
@@ -58,7 +78,7 @@ class EvolQ:
         leaves, structure = jax.tree.flatten(state.candidates)
         keys = jax.random.split(mutate, len(leaves))
         steps = [
-            np.asarray(jax.random.uniform(k, leaf.shape[1:], minval=-self.step, maxval=self.step), np.float64)
+            np.asarray(jax.random.uniform(k, leaf.shape[1:], minval=-state.step, maxval=state.step), np.float64)
             for k, leaf in zip(keys, leaves, strict=True)
         ]
         samples = np.asarray(jax.random.randint(choose, (self.samples,), 0, self.population))
@@ -75,8 +95,8 @@ class EvolQ:
             lambda members, delta: np.abs(members[parent] + delta)[None], state.candidates, draws.perturbation
         )
 
-    def ask(self, state: State, key: jax.Array) -> PyTree:
-        return self.mutate(state, self.draw(state, key))
+    def ask(self, state: State, key: jax.Array) -> tuple[PyTree, State]:
+        return self.mutate(state, self.draw(state, key)), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
         order = np.argsort(np.append(state.losses, losses), kind="stable")[: self.population]

@@ -3,19 +3,23 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, PyTree
+from pydantic import Field
 
 from cptv_jax.errors import InputError
+from cptv_jax.options import options
 from cptv_jax.runtime.stages import scaled
+from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
-# Distributions that need a mean to start from and nothing else, and whose state does not remember what was drawn.
-ALGORITHMS = ("Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE")
+# Distributions that need a mean to start from and nothing else.
+Algorithm = Literal["Sep_CMA_ES", "CMA_ES", "SNES", "Open_ES", "PGPE"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 _IN_PAIRS = ("Open_ES", "PGPE")  # draw antithetic pairs, and follow the gradient that these estimate
 
 
@@ -53,18 +57,24 @@ def _steps(start: PyTree, population: PyTree, sigma: Array) -> PyTree:
     return jax.tree.map(lambda old, new: jnp.log(new / old) / sigma, start, population)
 
 
-@dataclass(frozen=True)
-class Evosax:
-    """A search distribution of evosax over log-scales, around the stage's candidate at first.
+@options
+class Evosax(Strategy):
+    """A search distribution of the library evosax over log-scales, around the stage's candidate at first.
 
-    algorithm: one of ALGORITHMS. sigma: its deviation at first. children: a generation.
     Raises InputError where evosax is not installed, or for an odd number of children where they come in pairs.
     """
 
-    algorithm: str = ALGORITHMS[0]
-    sigma: float = 0.01
-    children: int = 8
-    rounds: int = 3
+    name: ClassVar[str] = "evosax"
+    passes: int = Field(default=10, ge=1)
+    """Sweeps over the blocks, last block first."""
+    rounds: int = Field(default=3, ge=1)
+    """Generations per block and pass."""
+    children: int = Field(default=8, ge=1)
+    """Candidates per generation; an even number for Open_ES and PGPE, which draw pairs."""
+    algorithm: Algorithm = "Sep_CMA_ES"
+    """The distribution."""
+    sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    """Its deviation at first, in log-scale."""
 
     def __post_init__(self) -> None:
         if find_spec("evosax") is None:
@@ -72,32 +82,36 @@ class Evosax:
                 "search.strategy evosax needs the package evosax; install cptv_jax[evosax], or choose another strategy"
             )
         if self.algorithm in _IN_PAIRS and self.children % 2:
-            raise InputError(f"search.children is {self.children}; {self.algorithm} draws pairs: set an even number")
+            raise InputError(
+                f"search.strategy.children is {self.children}, but {self.algorithm} draws pairs; set an even number"
+            )
+
+    @property
+    def candidates(self) -> int:
+        return self.children
 
     def _of(self, candidate: PyTree) -> Any:
         leaves, structure = jax.tree.flatten(candidate)
         return _algorithm(self.algorithm, self.children, structure, tuple(jnp.shape(leaf) for leaf in leaves))
 
-    def init(self, candidate: PyTree, loss: float) -> State:
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         candidate = jax.tree.map(jnp.asarray, candidate)
         algorithm = self._of(candidate)
         # The key is not used by these algorithms: the mean is given.
         inner = algorithm.init(jax.random.key(0), jax.tree.map(jnp.zeros_like, candidate), algorithm.default_params)
         return State(candidate, inner, candidate, loss)
 
-    def ask(self, state: State, key: Array) -> PyTree:
+    def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
         algorithm = self._of(state.start)
-        steps, _ = algorithm.ask(key, state.inner, algorithm.default_params)
-        return _moved(state.start, steps, jnp.float32(self.sigma))
+        steps, inner = algorithm.ask(key, state.inner, algorithm.default_params)
+        return _moved(state.start, steps, jnp.float32(self.sigma)), replace(state, inner=inner)
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
         algorithm = self._of(state.start)
-        parameters, key = algorithm.default_params, jax.random.key(state.told)
-        # Of what asking leaves in the state only a decomposition is needed, which does not depend on what was drawn.
-        _, inner = algorithm.ask(key, state.inner, parameters)
+        parameters, key = algorithm.default_params, jax.random.key(state.told)  # the key is not used here either
         finite = np.where(np.isfinite(losses), losses, np.finfo(np.float32).max)
         steps = _steps(state.start, population, jnp.float32(self.sigma))
-        inner, _ = algorithm.tell(key, steps, jnp.asarray(finite, jnp.float32), inner, parameters)
+        inner, _ = algorithm.tell(key, steps, jnp.asarray(finite, jnp.float32), state.inner, parameters)
         state = replace(state, inner=inner, told=state.told + 1)
         winner = int(np.argmin(losses))
         if not losses[winner] < state.loss:

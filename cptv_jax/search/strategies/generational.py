@@ -3,11 +3,16 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+from pydantic import Field
+
+from cptv_jax.options import options
+from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
 TARGET_SUCCESS = 0.2  # Rechenberg's one-fifth rule
 
@@ -41,25 +46,37 @@ def _select(parents: PyTree, children: PyTree, order: Array) -> PyTree:
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new])[order], parents, children)
 
 
-@dataclass(frozen=True)
-class Generational:
-    """A (survivors + children) evolution strategy.
+@options
+class Generational(Strategy):
+    """Evolution by generations: many children at once, steps in log-scale.
 
-    Children multiply a random survivor's scales by exp(sigma * normal), so scales stay positive and a step means the
-    same at every bit width. sigma grows when more than a fifth of the children beat the best parent, else it shrinks.
+    A (survivors + children) evolution strategy. Children multiply a random survivor's scales by exp(sigma * normal), so
+    scales stay positive and a step means the same at every bit width. sigma grows when more than a fifth of the
+    children beat the best parent, else it shrinks.
     """
 
-    sigma: float = 0.01
-    children: int = 8
-    survivors: int = 2
-    rounds: int = 3
+    name: ClassVar[str] = "generational"
+    passes: int = Field(default=10, ge=1)
+    """Sweeps over the blocks, last block first."""
+    rounds: int = Field(default=3, ge=1)
+    """Generations per block and pass."""
+    children: int = Field(default=8, ge=1)
+    """Candidates per generation."""
+    survivors: int = Field(default=2, ge=1)
+    """How many of them, and of their parents, are the next parents."""
+    sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    """Deviation of the steps at first, in log-scale."""
 
-    def init(self, candidate: PyTree, loss: float) -> State:
+    @property
+    def candidates(self) -> int:
+        return self.children
+
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
         parents = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], self.survivors, 0), candidate)
         return State(parents, np.full(self.survivors, loss), self.sigma)
 
-    def ask(self, state: State, key: Array) -> PyTree:
-        return _children(state.parents, jnp.float32(state.sigma), key, self.children)
+    def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        return _children(state.parents, jnp.float32(state.sigma), key, self.children), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
         success = float(np.mean(losses < state.losses[0]))

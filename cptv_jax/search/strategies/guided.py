@@ -1,31 +1,46 @@
 """Evolution along a direction: children that go further or back on a proposal, mix with what was before, or mutate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+from pydantic import Field
 
+from cptv_jax.options import options
+from cptv_jax.search.objective import ObjectiveName
+from cptv_jax.search.proposals.base import ClosedForms, Gradients, ProposerOptions
+from cptv_jax.search.strategies.base import NO_CONTEXT, Defaults, Move, StageContext, Strategy
 from cptv_jax.search.strategies.generational import TARGET_SUCCESS
 
 _KINDS = 5  # of children: along the direction, elements taken back, random, along by parameter, parameters taken back
 _RANDOM = 2
+_PROPOSING = "infonce"  # proposes best, where KL judges best
 _STRIDE = 0.5  # deviation of how far a child goes along the direction, in lengths of it
-
-Move = Callable[[PyTree, PyTree], PyTree]
 
 
 @dataclass(frozen=True)
 class State:
-    """parent, loss: the best candidate so far. sigma: deviation of random steps (see Stage.move)."""
+    """Where the evolution stands.
+
+    Attributes:
+        parent: The best candidate so far.
+        loss: Its loss.
+        sigma: Deviation of random steps (see Stage.move).
+        direction: Steps of the candidate's structure, which led to it.
+        move: The stage's.
+    """
 
     parent: PyTree
     loss: float
     sigma: float
+    direction: PyTree
+    move: Move
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -47,30 +62,74 @@ def _children(move: Move, parent: PyTree, direction: PyTree, sigma: Float[Array,
     return jax.vmap(child)(jnp.arange(count), jax.random.split(key, count))
 
 
-@dataclass(frozen=True)
-class Guided:
-    """A (1 + children) evolution strategy around a proposed direction.
+@options
+class Guided(Strategy):
+    """Closed forms and gradients propose for all stages at once, evolution goes on from there, the true loss decides.
 
-    Of every five children one goes further or back along the direction, one takes back a random half of it (crossover
-    with the candidate that the proposal started from), and one takes a random step; the fourth goes along the direction
-    by a length of its own for each parameter of each site, and the fifth takes some of these back whole. sigma follows
-    the success of the random ones (one-fifth rule).
-
-    direction: steps of the candidate's structure, which led to it. move: the stage's. sigma: the deviation to start
-    with, such as the last stage's.
+    A (1 + children) evolution strategy around the proposed direction. Of every five children one goes further or back
+    along the direction, one takes back a random half of it (crossover with the candidate that the proposal started
+    from), and one takes a random step; the fourth goes along the direction by a length of its own for each leaf of the
+    candidate, and the fifth takes some of these back whole. sigma follows the success of the random ones (one-fifth
+    rule), from one stage to the next.
     """
 
-    direction: PyTree
-    move: Move
-    sigma: float = 0.01
-    children: int = 3
-    rounds: int = 1
+    name: ClassVar[str] = "guided"
+    # KL, as infoNCE also falls where outputs move apart that the teacher has close together; few images, as these only
+    # judge proposals that gradients on all images make.
+    defaults: ClassVar[Defaults] = Defaults(objective="kl", sites=("*.weight",), offsets=True, images=200)
+    moves_offsets: ClassVar[bool] = True
+    passes: int = Field(default=1, ge=1)
+    """Sweeps over the blocks, last block first; each begins with a proposal."""
+    rounds: int = Field(default=1, ge=1)
+    """Generations per block and pass."""
+    children: int = Field(default=3, ge=1)
+    """Candidates per generation."""
+    sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    """Deviation of random steps at first, in log-scale."""
+    idle_stages: int | None = Field(default=4, ge=1)
+    """End a pass after so many blocks in a row that gained nothing over its proposal; null goes through all."""
+    steps: int = Field(default=400, ge=1)
+    """Optimizer steps per pass."""
+    rate: float = Field(default=0.0015, gt=0, allow_inf_nan=False)
+    """Rate of the optimizer at the start, in log-scale; it falls along a half cosine over all passes."""
+    batch: int = Field(default=10, ge=2)
+    """Images per optimizer step; all calibration images but those held out take turns."""
+    objective: ObjectiveName | None = None
+    """What is differentiated; null means search.judge.objective, and infonce where that is null too."""
+    matching: float = Field(default=100.0, ge=0, allow_inf_nan=False)
+    """Weight, beside the objective, of how far the outputs of all stages are from the teacher's (mean squared error
+    relative to the variance)."""
+    mirror: bool = True
+    """Show the optimizer mirror images too."""
+    mixup: bool = True
+    """Show the optimizer images mixed in pairs, which the teacher is asked about too."""
 
-    def init(self, candidate: PyTree, loss: float) -> State:
-        return State(jax.tree.map(jnp.asarray, candidate), loss, self.sigma)
+    @property
+    def candidates(self) -> int:
+        return self.children
 
-    def ask(self, state: State, key: Array) -> PyTree:
-        return _children(self.move, state.parent, self.direction, jnp.float32(state.sigma), key, self.children)
+    @property
+    def patience_of_stages(self) -> int | None:
+        return self.idle_stages
+
+    def complete(self, objective: str | None) -> Self:
+        return replace(self, objective=self.objective or objective or _PROPOSING)
+
+    def proposers(self) -> Sequence[ProposerOptions]:
+        objective = self.objective or _PROPOSING
+        return ClosedForms(), Gradients(
+            self.steps, self.rate, self.batch, objective, self.matching, self.mirror, self.mixup
+        )
+
+    def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        candidate = jax.tree.map(jnp.asarray, candidate)
+        direction = jax.tree.map(jnp.zeros_like, candidate) if context.direction is None else context.direction
+        sigma = self.sigma if context.carried is None else context.carried
+        return State(candidate, loss, sigma, direction, context.move)
+
+    def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        sigma = jnp.float32(state.sigma)
+        return _children(state.move, state.parent, state.direction, sigma, key, self.children), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
         random = losses[_RANDOM::_KINDS]
@@ -83,3 +142,6 @@ class Guided:
 
     def best(self, state: State) -> tuple[PyTree, float]:
         return state.parent, state.loss
+
+    def carried(self, state: State) -> float:
+        return state.sigma

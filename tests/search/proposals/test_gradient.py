@@ -17,6 +17,7 @@ from cptv_jax.runtime.mesh import make_mesh
 from cptv_jax.runtime.stacking import Run, runs_of, stacked
 from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
+from cptv_jax.search.proposals.base import Listener
 from cptv_jax.search.proposals.gradient import _ADAM, _by_stage, _descend_program, _loss, _pieces, mixed
 
 BATCH, STEPS = 25, 6
@@ -150,10 +151,13 @@ def test_a_proposal_lowers_the_true_loss(
     vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
     model, images = vit_model
-    losses: list[float] = []
-    direction, means = proposer.propose(scales, 0, jax.random.key(0), losses.append)
-    assert len(losses) == STEPS and set(direction) == set(scales)
-    assert means == (np.mean(losses),)  # fewer than 25
+    said: list[tuple[str, int]] = []
+    direction, means = proposer.propose(
+        scales, 0, jax.random.key(0), None, Listener(lambda text, steps: said.append((text, steps)))
+    )
+    assert len(said) == proposer.steps == STEPS and set(direction) == set(scales)
+    losses = [float(text.rpartition(" ")[2]) for text, steps in said if steps == 1]
+    assert means == (pytest.approx(np.mean(losses), abs=1e-5),)  # fewer than 25, said with five digits
     evaluator = Evaluator(stages_of(model), [images], [teacher], LOSS, 25)
     last = max(i for i, stage in enumerate(evaluator.stages) if stage.searchable)
     before = evaluator.loss_of(last, evaluator.stages[last].candidate)
@@ -168,11 +172,15 @@ def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr("cptv_jax.search.proposals.gradient._SAVED_EVERY", 2)
     saved: list[dict[str, np.ndarray]] = []
-    whole = proposer.propose(scales, 1, jax.random.key(3), on_progress=saved.append)
+    whole = proposer.propose(scales, 1, jax.random.key(3), listener=Listener(on_progress=saved.append))
     assert [int(progress["done"]) for progress in saved] == [2, 4]
     for progress in saved:
-        steps: list[float] = []
-        again = proposer.propose(scales, 1, jax.random.key(3), steps.append, progress)
+        # Names that tell what is what, also on disk.
+        assert {name.partition(".")[0] for name in progress} == {"done", "losses", "step", "moment"}
+        steps: list[str] = []
+        again = proposer.propose(
+            scales, 1, jax.random.key(3), progress, Listener(lambda text, _, steps=steps: steps.append(text))
+        )
         assert len(steps) == STEPS - int(progress["done"])
         np.testing.assert_array_equal(flat(again), flat(whole))
 

@@ -1,0 +1,15 @@
+"""`cptv compare`."""
+
+from collections.abc import Sequence
+
+from cptv_jax import compare
+from cptv_jax.cli.parser import Parser, add_compilation_cache
+
+
+def run(words: Sequence[str], prog: str, summary: str) -> int:
+    """Runs the command; see cptv_jax.cli.main.run."""
+    parser = Parser(prog=prog, description=summary)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="result files (.npz)")
+    add_compilation_cache(parser)
+    args = parser.parse_args(words)
+    return compare.run(args.files)
