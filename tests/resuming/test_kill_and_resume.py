@@ -16,6 +16,7 @@ from cptv_jax.methods.base import Method
 from cptv_jax.pipeline import quantize as pipeline
 from cptv_jax.pipeline import search_phase
 from cptv_jax.search import Guided
+from cptv_jax.search.events import Proposed
 from cptv_jax.search.proposals import gradient
 
 
@@ -34,7 +35,7 @@ def test_a_kill_in_any_writing_step_leaves_a_run_that_goes_on(
 ) -> None:
     outcome = call(tmp_path / "whole")
     expected = outcome_of(tmp_path / "whole")
-    assert any(record["event"] == "accepted" for record in outcome.log)  # else scales would be equal anyhow
+    assert any(record.event == "accepted" for record in outcome.log)  # else scales would be equal anyhow
     saboteur = Saboteur(tmp_path / "killed", monkeypatch)
     saboteur.go_on_until_done(lambda: call(tmp_path / "killed"))
     assert sum(label.startswith("replace log.jsonl") for label in saboteur.done) == 5
@@ -70,7 +71,7 @@ def test_a_guided_run_goes_on_from_within_a_proposal(
         return quantize(model, images, replace(CONFIG, search=searching), out=out)
 
     outcome = call(tmp_path / "whole")
-    taken = [record["fraction"] for record in outcome.log if record["event"] == "proposal"]
+    taken = [record.fraction for record in outcome.log if isinstance(record, Proposed)]
     assert any(taken) and len(taken) == 3  # two openings and the proposal
     saboteur = Saboteur(tmp_path / "killed", monkeypatch, only="replace state/state.json")
     saboteur.go_on_until_done(lambda: call(tmp_path / "killed"))
