@@ -109,7 +109,7 @@ def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path: Path) -> Non
         command = ["quantize", str(tmp_path / "model"), "--images", str(images), "--out", str(tmp_path / str(seed))]
         command += ["--compilation-cache", str(programs), f"--seed={seed}", "--search.strategy=generational"]
         command += ["--calibration.images=16", "--calibration.batch=8"]
-        command += ["--search.passes=1", "--search.rounds=1", "--search.children=4"]
+        command += ["--search.strategy.passes=1", "--search.strategy.rounds=1", "--search.strategy.children=4"]
         log = tmp_path / f"{seed}.json"
         wanted = [sys.executable, "-c", COUNTING, str(log), *command]
         done = subprocess.run(wanted, env=environment(), capture_output=True, text=True)

@@ -33,8 +33,8 @@ COUNT = "import jax; print(jax.device_count())"
     ids=["before", "twice", "chosen", "flag", "no affinities"],
 )
 def test_cores_become_devices_unless_somebody_chose(code: str, environment: dict[str, str], devices: str) -> None:
-    code, out, err = run(code, **environment)
-    assert (code, out) == (0, devices), err
+    status, out, err = run(code, **environment)
+    assert (status, out) == (0, devices), err
 
 
 def test_after_jax_has_started_it_says_so() -> None:

@@ -21,14 +21,16 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    at, wanted = (jax.tree_util.tree_leaves_with_path(tree) for tree in (found, expected))
+    assert [path for path, _ in at] == [path for path, _ in wanted]
+    for (_, a), (_, b) in zip(at, wanted, strict=True):
         assert (a.dtype, np.shape(a), a.tobytes()) == (b.dtype, np.shape(b), b.tobytes())
 
 
 def test_everything_comes_back_with_its_bits_types_shapes_and_order(tmp_path: Path) -> None:
     odd = {"z": np.array([np.nan, -0.0, 1e-45, np.inf], np.float32), "a/b.npy": {"": np.zeros((0, 2))}, "empty": {}}
-    parts = {"scales": {"blocks.1": part(1), "blocks.0": odd}, "direction": {}, "progress": {"done": np.int32(3)}}
+    scales = {"blocks.1": part(1), "blocks.0": odd}
+    parts: dict[str, dict[str, Any]] = {"scales": scales, "direction": {}, "progress": {"done": np.int32(3)}}
     save_search_state(tmp_path / "state", parts, {"loss": 0.1, "best": None, "log": [{"a": 1e-300}]})
     found = load_search_state(tmp_path / "state")
     assert found is not None
@@ -99,7 +101,8 @@ def test_a_damaged_part_is_refused_with_the_remedy(tmp_path: Path, damage: str) 
 def test_an_array_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> None:
     save_search_state(tmp_path, {"scales": {"a": part(0)}}, {})
     (file,) = tmp_path.glob("*.npz")
-    np.savez(file, **{"0": np.ones(3), "1": np.int32(0), "2": np.array([True])})  # a whole file, with a checksum
+    other: dict[str, Any] = {"0": np.ones(3), "1": np.int32(0), "2": np.array([True])}
+    np.savez(file, **other)  # a whole file, with a checksum
     with pytest.raises(InputError, match="is damaged"):
         load_search_state(tmp_path)
 
