@@ -8,7 +8,7 @@ from tiny_vit import TINY
 from cptv_jax import Model, SearchConfig, save_model
 from cptv_jax.bench.methods import Options
 
-SEARCH = SearchConfig(strategy="generational", passes=1, rounds=1, children=2, sigma=0.1, holdout=0.5)
+SEARCH = SearchConfig(strategy="generational", passes=1, rounds=1, children=4, sigma=0.1, holdout=0.5)
 
 
 @pytest.fixture(scope="module")
