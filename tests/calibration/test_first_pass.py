@@ -54,6 +54,7 @@ def normalized(model: Model, norm: str, x: jax.Array) -> jax.Array:
     return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * affine["weight"] + affine["bias"]
 
 
+@pytest.mark.slow
 def test_every_quantizer_is_fitted_on_what_its_quantized_predecessors_give(golden: Path) -> None:
     model, x, recipe = small_model(golden), jnp.asarray(images(golden)[:8]), recipe_of(preset="repq-vit", weight_bits=4)
     quantizers = initialize(model, x, recipe, {}, weights=True)

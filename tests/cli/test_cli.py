@@ -98,6 +98,7 @@ def test_import_copies_a_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.C
     succeed("evaluate", tmp_path / "deep" / "copy", "--images", "digits:test", "--limit", 1)
 
 
+@pytest.mark.slow
 def test_one_batch_calibrates_an_integer_softmax_too(tiny: Path, tmp_path: Path) -> None:
     options = ("--calibration.images", 8, "--calibration.batch", 8, "--search.strategy", "none")
     preset = ("--recipe.preset", "fq-vit")
