@@ -40,6 +40,7 @@ def test_the_guided_strategy_takes_the_direction_of_the_proposal() -> None:
     assert strategy_for(config, 4, direction) == Guided(direction, move_candidate, 0.5, 7, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirror", [True, False])
 def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_and_kl_decides(
     monkeypatch: pytest.MonkeyPatch, mirror: bool

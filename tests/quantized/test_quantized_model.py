@@ -30,6 +30,7 @@ def model(images: np.ndarray) -> QuantizedModel:
     return METHODS["fq-vit"].quantize(float_model, [jnp.asarray(images)], recipe, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_bias_is_offered_with_the_other_offsets_of_weights_alone(model: QuantizedModel) -> None:
     (stage,) = [s for s in model.stages(lambda site: site.startswith("blocks.0."), shifted=True) if s.searchable]
     biases = {key for key in stage.candidate if key.endswith(".bias")}
@@ -53,6 +54,7 @@ def test_a_step_of_a_bias_is_a_tenth_of_the_length_of_its_outputs_weights(model:
     np.testing.assert_array_equal(model.model.layer("blocks.1.attn.qkv")["bias"], bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_a_candidate_computes_what_the_model_with_its_parameters_does(
     model: QuantizedModel, images: np.ndarray, differentiable: bool
