@@ -20,7 +20,7 @@ from cptv_jax.cli.main import main
 from cptv_jax.models.timm_weights import key_table
 from cptv_jax.models.zoo import ZOO
 
-SMALL = "--calibration.images 4 --calibration.batch 2 --search.strategy none"
+SMALL = "--calibration.images 8 --calibration.batch 8 --search.strategy none"
 
 
 class World:
@@ -36,7 +36,7 @@ class World:
 
     @cached_property
     def photos(self) -> Path:
-        return paint(self.folder / "photos", ["0.png", "1.png", "2.png", "3.png"])
+        return paint(self.folder / "photos", [f"{i}.png" for i in range(8)])
 
     @cached_property
     def beyond(self) -> Path:
@@ -230,7 +230,7 @@ class Inputs(dict[str, object]):
 
     @property
     def corrupt(self) -> Path:
-        folder = paint(self.folder / "corrupt", ["0.jpg", "1.jpg", "2.jpg", "3.jpg"])
+        folder = paint(self.folder / "corrupt", [f"{i}.jpg" for i in range(8)])
         (folder / "2.jpg").write_bytes((folder / "1.jpg").read_bytes()[:200])
         return folder
 

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_vit import TINY
 
 from cptv_jax import CalibrationConfig, Model, QuantizeConfig, RecipeConfig, SearchConfig, load_images
+from cptv_jax.models.architecture import Architecture
 from cptv_jax.search import Generational
 from cptv_jax.storage.trees import METADATA, restore_tree
 
@@ -27,13 +28,13 @@ CONFIG = QuantizeConfig(
 )
 
 
-def tiny_model() -> Model:
+def tiny_model(architecture: Architecture) -> Model:
     """Random weights, large enough that every image has logits of its own."""
     rng = np.random.default_rng(0)
     weights = jax.tree.map(
-        lambda a: np.asarray(a + 0.2 * rng.standard_normal(a.shape), np.float32), DEEPER.initialize(0)
+        lambda a: np.asarray(a + 0.2 * rng.standard_normal(a.shape), np.float32), architecture.initialize(0)
     )
-    return Model(DEEPER, jax.tree.map(jax.numpy.asarray, weights))
+    return Model(architecture, jax.tree.map(jax.numpy.asarray, weights))
 
 
 def outcome_of(run: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Bad input to the command line: exit code 2 and one sentence with the remedy; nothing left behind, nothing lost."""
 
-import hashlib
 import os
 import shlex
 import subprocess
@@ -90,7 +89,7 @@ CASES: dict[str, tuple[str, str, str]] = {
         "2.jpg is not a readable image",
         "replace or remove it",
     ),
-    "images too few": (QUANTIZE, "holds 4 images but 1000 are needed", "ask for fewer"),
+    "images too few": (QUANTIZE, "holds 8 images but 1000 are needed", "ask for fewer"),
     "batch larger than images": (
         QUANTIZE + " --calibration.images 4 --calibration.batch 5",
         "4 calibration images make no batch of 5",
@@ -352,13 +351,16 @@ CASES: dict[str, tuple[str, str, str]] = {
 }
 
 
-def contents(*folders: Path) -> dict[str, str]:
-    """Every file and folder, with the hash of its content."""
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for folder in folders
-        for path in sorted(folder.rglob("*"))
-    }
+def contents(*folders: Path) -> dict[str, object]:
+    """Every file and folder, with the content; of large files the time of the last change stands for it."""
+
+    def content(path: Path) -> object:
+        if not path.is_file():
+            return "folder"
+        status = path.stat()
+        return path.read_bytes() if status.st_size < 2**20 else (status.st_size, status.st_mtime_ns)
+
+    return {str(path): content(path) for folder in folders for path in sorted(folder.rglob("*"))}
 
 
 def sentence(stderr: str) -> str:

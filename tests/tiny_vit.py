@@ -1,4 +1,7 @@
-"""The smallest ViT that every command takes, for images of digits."""
+"""The smallest ViT that every command takes, for images of digits.
+
+Tests that calibrate it do so on batches of 8, and search among 4 children: each other number is compiled anew.
+"""
 
 from dataclasses import replace
 

@@ -25,13 +25,17 @@ def _names_a_shape(hint: object) -> bool:
     return any(_names_a_shape(part) for part in typing.get_args(hint))
 
 
-def _of_jax_or_numpy(hint: Any) -> Any:
-    """The hint with arrays of NumPy allowed where arrays of JAX are, as JAX's own functions allow them."""
+def _of_any_array(hint: Any) -> Any:
+    """The hint with arrays of NumPy and abstract ones allowed where arrays of JAX are, as JAX's own functions do."""
     if isinstance(hint, type) and issubclass(hint, AbstractArray):
-        return hint.dtype[jax.Array | np.ndarray, hint.dim_str] if hint.array_type is jax.Array else hint
+        return (
+            hint.dtype[jax.Array | np.ndarray | jax.ShapeDtypeStruct, hint.dim_str]
+            if hint.array_type is jax.Array
+            else hint
+        )
     if not _names_a_shape(hint):
         return hint
-    parts = tuple(_of_jax_or_numpy(part) for part in typing.get_args(hint))
+    parts = tuple(_of_any_array(part) for part in typing.get_args(hint))
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return functools.reduce(operator.or_, parts)
     return hint.copy_with(parts) if hasattr(hint, "copy_with") else typing.get_origin(hint)[parts]
@@ -43,7 +47,7 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     Not to the constructors of pytrees: JAX makes those of whatever it maps over, stacks and placeholders among them.
     """
     hints = {
-        name: _of_jax_or_numpy(hint) for name, hint in inspect.get_annotations(function).items() if _names_a_shape(hint)
+        name: _of_any_array(hint) for name, hint in inspect.get_annotations(function).items() if _names_a_shape(hint)
     }
     if not hints or function.__name__ == "__init__":
         return function

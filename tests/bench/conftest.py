@@ -10,7 +10,7 @@ from cptv_jax.bench.methods import Options
 from cptv_jax.config.schema import JudgeConfig
 from cptv_jax.search import Generational
 
-SEARCH = SearchConfig(strategy=Generational(passes=1, rounds=1, children=2, sigma=0.1), judge=JudgeConfig(holdout=0.5))
+SEARCH = SearchConfig(strategy=Generational(passes=1, rounds=1, children=4, sigma=0.1), judge=JudgeConfig(holdout=0.5))
 
 
 @pytest.fixture(scope="module")

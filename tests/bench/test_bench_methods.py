@@ -107,6 +107,7 @@ def test_every_run_is_one_of_cptv_quantize(
     assert len(before) == 3  # base, state, model: finished, so nothing is computed again
 
 
+@pytest.mark.slow
 def test_an_interrupted_bench_goes_on_and_ends_as_if_it_had_not_been(
     options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_width_that_a_method_cannot_do_is_marked_without_a_run(
     assert marked["method"] == "percentile" and marked["remark"].startswith("not possible: embed.proj.weight: observer")
 
 
+@pytest.mark.slow
 def test_automatic_seeds_go_to_runs_that_are_near_another(
     options: Options, here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,7 @@ def test_automatic_seeds_go_to_runs_that_are_near_another(
     assert len(here) == 1
 
 
+@pytest.mark.slow
 def test_a_method_of_a_file_that_changed_is_refused_and_so_are_two_files_of_one_name(
     options: Options, here: list[str], tmp_path: Path
 ) -> None:

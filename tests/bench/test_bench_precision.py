@@ -68,6 +68,7 @@ def test_mixed_widths_are_no_larger_and_no_worse_by_the_objective(
     assert bench_precision(options, progress=False) == lines
 
 
+@pytest.mark.slow
 def test_activations_are_chosen_within_a_budget_of_bit_operations(options: PrecisionOptions) -> None:
     options = replace(options, genes="all", budget="bit-operations", generations=1)
     line, _, widest = bench_precision(options, progress=False)
@@ -79,6 +80,7 @@ def test_activations_are_chosen_within_a_budget_of_bit_operations(options: Preci
     assert "| as uniform | 10^9 bit operations an image |" in (options.out / "precision.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bench_precision(replace(options, out=options.out.parent / "whole"), progress=False)
     original, calls = bench.evaluate, []
@@ -97,6 +99,7 @@ def test_an_interrupted_bench_goes_on(options: PrecisionOptions, monkeypatch: py
     assert bench_precision(options, progress=False) == whole
 
 
+@pytest.mark.slow
 def test_evaluation_images_decide_nothing(options: PrecisionOptions) -> None:
     lines = bench_precision(options, progress=False)
     source = replace(options.source, evaluation="digits:train")
@@ -108,6 +111,7 @@ def test_evaluation_images_decide_nothing(options: PrecisionOptions) -> None:
     assert [line["uniform"]["top1"] for line in lines] != [line["uniform"]["top1"] for line in others]
 
 
+@pytest.mark.slow
 def test_bounds_on_memory_change_no_result(options: PrecisionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bench_precision(options, progress=False)
     at_once = []

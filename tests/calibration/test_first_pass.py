@@ -54,6 +54,7 @@ def normalized(model: Model, norm: str, x: jax.Array) -> jax.Array:
     return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * affine["weight"] + affine["bias"]
 
 
+@pytest.mark.slow
 def test_every_quantizer_is_fitted_on_what_its_quantized_predecessors_give(golden: Path) -> None:
     model, x, recipe = small_model(golden), jnp.asarray(images(golden)[:8]), recipe_of(preset="repq-vit", weight_bits=4)
     quantizers = initialize(model, x, recipe, {}, weights=True)
@@ -106,6 +107,7 @@ def test_reparameterization_changes_no_float_output_and_no_code(golden: Path, ro
         np.testing.assert_allclose(new_position, old_position, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_constant_channel_behind_a_layer_norm_stays_finite(golden: Path) -> None:
     # DeiT-Tiny has two LayerNorm weights that are exactly zero.
     model, x = small_model(golden), jnp.asarray(images(golden)[:8])
@@ -126,6 +128,7 @@ def test_the_first_images_come_from_as_many_batches_as_it_takes() -> None:
         np.testing.assert_array_equal(first_images(batches, count).ravel(), expected)
 
 
+@pytest.mark.slow
 def test_spec_of_a_channel_wise_site_is_fitted_along_the_last_axis(golden: Path) -> None:
     recipe = recipe_of(preset="repq-vit")
     x = jnp.asarray(images(golden)[:2])

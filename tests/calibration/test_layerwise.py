@@ -33,6 +33,7 @@ def whole(layer: Layer, name: str) -> np.ndarray:
     return np.concatenate([np.asarray(getattr(samples, name)) for samples in layer.samples])
 
 
+@pytest.mark.slow
 def test_every_linear_layer_and_matmul_comes_once_last_stage_first(walked: tuple[dict[str, Layer], np.ndarray]) -> None:
     found, _ = walked
     in_block = ["attn.qkv", "attn.scores", "attn.context", "attn.proj", "mlp.fc1", "mlp.fc2"]

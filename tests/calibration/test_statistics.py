@@ -77,6 +77,7 @@ def test_ranges_are_those_of_the_float_forward_pass_stage_after_stage(golden: Pa
     np.testing.assert_array_equal(quantizers["blocks.1.mlp.fc1.weight"].scale, np.ptp(kernel, axis=0) / np.float32(255))
 
 
+@pytest.mark.slow
 def test_how_images_are_batched_does_not_change_a_range(golden: Path) -> None:
     model, recipe, some = small_model(golden), recipe_of(**PLAIN), images(golden)[:16]
     single = scales(calibrate(model, [some], recipe))

@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tiny: Path) -> Path:
     """A run without a search, and without evaluation."""
     out = tiny.parent / "run"
-    options = ("--calibration.images", 20, "--calibration.batch", 10, "--search.strategy", "none")
+    options = ("--calibration.images", 16, "--calibration.batch", 8, "--search.strategy", "none")
     succeed("quantize", "--seed", 3, tiny, "--images", "digits:calibration", "--out", out, *options)
     return out
 
@@ -53,7 +53,7 @@ def test_help_helps(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) 
 def test_flags_stand_anywhere_and_reach_the_run(run: Path) -> None:
     config = json.loads((run / "run.json").read_text())["identity"]["config"]
     assert config["seed"] == 3  # given before the model
-    assert config["calibration"] == {"images": 20, "batch": 10}
+    assert config["calibration"] == {"images": 16, "batch": 8}
     assert config["search"]["strategy"] == {"name": "none"}
 
 
@@ -83,7 +83,7 @@ def test_evaluate_takes_checkpoints_and_runs(tiny: Path, run: Path, capsys: pyte
 
 
 def test_the_same_command_evaluates_a_finished_run(run: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--calibration.images", 20, "--calibration.batch", 10, "--search.strategy", "none", "--seed", 3)
+    options = ("--calibration.images", 16, "--calibration.batch", 8, "--search.strategy", "none", "--seed", 3)
     succeed("quantize", tiny, "--images", "digits:calibration", "--eval", "digits:test", "--out", run, *options)
     out = capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
@@ -98,7 +98,8 @@ def test_import_copies_a_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.C
     succeed("evaluate", tmp_path / "deep" / "copy", "--images", "digits:test", "--limit", 1)
 
 
+@pytest.mark.slow
 def test_one_batch_calibrates_an_integer_softmax_too(tiny: Path, tmp_path: Path) -> None:
-    options = ("--calibration.images", 10, "--calibration.batch", 10, "--search.strategy", "none")
+    options = ("--calibration.images", 8, "--calibration.batch", 8, "--search.strategy", "none")
     preset = ("--recipe.preset", "fq-vit")
     succeed("quantize", tiny, "--images", "digits:calibration", "--out", tmp_path / "run", *options, *preset)

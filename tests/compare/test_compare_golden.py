@@ -22,7 +22,7 @@ slow = pytest.mark.slow
         pytest.param("evolq_cfg_w4a8", marks=slow),
         pytest.param("fqvit_w8a8_attn4", marks=slow),
         pytest.param("evolq_search_w4a8", marks=slow),
-        "repq_w4a4",
+        pytest.param("repq_w4a4", marks=slow),
         pytest.param("erq_w4a4", marks=slow),
     ],
 )

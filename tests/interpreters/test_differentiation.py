@@ -28,7 +28,10 @@ def forward(model: QuantizedModel, images: np.ndarray, execution: Execution) -> 
     return found
 
 
-@pytest.mark.parametrize("preset", ["evol-q", "fq-vit", "repq-vit"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param("evol-q", marks=pytest.mark.slow), pytest.param("fq-vit", marks=pytest.mark.slow), "repq-vit"],
+)
 def test_every_stage_has_the_numbers_of_the_simulated_one(golden: Path, preset: str) -> None:
     model, images = quantized(golden, preset), small_images(golden)[1][:4]
     for exact, traced in zip(

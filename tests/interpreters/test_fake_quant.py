@@ -224,6 +224,7 @@ def test_without_rounding_the_integer_layer_norm_still_acts_and_does_not_clamp()
 # Whole models
 
 
+@pytest.mark.slow
 def test_without_rounding_a_model_with_float_layer_norm_is_the_float_model(golden: Path) -> None:
     images = small_images(golden)[1][:8]
     teacher = forward(small_model(golden).stages(), images).logits
@@ -234,7 +235,10 @@ def test_without_rounding_a_model_with_float_layer_norm_is_the_float_model(golde
     assert 1e-3 < np.abs(np.asarray(integer) - np.asarray(teacher)).max() < 1  # golden README, fact 9: 0.21 at most
 
 
-@pytest.mark.parametrize("preset", ["evol-q", "evol-q-omse", "fq-vit"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param("evol-q-omse", marks=pytest.mark.slow), pytest.param("fq-vit", marks=pytest.mark.slow), "evol-q"],
+)
 def test_an_image_has_the_same_logits_alone_and_in_a_batch_bit_for_bit(golden: Path, preset: str) -> None:
     stages = quantized(golden, preset).stages()
     images = small_images(golden)[1][:8]
@@ -263,7 +267,10 @@ def test_blocks_share_one_stage_function_but_the_last_whose_tokens_are_not_all_r
     assert functions[1] == functions[2] != functions[3] and len(set(functions)) == 4
 
 
-@pytest.mark.parametrize("preset", ["evol-q", "evol-q-omse", "fq-vit"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param("evol-q-omse", marks=pytest.mark.slow), pytest.param("fq-vit", marks=pytest.mark.slow), "evol-q"],
+)
 def test_tokens_that_the_head_does_not_read_change_nothing(golden: Path, preset: str) -> None:
     images = small_images(golden)[1][:4]
     read = forward(quantized(golden, preset).stages(), images)

@@ -166,6 +166,7 @@ def test_shared_options_act(golden: Path, options: type[RepqVitOptions] | type[E
     assert plain.quantizers["blocks.0.attn.query"].scale != changed.quantizers["blocks.0.attn.query"].scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [ErqOptions(coe=2e4), ErqOptions(flips=0)], ids=["coe", "flips"])
 def test_options_of_erq_act(golden: Path, options: ErqOptions) -> None:
     plain, changed = (
@@ -182,6 +183,7 @@ def test_erq_weights_lie_on_their_grids(golden: Path) -> None:
             np.testing.assert_allclose(quantizer.values(quantizer.codes(kernel)), kernel, atol=2e-6, err_msg=site)
 
 
+@pytest.mark.slow
 def test_moments_are_sums_over_all_images_however_they_are_batched(golden: Path) -> None:
     model, x, recipe = small_model(golden), images(golden)[:12], recipe_of(preset="erq", activation_bits=4)
     layers = layers_of(model, recipe)

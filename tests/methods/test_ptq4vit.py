@@ -114,6 +114,7 @@ def test_the_published_form_and_metric_give_the_recorded_intervals(golden: Path)
         np.testing.assert_allclose(step, file["param/patch_embed.proj/w_interval"].ravel(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_calibration_images_matter_and_the_model_is_still_close_to_the_float_one(golden: Path) -> None:
     model, some = small_model(golden), images(golden)
     result, other = fast_result(golden), run(small_model(golden), some[8:16] * 0.5, recipe_of())
@@ -132,6 +133,7 @@ def test_a_gradient_of_zero_keeps_the_initial_intervals(golden: Path) -> None:
     assert abs(ratio - 1) < 0.7 / 12
 
 
+@pytest.mark.slow
 def test_it_searches_on_the_first_images(golden: Path) -> None:
     sites = recipe_of(overrides={"blocks.[02].*": None, "*.mlp.*": None, "head.*": None, "embed.*": None})
     options = replace(FAST, images=4, images_at_once=2)
@@ -178,6 +180,7 @@ def test_the_result_is_saved_and_loaded_bit_for_bit(golden: Path, tmp_path: Path
     np.testing.assert_array_equal(forward(loaded.stages(), some).logits, forward(result.stages(), some).logits)
 
 
+@pytest.mark.slow
 def test_the_search_can_change_its_scales(golden: Path) -> None:
     result, some = fast_result(golden), images(golden)[:8]
     searched = ("attn.qkv.weight", "attn.query", "attn.softmax", "mlp.gelu")

@@ -52,6 +52,7 @@ def test_only_sites_whose_width_differs_are_free(widths: Widths) -> None:
     assert widths.bits == BITS
 
 
+@pytest.mark.slow
 def test_genes_have_the_loss_of_the_model_that_they_stand_for(
     model: Model, widths: Widths, make_judge: Callable[[], Evaluator]
 ) -> None:
@@ -65,6 +66,7 @@ def test_genes_have_the_loss_of_the_model_that_they_stand_for(
         assert loss_of_genes(judge, genes) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sensitivities_are_the_losses_of_one_changed_site(widths: Widths, make_judge: Callable[[], Evaluator]) -> None:
     found = sensitivities(make_judge(), len(BITS))
     assert set(found) == set(widths.sites)

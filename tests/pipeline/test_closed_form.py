@@ -60,6 +60,7 @@ def change(model: QuantizedModel, base: QuantizedModel, name: str) -> np.ndarray
     return np.asarray(weight - kernel, np.float64)
 
 
+@pytest.mark.slow
 def test_steps_to_least_error_lead_to_weights_nearer_to_the_float_ones() -> None:
     base, scales, _ = base_of("omse", preset="omse")
     steps = steps_to_least_error(base, scales)
@@ -85,8 +86,8 @@ WHOLE_TENSORS = {"*.weight": {"per_channel": False}}
     [
         ("omse", {"preset": "omse"}),
         ("omse", {"preset": "omse", "weight_signed": True}),
-        ("fq-vit", {"preset": "evol-q"}),
-        ("fq-vit", {"preset": "evol-q", "overrides": WHOLE_TENSORS}),
+        pytest.param("fq-vit", {"preset": "evol-q"}, marks=pytest.mark.slow),
+        pytest.param("fq-vit", {"preset": "evol-q", "overrides": WHOLE_TENSORS}, marks=pytest.mark.slow),
     ],
 )
 def test_steps_to_least_output_error_keep_more_of_what_layers_give(method: str, recipe: dict[str, Any]) -> None:

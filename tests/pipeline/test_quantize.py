@@ -8,14 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from cptv_jax.config.schema import CalibrationConfig, JudgeConfig, QuantizeConfig, SearchConfig, SpaceConfig
 from cptv_jax.data import Images, load_digits
 from cptv_jax.errors import InputError
-from cptv_jax.interpreters import Float, Tensor
-from cptv_jax.models.architecture import Architecture, Weights, call_stage, stage_graphs
+from cptv_jax.models.architecture import Architecture
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.vit import ViTConfig
 from cptv_jax.models.vit_family import VIT
@@ -35,7 +33,7 @@ from cptv_jax.storage.files import lock
 TINY = Architecture(
     "tiny",
     VIT,
-    ViTConfig(image_size=32, patch_size=8, num_classes=10, width=32, depth=2, heads=2, mlp_ratio=2.0),
+    ViTConfig(image_size=32, patch_size=16, num_classes=10, width=32, depth=1, heads=2, mlp_ratio=2.0),
     Preprocessing(image_size=32, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
 )
 BATCH = 10
@@ -53,28 +51,14 @@ CONFIG = QuantizeConfig(
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """Sixty steps from random weights: half of the digits right or so."""
+    """Random but for its last layer, which least squares fit to a few digits: some of the digits right."""
     images = load_digits("train").take(slice(0, 120))
-    pixels, labels = jnp.asarray(images.pixels), jnp.asarray(images.require_labels())
-
-    def loss_of(weights: Weights) -> jax.Array:
-        x: Any = Tensor(pixels)
-        for name, graph in stage_graphs(TINY).items():
-            x = call_stage(graph, Float(), weights[name], x)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x.logits, labels))
-
-    optimizer = optax.adam(3e-3)
-
-    @jax.jit
-    def train(weights: Weights) -> Weights:
-        def step(carry: Any, _: None) -> Any:
-            weights, state = carry
-            updates, state = optimizer.update(jax.grad(loss_of)(weights), state)
-            return (optax.apply_updates(weights, updates), state), None
-
-        return jax.lax.scan(step, (weights, optimizer.init(weights)), None, 60)[0][0]
-
-    return Model(TINY, train(TINY.initialize(0)))
+    drawn = Model(TINY, TINY.initialize(0))
+    batches = jnp.asarray(images.pixels).reshape(-1, BATCH, 32, 32, 3)
+    features = np.concatenate([forward(drawn.stages(), batch).features for batch in batches])
+    kernel, *_ = np.linalg.lstsq(features, 10 * np.eye(10)[images.require_labels()], rcond=1e-3)
+    head = {**drawn.weights["head"], "fc": {**drawn.layer("head.fc"), "kernel": jnp.asarray(kernel, jnp.float32)}}
+    return Model(TINY, {**drawn.weights, "head": head})
 
 
 @pytest.fixture(scope="module")

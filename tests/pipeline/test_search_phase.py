@@ -112,6 +112,7 @@ def test_the_bar_is_full_at_the_end_of_every_pass_also_where_that_ends_early() -
     assert shown.n == shown.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirror", [True, False])
 def test_gradients_of_infonce_see_images_and_mirror_images_beside_the_teacher_and_kl_decides(
     monkeypatch: pytest.MonkeyPatch, mirror: bool

@@ -37,6 +37,7 @@ def first_block(model: QuantizedModel, offsets: bool = False) -> Space:
     return Space([site for site in model.quantizers if site.startswith("blocks.0.")], offsets=offsets)
 
 
+@pytest.mark.slow
 def test_a_bias_is_offered_with_the_other_offsets_of_weights_alone(model: QuantizedModel) -> None:
     (stage,) = [s for s in model.stages(space=first_block(model, offsets=True)) if s.searchable]
     biases = {site: free.bias for site, free in stage.candidate.items() if free.bias is not None}
@@ -60,6 +61,7 @@ def test_a_step_of_a_bias_is_a_tenth_of_the_length_of_its_outputs_weights(model:
     np.testing.assert_array_equal(model.model.layer("blocks.1.attn.qkv")["bias"], bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", [Simulated(), Differentiable()])
 def test_a_candidate_computes_what_the_model_with_its_values_does(
     model: QuantizedModel, images: np.ndarray, execution: Execution

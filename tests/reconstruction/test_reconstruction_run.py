@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stopped_runs import CONFIG, Saboteur, assert_same, outcome_of, tiny_model
+from stopped_runs import CONFIG, DEEPER, Saboteur, assert_same, outcome_of, tiny_model
 from tiny_vit import TINY
 
 from cptv_jax import (
@@ -28,7 +28,7 @@ RECONSTRUCTED = replace(
 
 def run(config: QuantizeConfig, out: Path | None = None) -> Quantization:
     images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=24)
-    return quantize(tiny_model(), images, config, out=out)
+    return quantize(tiny_model(DEEPER), images, config, out=out)
 
 
 def leaves(model: QuantizedModel) -> list[np.ndarray]:

@@ -34,15 +34,15 @@ CONFIG = QuantizeConfig(
     recipe=RecipeConfig(
         preset="fq-vit", weight_bits=4, overrides={"*.attn.query": {"bits": 5}, "head.fc": None, "embed.input": None}
     ),
-    calibration=CalibrationConfig(images=30, batch=10),
-    search=SearchConfig(strategy=Generational(passes=2, rounds=1, children=2)),
+    calibration=CalibrationConfig(images=16, batch=8),
+    search=SearchConfig(strategy=Generational(passes=2, rounds=1, children=4)),
 )
 
 
 @pytest.fixture(scope="module")
 def outcome() -> Quantization:
     model = Model(TINY, TINY.initialize(0), "tiny.safetensors", "0123456789abcdef0123")
-    images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=30)
+    images = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=16)
     test = load_images("digits:test", TINY.preprocessing, labels=True, limit=30)
     return quantize(model, images, CONFIG, evaluation=test)
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from stopped_runs import tiny_model, write_digits
+from stopped_runs import DEEPER, tiny_model, write_digits
+from tiny_vit import TINY
 
 from cptv_jax import Model
 
@@ -15,4 +16,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return tiny_model()
+    return tiny_model(DEEPER)
+
+
+@pytest.fixture(scope="module")
+def small_model() -> Model:
+    return tiny_model(TINY)

@@ -20,13 +20,24 @@ from cptv_jax.search.events import Accepted, Proposed
 from cptv_jax.search.proposals import gradient
 
 
-@pytest.fixture
-def call(model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantization]:
+def calls(model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantization]:
     calibration, test = (
         load_images(str(folder), DEEPER.preprocessing, labels=labels, progress=False)
         for folder, labels in zip(folders, (False, True), strict=True)
     )
     return lambda out: quantize(model, calibration, CONFIG, out=out, evaluation=test)
+
+
+@pytest.fixture
+def call(model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantization]:
+    """A run of two searched blocks."""
+    return calls(model, folders)
+
+
+@pytest.fixture
+def call_small(small_model: Model, folders: tuple[Path, Path]) -> Callable[[Path], Quantization]:
+    """A run of the model that other tests compile too."""
+    return calls(small_model, folders)
 
 
 @pytest.mark.slow
@@ -81,23 +92,24 @@ def test_a_guided_run_goes_on_from_within_a_proposal(
     assert_same(tmp_path / "killed", outcome_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_continued_with_other_versions(
-    call: Callable[[Path], Quantization], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call_small: Callable[[Path], Quantization], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(tmp_path / "run")
+    call_small(tmp_path / "run")
     known = tmp_path / "run" / "run.json"
     begun = json.loads(known.read_text())
     known.write_text(json.dumps({**begun, "versions": {**begun["versions"], "jax": "0.1.2", "python": "3.1"}}))
-    call(tmp_path / "run")  # what is finished stays so
+    call_small(tmp_path / "run")  # what is finished stays so
     shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(InputError, match=r"unfinished run of other versions \(jax: 0\.1\.2 there, .* here\)"):
-        call(tmp_path / "run")
+        call_small(tmp_path / "run")
     known.write_text(json.dumps(begun))
-    call(tmp_path / "run")
+    call_small(tmp_path / "run")
 
 
-def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantization], tmp_path: Path) -> None:
-    first = call(tmp_path / "run")
+def test_a_finished_run_is_not_computed_again(call_small: Callable[[Path], Quantization], tmp_path: Path) -> None:
+    first = call_small(tmp_path / "run")
     expected = outcome_of(tmp_path / "run")
 
     def fail(*args: Any, **kwargs: Any) -> NoReturn:
@@ -107,7 +119,7 @@ def test_a_finished_run_is_not_computed_again(call: Callable[[Path], Quantizatio
         patch.setattr(Method, "quantize", fail)
         patch.setattr(search_phase, "run_search", fail)
         patch.setattr(pipeline, "evaluate", fail)
-        second = call(tmp_path / "run")
+        second = call_small(tmp_path / "run")
     assert_same(tmp_path / "run", expected)
     assert second.results == first.results
     assert second.log == first.log

@@ -166,14 +166,14 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(
 
 
 def test_an_interrupt_exits_with_130_and_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Model
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, small_model: Model
 ) -> None:
     from cptv_jax.cli.main import main
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    save_model(tmp_path / "tiny", model)
+    save_model(tmp_path / "tiny", small_model)
     monkeypatch.setattr(search_phase, "run_search", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["quantize", str(tmp_path / "tiny"), "--images", "digits:calibration", *OPTIONS, "--out", f"{tmp_path}/o"])

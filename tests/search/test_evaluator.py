@@ -186,6 +186,7 @@ def test_accepting_leaves_the_given_stages_alone(toy: Subject) -> None:
 # Chunks and batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [5, 10, 25])
 def test_the_outputs_of_a_vit_do_not_depend_on_how_many_images_are_computed_at_once(vit: Subject, chunk: int) -> None:
     index = 2
@@ -239,6 +240,7 @@ def nothing_compiled() -> None:
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_whole_search_compiles_each_entry_once(vit: Subject) -> None:
     """Three blocks, several passes, both strategies: one program for a generation of any block but the last.

@@ -57,7 +57,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def batch() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
+    return np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype(np.float32)
 
 
 @pytest.fixture(params=RECIPES)

@@ -147,6 +147,7 @@ def test_more_pieces_take_memory_for_their_stage_inputs_alone(vit_model: tuple[Q
     assert (temporaries(12) - temporaries(4)) / 8 < 3 * kept
 
 
+@pytest.mark.slow
 def test_a_proposal_lowers_the_true_loss(
     vit_model: tuple[QuantizedModel, np.ndarray], teacher: Output, proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_proposal_lowers_the_true_loss(
     assert evaluator.loss_of(last, evaluator.stages[last].candidate) < before
 
 
+@pytest.mark.slow
 def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
     proposer: GradientProposer, scales: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,12 +205,14 @@ def test_a_batch_is_computed_in_equal_pieces_that_every_device_has_a_part_of(
     assert _pieces(batch, limit, devices) == pieces
 
 
+@pytest.mark.slow
 def test_the_key_decides_the_proposal(proposer: GradientProposer, scales: dict[str, Any]) -> None:
     one, same, other = (flat(proposer.propose(scales, 0, jax.random.key(seed)).steps) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
 
 
+@pytest.mark.slow
 def test_later_passes_take_smaller_steps_with_the_same_program(
     proposer: GradientProposer, scales: dict[str, Any]
 ) -> None:

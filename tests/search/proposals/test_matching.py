@@ -24,6 +24,7 @@ def test_an_error_is_relative_to_each_channels_variance() -> None:
     np.testing.assert_allclose(found, ((student - teacher) ** 2 / (variance + 1e-6)).mean((1, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["float", "published"])
 def test_a_pair_computes_both_models_and_adds_up_the_errors_between(
     vit_model: tuple[QuantizedModel, np.ndarray], teacher: str
@@ -70,6 +71,7 @@ def test_blocks_that_compute_alike_share_a_program_as_pairs_too(vit_model: tuple
     assert [run.length for run in runs] == [run.length for run in runs_of(students)[0]]
 
 
+@pytest.mark.slow
 def test_no_derivative_passes_the_teacher(vit_model: tuple[QuantizedModel, np.ndarray]) -> None:
     model, images = vit_model
     variances = channel_variances(model.model.stages(), images, array_of)
