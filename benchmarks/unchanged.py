@@ -345,7 +345,10 @@ def pixels(name: str, count: int) -> np.ndarray:
 def described(name: str, model: Model | QuantizedModel) -> Record:
     """A model by its logits: a digest of all, and for humans the first four."""
     found = logits(model)
-    return {f"{name}_first_logits": found.ravel()[:4].tolist(), f"{name}_logits": hashlib.sha256(found).hexdigest()}
+    return {
+        f"{name}_first_logits": found.ravel()[:4].tolist(),
+        f"{name}_logits": hashlib.sha256(found.tobytes()).hexdigest(),
+    }
 
 
 def outcome_record(outcome: Quantization) -> Record:
@@ -462,7 +465,8 @@ def read(path: Path) -> Record:
 
 def incomparable(recorded: Record, here: Record) -> str | None:
     """How this machine or its packages differ from those that recorded, in words."""
-    return difference(*({name: found.get(name) for name in COMPARED} for found in (recorded, here)))
+    then, now = ({name: found.get(name) for name in COMPARED} for found in (recorded, here))
+    return difference(then, now)
 
 
 def refuse(path: Path, recorded: Record, reason: str) -> int:

@@ -147,7 +147,7 @@ def test_every_field_has_an_example_here() -> None:
         name for name in flags_of(QuantizeConfig()) if not name.startswith("search.strategy")
     ]
     for name, typed in OWN.items():
-        thing = METHODS[name].options if name in METHODS else STRATEGIES[name]
+        thing: Any = METHODS[name].options if name in METHODS else STRATEGIES[name]
         assert list(typed) == [field.name for field in fields_of(thing)]
     own = {
         name for name, thing in [*METHODS.items(), *STRATEGIES.items()] if "cptv_jax" in options_of(thing).__module__
