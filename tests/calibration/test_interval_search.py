@@ -150,7 +150,7 @@ def test_dropping_candidates_early_finds_the_first_minimum(metric: Metric, scale
 
 
 def test_early_dropping_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cptv_jax.methods.registry import interval_search
+    from cptv_jax.calibration import interval_search
 
     monkeypatch.setattr(interval_search, "_BLOCK", 1)
     calls = []
