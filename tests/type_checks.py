@@ -26,13 +26,11 @@ def _names_a_shape(hint: object) -> bool:
 
 
 def _of_any_array(hint: Any) -> Any:
-    """The hint with arrays of NumPy and abstract ones allowed where arrays of JAX are, as JAX's own functions do."""
+    """The hint with all that JAX's functions take where it says Array: of NumPy too, abstract ones, and scalars."""
     if isinstance(hint, type) and issubclass(hint, AbstractArray):
-        return (
-            hint.dtype[jax.Array | np.ndarray | jax.ShapeDtypeStruct, hint.dim_str]
-            if hint.array_type is jax.Array
-            else hint
-        )
+        numpy = np.ndarray | np.generic
+        taken = numpy | jax.Array | jax.ShapeDtypeStruct if hint.array_type is jax.Array else numpy
+        return hint.dtype[taken, hint.dim_str]
     if not _names_a_shape(hint):
         return hint
     parts = tuple(_of_any_array(part) for part in typing.get_args(hint))

@@ -22,7 +22,7 @@ from cptv_jax.recipe.spec import Recipe, SiteSpec
 Batch = Float[Array, "batch height width channels"]
 
 
-def first_images(batches: Sequence[Batch], count: int) -> Batch:
+def first_images(batches: Sequence[Batch], count: int) -> Float[Array, "count height width channels"]:
     """The first `count` images of all batches (all of them where there are fewer)."""
     taken, missing = [], count
     for batch in batches:
