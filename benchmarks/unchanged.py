@@ -3,10 +3,10 @@
     python -m benchmarks.unchanged record tests/golden/unchanged.json
     python -m benchmarks.unchanged compare tests/golden/unchanged.json [--only NAME...]
 
-Run it from the repository's root. `compare` computes all runs (or those named) again and prints a line for each: equal,
-or where it differs first. It ends with 0 if all are equal, 1 if some are not, and 2 where they cannot be compared: bits
-are only comparable on one kind of processor and with the same versions. Elsewhere check out the recorded commit and
-record there. With a warm compilation cache (JAX_COMPILATION_CACHE_DIR) it takes minutes.
+Run it from the repository's root. `compare` computes all runs (or those named, as by "guided/*") again and prints a
+line for each: equal, or where it differs first. It ends with 0 if all are equal, 1 if some are not, and 2 where they
+cannot be compared: bits are only comparable on one kind of processor and with the same versions. Elsewhere check out
+the recorded commit and record there. With a warm compilation cache (JAX_COMPILATION_CACHE_DIR) it takes minutes.
 
 What of the package's interface the runs depend on stands in the section "the package" alone.
 """
@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,7 +67,7 @@ IMAGES, BATCH, EVALUATED = 24, 8, 16
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "evosax")
 COMPARED = ("processor", "flags", "versions", "devices", "xla_flags")  # of the header
 VECTORS = ("avx", "fma", "f16c", "amx", "sse4", "asimd", "sve", "bf16")  # beginnings of flags that decide about code
-_MANY_MAPS = 10_000  # Linux allows a process 65,530 pieces of memory; so many belong to about 2 GiB of programs
+_MANY_MAPS = 20_000  # pieces of memory, of which Linux allows a process 65,530; programs then take about 4 GiB
 
 # ---- the runs -------------------------------------------------------------------------------------------------------
 
@@ -530,14 +531,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=tuple(RUNS), help="these runs instead of all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help="these runs, or patterns of names")
     parser.add_argument("--anyway", action="store_true", help="compare on another machine or with other versions too")
     options = parser.parse_args()
+    unknown = [pattern for pattern in options.only if not any(fnmatchcase(name, pattern) for name in RUNS)]
+    if unknown:
+        parser.error(f"no run is named {', '.join(unknown)}; there are {', '.join(RUNS)}")
+    names = [name for name in RUNS if any(fnmatchcase(name, pattern) for pattern in options.only)]
     jax.config.update("jax_platforms", "cpu")
     if len(jax.devices()) != 1:
         print(f"one CPU device is wanted, here are {len(jax.devices())}; take them out of XLA_FLAGS", file=sys.stderr)
         return 2
-    names = options.only or list(RUNS)
     if options.command == "record":
         return record(options.file, names, header())
     return compare(options.file, names, header(), options.anyway)
