@@ -120,6 +120,7 @@ def test_learned_roundings_are_the_codes_of_the_ordinary_quantizer(golden: Path)
     assert np.mean(new.codes(state["weights"]["mlp"]["fc1"]["kernel"]) != old.codes(kernel)) > 0.1
 
 
+@pytest.mark.slow
 def test_parameters_of_zero_change_no_bit(golden: Path) -> None:
     for name in BASES:
         base = base_of(golden, name)
