@@ -83,7 +83,7 @@ def quantize_by_halves(
     kernel: Float[Array, "inputs outputs"],
     bias: Float[Array, " outputs"] | None,
     quantizer: OffsetUniform | DualUniform,
-    gram: Float[np.ndarray, "inputs+1 inputs+1"],
+    gram: Float[np.ndarray, "extended extended"],
     penalty: float,
     flips: int,
     order: Int[np.ndarray, " inputs"],

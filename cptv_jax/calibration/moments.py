@@ -61,8 +61,8 @@ class Moments:
     gram: sum of a a^T, whose last entry is the number of rows. cross: sum of a r^T.
     """
 
-    gram: Float[Array, "inputs+1 inputs+1"]
-    cross: Float[Array, "inputs+1 outputs"]
+    gram: Float[Array, "extended extended"]
+    cross: Float[Array, "extended outputs"]
 
 
 def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
@@ -133,7 +133,7 @@ def _sum(sums: dict[str, Moments], stage: str, new: Mapping[str, Moments]) -> No
         sums[name] = jax.tree.map(jnp.add, sums[name], moments) if name in sums else moments
 
 
-def extended(parameters: Mapping[str, Array]) -> Float[Array, "inputs+1 outputs"]:
+def extended(parameters: Mapping[str, Array]) -> Float[Array, "extended outputs"]:
     """Kernel and, where there is one, bias: the weight of an input that is always 1."""
     if "bias" not in parameters:
         return parameters["kernel"]

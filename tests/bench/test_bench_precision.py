@@ -157,6 +157,10 @@ def test_settings_that_cannot_work_are_refused(options: PrecisionOptions) -> Non
         bench_precision(replace(options, bits=(4,)))
     with pytest.raises(InputError, match="evaluation images are calibration images too"):
         bench_precision(replace(options, source=replace(options.source, evaluation="digits:calibration")))
+
+
+@pytest.mark.slow
+def test_a_bench_with_other_settings_is_refused(options: PrecisionOptions) -> None:
     bench_precision(replace(options, bits=(2, 8), generations=0), progress=False)
     with pytest.raises(InputError, match="holds a bench with other settings"):
         bench_precision(replace(options, bits=(3, 8)), progress=False)

@@ -78,6 +78,7 @@ def test_every_quantizer_is_fitted_on_what_its_quantized_predecessors_give(golde
     assert other["head.norm"].scale != quantizers["head.norm"].scale
 
 
+@pytest.mark.slow
 def test_weights_stay_float_where_only_activations_are_initialized(golden: Path) -> None:
     recipe = recipe_of(preset="erq")
     quantizers = initialize(small_model(golden), jnp.asarray(images(golden)[:4]), recipe, PAIRS, weights=False)
@@ -85,6 +86,7 @@ def test_weights_stay_float_where_only_activations_are_initialized(golden: Path)
     assert {site for site, quantizer in quantizers.items() if quantizer.scale.ndim} == set(PAIRS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounded", [False, True])
 def test_reparameterization_changes_no_float_output_and_no_code(golden: Path, rounded: bool) -> None:
     model, x = small_model(golden), jnp.asarray(images(golden)[:8])

@@ -23,6 +23,7 @@ def drop(arrays: Arrays, prefix: str) -> None:
 FIRST, FORCED = repq_vit.FIRST_PASS, repq_vit.TEACHER_FORCED
 
 
+@pytest.mark.slow
 def test_each_step_of_a_repq_vit_file_can_fail(golden: Path, tmp_path: Path) -> None:
     def change(arrays: Arrays) -> None:
         arrays["fp_logits"][3, 2] += 1e-3

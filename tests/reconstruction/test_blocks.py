@@ -153,6 +153,7 @@ def test_kernels_whose_quantizer_learns_no_rounding_move_by_steps_of_their_chann
     np.testing.assert_array_equal(moved, before.state["weights"]["mlp"]["fc1"]["kernel"] + 1.0)
 
 
+@pytest.mark.slow
 def test_parameters_of_zero_change_no_bit(golden: Path) -> None:
     for name in BASES:
         base = base_of(golden, name)

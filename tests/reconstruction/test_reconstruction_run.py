@@ -58,6 +58,7 @@ def test_a_kill_in_any_writing_step_of_a_reconstruction_leaves_a_run_that_goes_o
     assert_same(tmp_path / "killed", expected)
 
 
+@pytest.mark.slow
 def test_without_steps_nothing_is_reconstructed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("reconstructed")

@@ -104,6 +104,7 @@ def test_candidates_of_a_vit_do_not_see_one_another(make_vit: Any, sites: tuple[
             np.testing.assert_array_equal(several.losses(index, population), single, f"{width} at once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["infonce", "mse", "kl", "cosine"])
 @pytest.mark.parametrize("width", [2, 3])
 def test_objectives_of_a_vit_do_not_depend_on_how_many_candidates_are_computed_at_once(
@@ -139,6 +140,7 @@ def test_the_cache_gives_what_the_full_forward_gives(toy: Subject, cache_bytes: 
         assert cached.loss_of(index, candidate) == expected
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_vit_gives_what_the_full_forward_gives_however_small(vit: Subject) -> None:
     token_bytes = 50 * 17 * 64  # uint8 codes
     made: dict[float, int] = {}
