@@ -38,7 +38,7 @@ def test_kl_judges_unless_an_objective_is_named(
         raise Stopped
 
     monkeypatch.setattr(bench, "evaluator_of", judging)
-    config = replace(options.config, search=SearchConfig(objective=named))
+    config = replace(options.config, search=SearchConfig(judge=JudgeConfig(objective=named)))
     with pytest.raises(Stopped):
         bench_precision(replace(options, config=config), progress=False)
 
