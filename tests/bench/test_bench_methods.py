@@ -10,7 +10,7 @@ import pytest
 from spoiled_inputs import paint
 from tiny_vit import TINY
 
-from cptv_jax import InputError, SearchConfig, forward, load_images, load_model
+from cptv_jax import InputError, QuantizeConfig, SearchConfig, forward, load_images, load_model
 from cptv_jax.bench import harness, methods
 from cptv_jax.bench.harness import Children
 from cptv_jax.bench.methods import Options, bench_methods
@@ -331,12 +331,16 @@ def test_rows_and_benches_of_an_older_form_are_read(options: Options) -> None:
     """The rows that the repository holds were measured before methods and strategies owned their options."""
     row = json.loads((ROOT / "benchmarks" / "methods" / "erq_W4A4_seed0.json").read_text())["config"]
     bench = json.loads((ROOT / "benchmarks" / "methods" / "bench.json").read_text())
-    source = Options("w", "i", "e", Path("o"), methods=("erq",), bits=("W4A4",))
-    (run,) = methods._runs(source, 0)
-    assert harness._present(row) == to_mapping(run.config)
-    assert harness._present(to_mapping(run.config)) == to_mapping(run.config)
+    found = harness._present(row)
+    assert found["method"] == {"name": "erq", **row["erq"]}
+    for now, then in (("steps", "gradient_steps"), ("rate", "gradient_rate"), ("matching", "gradient_matching")):
+        assert found["search"]["strategy"][now] == row["search"][then]
+    assert {name: found[name] for name in ("seed", "recipe", "calibration", "reconstruction")} == {
+        name: row[name] for name in ("seed", "recipe", "calibration", "reconstruction")
+    }
+    assert harness._present(found) == found
     now = harness._present_settings(bench)
-    assert now["search"] == to_mapping(methods.DEFAULT_SEARCH) and now["config"] == to_mapping(source.config)
+    assert now["search"] == found["search"] and now["config"] == to_mapping(QuantizeConfig())
     assert {name: now[name] for name in now if name not in ("search", "config")} == {
         name: bench[name] for name in bench if name not in ("search", "config")
     }
