@@ -32,7 +32,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def normalized(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def normalize(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Normalizes some of the images, as the model reads them; float pixels are returned as they are.
 
         The order is pixels / 255, minus mean, over std, every step rounded to float32: torchvision computes exactly
@@ -65,7 +65,7 @@ class Images:
             names=tuple(self.names[i] for i in chosen),
         )
 
-    def mirrored(self) -> "Images":
+    def mirror(self) -> "Images":
         """Returns the same images with left and right exchanged."""
         return replace(self, pixels=self.pixels[:, :, ::-1])
 
@@ -133,7 +133,7 @@ def from_arrays(images: Any, labels: Any = None, *, preprocessing: Preprocessing
     count = len(pixels)
     return Images(
         pixels=pixels,
-        labels=None if labels is None else _checked_labels(labels, count),
+        labels=None if labels is None else _check_labels(labels, count),
         names=tuple(f"image {i}" for i in range(count)),
         mean=(0.0,) * channels if preprocessing is None else preprocessing.mean,
         std=(1.0,) * channels if preprocessing is None else preprocessing.std,
@@ -155,7 +155,7 @@ def _check_fits(shape: tuple[int, ...], preprocessing: Preprocessing) -> None:
         )
 
 
-def _checked_labels(labels: Any, count: int) -> npt.NDArray[np.int32]:
+def _check_labels(labels: Any, count: int) -> npt.NDArray[np.int32]:
     array = np.asarray(labels)
     if array.shape != (count,):
         raise InputError(f"labels have shape {array.shape} for {count} images; pass one integer an image, [{count}].")

@@ -16,7 +16,7 @@ _RESAMPLING = {
 }
 
 
-def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+def fit_short_side(width: int, height: int, short_side: int) -> tuple[int, int]:
     """Computes the size after the short side is resized; the long side is rounded down, as torchvision does.
 
     Args:
@@ -81,7 +81,7 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[
         )
     size = preprocessing.image_size
     image = image.convert("RGB")
-    target = resized_size(*image.size, math.floor(size / preprocessing.crop_fraction))
+    target = fit_short_side(*image.size, math.floor(size / preprocessing.crop_fraction))
     image = image.resize(target, _RESAMPLING[preprocessing.interpolation])
     (left, right), (top, bottom) = (padding(length, size) for length in image.size)
     if left or top or right or bottom:

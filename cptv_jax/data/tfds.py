@@ -46,7 +46,7 @@ def load_tfds(
             unknown, the feature `image` (or a wanted `label`) is missing, or an image is unreadable.
     """
     tfds = _import_tfds()
-    builder = _prepared(tfds, name, data_dir)
+    builder = _open_prepared(tfds, name, data_dir)
     _check_features(tfds, builder, name, labels)
     try:
         # Encoded bytes, not tfds's decoder: the same file gives the same pixels here as from a folder.
@@ -62,7 +62,7 @@ def load_tfds(
             f"its splits are {', '.join(builder.info.splits)}."
         ) from error
     except RuntimeError as error:
-        raise _damaged(builder, name, error) from error
+        raise _damage_error(builder, name, error) from error
     chosen = choose(len(records), limit=limit, need=need, seed=seed, source=f"tfds:{name}:{split}")
     names = tuple(f"tfds:{name}:{split} example {i}" for i in chosen)
     found = np.zeros(len(chosen), np.int32)
@@ -73,7 +73,7 @@ def load_tfds(
             with lock:
                 example = records[int(chosen[index])]
         except Exception as error:  # the record reader and the protobuf parser raise their own types
-            raise _damaged(builder, name, error) from error
+            raise _damage_error(builder, name, error) from error
         if labels:
             found[index] = example["label"]
         return BytesIO(example["image"])
@@ -92,7 +92,7 @@ def _import_tfds() -> Any:
     return tensorflow_datasets
 
 
-def _prepared(tfds: Any, name: str, data_dir: str | None) -> Any:
+def _open_prepared(tfds: Any, name: str, data_dir: str | None) -> Any:
     """The builder of a data set that is prepared on disk, else InputError."""
     shown = data_dir or "tfds's default folder (~/tensorflow_datasets or $TFDS_DATA_DIR)"
     remedy = "prepare it with `tfds build --file_format=array_record`, or give the folder as tfds:name:split:data_dir"
@@ -122,7 +122,7 @@ def _check_features(tfds: Any, builder: Any, name: str, labels: bool) -> None:
             )
 
 
-def _damaged(builder: Any, name: str, error: Exception) -> InputError:
+def _damage_error(builder: Any, name: str, error: Exception) -> InputError:
     return InputError(
         f"tfds data set {name!r} in {builder.data_path} is damaged ({_first_line(error)}); delete and prepare it again."
     )

@@ -61,7 +61,7 @@ class Arithmetic:
     def _matmul(self, a: Tensor, b: Tensor, bits: int) -> Array:
         if a.zero is None or b.zero is None:
             if self.approximate:
-                return _dot(rounded_bf16(a.steps), rounded_bf16(b.steps), jnp.float32)
+                return _dot(round_to_bf16(a.steps), round_to_bf16(b.steps), jnp.float32)
             return jnp.matmul(a.steps, b.steps, precision=PRECISION)
         inputs = a.shape[-1]
         size = math.ceil(inputs / math.ceil(inputs / self.exact_terms(bits)))
@@ -91,7 +91,7 @@ def _bf16(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=upper_half, default=lambda x: x.astype(jnp.bfloat16))
 
 
-def rounded_bf16(x: Float[Array, "..."]) -> Array:
+def round_to_bf16(x: Float[Array, "..."]) -> Array:
     """Finite values as bfloat16, to the nearest, halves away from zero; as fast on a CPU as that of integers."""
 
     def upper_half(x: Array) -> Array:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cptv_jax.interpreters.arithmetic import PRECISION, rounded_bf16
-from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, effective_weight, quantize_weight, quantized
+from cptv_jax.interpreters.arithmetic import PRECISION, round_to_bf16
+from cptv_jax.interpreters.fake_quant import FakeQuant, Weight, effective_weight, quantize_tensor, quantize_weight
 from cptv_jax.interpreters.tensor import Tensor
 from cptv_jax.quantizers import Quantizer, spread, straight_through
 from cptv_jax.recipe.sites import weight_site
@@ -38,17 +38,17 @@ class Traced(Tensor):
         return replace(self, stored=movement(self.stored), slope=movement(self.slope))
 
 
-def _in_steps(quantizer: Quantizer, values: Array) -> Tensor:
+def _store_steps(quantizer: Quantizer, values: Array) -> Tensor:
     return Tensor(quantizer.steps(values), spread(quantizer.scale, values))
 
 
-def _traced(exact: Tensor, quantizer: Quantizer, values: Array) -> Traced:
+def _add_slope(exact: Tensor, quantizer: Quantizer, values: Array) -> Traced:
     """An exact tensor with the derivative that its quantizer has at the values."""
     smooth = quantizer.steps(values) * spread(quantizer.scale, values)
     return Traced(exact.stored, exact.scale, exact.zero, straight_through(exact.values, smooth))
 
 
-def _exact(x: Tensor) -> Tensor:
+def _drop_slope(x: Tensor) -> Tensor:
     """A tensor as FakeQuant has it."""
     return jax.lax.stop_gradient(Tensor(x.stored, x.scale, x.zero))
 
@@ -67,7 +67,7 @@ def _product_forward(a: Array, b: Array, dtype: Any) -> tuple[Array, tuple[Array
 
 
 def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    narrow = rounded_bf16 if dtype == jnp.bfloat16 else lambda x: x
+    narrow = round_to_bf16 if dtype == jnp.bfloat16 else lambda x: x
     a, b, g = (narrow(x) for x in (*operands, gradient))
     batch = tuple(range(b.ndim - 2))
     product = partial(jax.lax.dot_general, precision=PRECISION, preferred_element_type=jnp.float32)
@@ -95,12 +95,12 @@ class StraightThrough(FakeQuant):
         quantizer, values = self.quantizers.get(site), x.values
         if quantizer is None:
             return Tensor(values)
-        return _traced(quantized(*jax.lax.stop_gradient((quantizer, values))), quantizer, values)
+        return _add_slope(quantize_tensor(*jax.lax.stop_gradient((quantizer, values))), quantizer, values)
 
     def linear_product(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Tensor:
-        exact = super().linear_product(site, *jax.lax.stop_gradient((kernel, bias)), _exact(x)).values
+        exact = super().linear_product(site, *jax.lax.stop_gradient((kernel, bias)), _drop_slope(x)).values
         quantizer = self.quantizers.get(weight_site(site))
-        weight = Weight(Tensor(kernel)) if quantizer is None else quantize_weight(quantizer, kernel, None, _in_steps)
+        weight = Weight(Tensor(kernel)) if quantizer is None else quantize_weight(quantizer, kernel, None, _store_steps)
         smooth = _product(x.values, effective_weight(weight), self._dtype)
         return Tensor(straight_through(exact, smooth if bias is None else smooth + bias))
 
@@ -108,20 +108,20 @@ class StraightThrough(FakeQuant):
         return jax.lax.stop_gradient(super().weight(layer, kernel))
 
     def matmul_product(self, a: Tensor, b: Tensor, factor: float) -> Tensor:
-        exact = super().matmul_product(_exact(a), _exact(b), factor).values
+        exact = super().matmul_product(_drop_slope(a), _drop_slope(b), factor).values
         return Tensor(straight_through(exact, _product(a.values, b.values, self._dtype) * factor))
 
     def layer_norm(self, site: str, weight: Array, bias: Array, epsilon: float, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(site)
         if quantizer is None or not self.runs_integer_layer_norm(site, x):
             return super().layer_norm(site, weight, bias, epsilon, x)
-        exact = super().layer_norm(site, *jax.lax.stop_gradient((weight, bias)), epsilon, _exact(x))
+        exact = super().layer_norm(site, *jax.lax.stop_gradient((weight, bias)), epsilon, _drop_slope(x))
         centred = x.values - jnp.mean(x.values, -1, keepdims=True)
         variance = jnp.mean(centred**2, -1, keepdims=True) + _SMALLEST_VARIANCE
-        return _traced(exact, quantizer, centred * jax.lax.rsqrt(variance) * weight + bias)
+        return _add_slope(exact, quantizer, centred * jax.lax.rsqrt(variance) * weight + bias)
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
         if not self.runs_integer_softmax(site, x):
             return super().softmax(site, x)
-        exact = super().softmax(site, _exact(x))
+        exact = super().softmax(site, _drop_slope(x))
         return Tensor(straight_through(exact.values, jax.nn.softmax(x.values, -1)))

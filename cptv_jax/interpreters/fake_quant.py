@@ -63,16 +63,16 @@ def _uint8(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=last_byte, default=lambda x: x.astype(jnp.uint8))
 
 
-def coded(quantizer: Uniform, codes: Array) -> Tensor:
+def store_codes(quantizer: Uniform, codes: Array) -> Tensor:
     """Codes of a uniform quantizer (integers in float32) as a tensor of uint8."""
     scale, zero = spread(quantizer.scale, codes), spread(quantizer.zero_point - quantizer.low, codes)
     return Tensor(_uint8(codes - quantizer.low), scale, zero)
 
 
-def quantized(quantizer: Quantizer, values: Array) -> Tensor:
+def quantize_tensor(quantizer: Quantizer, values: Array) -> Tensor:
     """Values as a quantizer leaves them."""
     if isinstance(quantizer, Uniform):
-        return coded(quantizer, quantizer.codes(values))
+        return store_codes(quantizer, quantizer.codes(values))
     return Tensor(quantizer.steps(values), quantizer.scale)
 
 
@@ -80,18 +80,18 @@ def quantize_weight(
     quantizer: Quantizer,
     kernel: Array,
     wanted: Moments | None = None,
-    quantized: Callable[[Quantizer, Array], Tensor] = quantized,
+    quantize: Callable[[Quantizer, Array], Tensor] = quantize_tensor,
 ) -> Weight:
     """A weight that a linear layer can be given in place of its float kernel.
 
-    wanted: the kernel's moments, where bias correction shall not compute them anew. quantized: how codes are held.
+    wanted: the kernel's moments, where bias correction shall not compute them anew. quantize: how codes are held.
     """
     if isinstance(quantizer, BiasCorrected):
-        weight = quantized(quantizer.base, kernel)
+        weight = quantize(quantizer.base, kernel)
         return Weight(weight, *quantizer.correction(wanted or moments(kernel), weight.steps))
     if isinstance(quantizer, LowRank):
-        return Weight(quantized(quantizer.base, kernel), low_rank=quantizer.factors)
-    return Weight(quantized(quantizer, kernel))
+        return Weight(quantize(quantizer.base, kernel), low_rank=quantizer.factors)
+    return Weight(quantize(quantizer, kernel))
 
 
 def effective_weight(weight: Weight) -> Array:
@@ -159,7 +159,7 @@ class FakeQuant:
             return Tensor(x.values)
         if not self.rounding:
             return Tensor(true_divide(x.values, quantizer.scale), quantizer.scale)
-        return quantized(quantizer, x.values)
+        return quantize_tensor(quantizer, x.values)
 
     def weight(self, layer: str, kernel: Array) -> Weight:
         """A linear layer's weight: the one that was given, or its kernel, quantized if the site is."""
@@ -216,7 +216,7 @@ class FakeQuant:
         if self.runs_integer_layer_norm(site, x):
             assert isinstance(quantizer, Uniform) and x.scale is not None
             steps = integer_layer_norm(x.steps, x.scale, weight, bias, quantizer.scale)
-            return coded(quantizer, quantizer.clip(steps)) if self.rounding else Tensor(steps, quantizer.scale)
+            return store_codes(quantizer, quantizer.clip(steps)) if self.rounding else Tensor(steps, quantizer.scale)
         values = x.values
         centred = values - jnp.mean(values, -1, keepdims=True)
         variance = jnp.mean(centred**2, -1, keepdims=True)

@@ -16,11 +16,11 @@ def key_table(architecture: Architecture) -> tuple[Entry, ...]:
     return tuple(architecture.family.weight_table(architecture.config))
 
 
-def _some(keys: list[str]) -> str:
+def _list(keys: list[str]) -> str:
     return ", ".join(f"'{key}'" for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+def _list_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """Shapes of arrays by their dotted place."""
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     return {".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
@@ -45,12 +45,12 @@ def from_timm(tensors: Mapping[str, np.ndarray], architecture: Architecture, sou
     missing = [entry.key for entry in table if entry.key not in tensors]
     if missing:
         raise InputError(
-            f"{source} lacks {_some(missing)} of {architecture.name}; is it the weights of another model? (see --arch)"
+            f"{source} lacks {_list(missing)} of {architecture.name}; is it the weights of another model? (see --arch)"
         )
     extra = [key for key in tensors if key not in wanted]
     if extra:
         raise InputError(
-            f"{source} has {_some(extra)}, which {architecture.name} does not know; is it another model's? (see --arch)"
+            f"{source} has {_list(extra)}, which {architecture.name} does not know; is it another model's? (see --arch)"
         )
     weights: Weights = {}
     for entry in table:
@@ -65,11 +65,11 @@ def from_timm(tensors: Mapping[str, np.ndarray], architecture: Architecture, sou
             node = node.setdefault(name, {})
         node[entry.path[-1]] = jnp.asarray(entry.to_module(np.asarray(tensor, np.float32)))
     wanted_arrays = abstract_weights(architecture)
-    given, needed = (_shapes(tree) for tree in (weights, wanted_arrays))
+    given, needed = (_list_shapes(tree) for tree in (weights, wanted_arrays))
     wrong = sorted(place for place in given.keys() | needed.keys() if given.get(place) != needed.get(place))
     if wrong:
         raise InputError(
-            f"the weight table of family {architecture.family.name} does not fit its modules at {_some(wrong)}: shape "
+            f"the weight table of family {architecture.family.name} does not fit its modules at {_list(wrong)}: shape "
             f"{given.get(wrong[0])} of '{wrong[0]}' in the table, {needed.get(wrong[0])} in the module (None: absent); "
             "correct the table"
         )

@@ -47,7 +47,7 @@ def read_weights(source: str) -> WeightFile:
         path, source = _download(source)
     else:
         path = Path(source)
-    reader = _reader_for(path, source)
+    reader = _find_reader(path, source)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # in pieces: the file need not fit in memory twice
     tensors = reader(path, source)
@@ -56,7 +56,7 @@ def read_weights(source: str) -> WeightFile:
     return WeightFile(tensors, source, sha256)
 
 
-def _reader_for(path: Path, source: str) -> Callable[[Path, str], dict[str, np.ndarray]]:
+def _find_reader(path: Path, source: str) -> Callable[[Path, str], dict[str, np.ndarray]]:
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
         raise InputError(f"{source} is a folder; give the file of weights inside it")
@@ -79,16 +79,16 @@ def _read_safetensors(path: Path, source: str) -> dict[str, np.ndarray]:
                     continue
                 # Asked first: for a type that NumPy lacks (8-bit floats), get_tensor fails with an AttributeError.
                 if dtype not in ("F16", "BF16", "F32", "F64"):
-                    raise _not_floating_point(source, key, dtype)
-                tensors[key] = _as_float32(file.get_tensor(key), key, source)
+                    raise _dtype_error(source, key, dtype)
+                tensors[key] = _to_float32(file.get_tensor(key), key, source)
     except InputError:
         raise
     except Exception as error:  # SafetensorError derives from nothing narrower
-        raise _damaged(source, "a readable safetensors file", error) from error
+        raise _damage_error(source, "a readable safetensors file", error) from error
     return tensors
 
 
-def npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Iterator[tuple[str, np.ndarray]]:
+def read_npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the arrays of an .npz file one by one, never unpickling.
 
     Args:
@@ -110,14 +110,14 @@ def npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Itera
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{source} is a single array, not an .npz archive; {array_remedy}")
             for key in archive.files:
-                yield key, _npz_member(archive, key, source, array_remedy)
+                yield key, _read_npz_member(archive, key, source, array_remedy)
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
         raise InputError(f"{source} is not a readable .npz archive ({one_line(error)}); {remedy}") from error
 
 
-def _npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
+def _read_npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
     try:
         member = archive[key]
     except ValueError as error:  # an object array, or a damaged header: NumPy's own words say which
@@ -129,9 +129,11 @@ def _npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
 
 def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
-    for key, member in npz_arrays(path, source, _DOWNLOAD, "save it again as a plain float array with numpy.savez"):
+    for key, member in read_npz_arrays(
+        path, source, _DOWNLOAD, "save it again as a plain float array with numpy.savez"
+    ):
         if not _is_counter(key, member.dtype == np.int64, member.shape):
-            tensors[key] = _as_float32(member, key, source)
+            tensors[key] = _to_float32(member, key, source)
     return tensors
 
 
@@ -155,9 +157,9 @@ def _read_torch(path: Path, source: str) -> dict[str, np.ndarray]:
             continue
         if tensor.layout != torch.strided or tensor.dtype not in _torch_floats(torch):
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            raise _not_floating_point(source, key, kind)
+            raise _dtype_error(source, key, kind)
         # NumPy has no bfloat16 of its own, so torch converts.
-        tensors[str(key)] = _as_float32(tensor.detach().to(torch.float32).numpy(), key, source)
+        tensors[str(key)] = _to_float32(tensor.detach().to(torch.float32).numpy(), key, source)
     return tensors
 
 
@@ -211,9 +213,9 @@ def _is_counter(key: str, int64: bool, shape: Sequence[int]) -> bool:
     return key.endswith(_COUNTER) and int64 and len(shape) == 0
 
 
-def _as_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
+def _to_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-        raise _not_floating_point(source, key, array.dtype)
+        raise _dtype_error(source, key, array.dtype)
     with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes infinite and is reported below
         tensor = np.array(array, dtype=np.float32, order="C")  # a copy of its own, which no file mapping backs
     bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
@@ -225,14 +227,14 @@ def _as_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
     return tensor
 
 
-def _not_floating_point(source: str, key: str, dtype: object) -> InputError:
+def _dtype_error(source: str, key: str, dtype: object) -> InputError:
     return InputError(
         f"{source}: tensor {key!r} is {dtype}, but weights must be float16, bfloat16, float32 or float64; "
         "remove it from the file or export the float model"
     )
 
 
-def _damaged(source: str, kind: str, error: Exception) -> InputError:
+def _damage_error(source: str, kind: str, error: Exception) -> InputError:
     return InputError(f"{source} is not {kind} ({error}); {_DOWNLOAD}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
-def _same(a: np.ndarray) -> np.ndarray:
+def _keep(a: np.ndarray) -> np.ndarray:
     return a
 
 
@@ -33,8 +33,8 @@ class Entry:
     stage: str
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    to_module: Transform = _same
-    to_timm: Transform = _same
+    to_module: Transform = _keep
+    to_timm: Transform = _keep
 
 
 def linear_entries(

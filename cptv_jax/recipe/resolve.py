@@ -146,7 +146,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         if site.role == "weight" and reads_image and preset.image_weight_per_channel is not None:
             spec = dataclasses.replace(spec, per_channel=preset.image_weight_per_channel)
         if site.role == "weight" and preset.weight_parts:
-            spec = dataclasses.replace(spec, parts=_pieces(known[site.layer_name], sites))
+            spec = dataclasses.replace(spec, parts=_count_pieces(known[site.layer_name], sites))
         specs[site.name] = spec
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
@@ -164,7 +164,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope, remarks, known)
 
 
-def _pieces(output: Site, sites: tuple[Site, ...]) -> int:
+def _count_pieces(output: Site, sites: tuple[Site, ...]) -> int:
     """The number of operands of matmuls that a layer's output is cut into; 1 where it is not cut."""
     return max(1, sum(site.kind == "operand" and site.source == output.name for site in sites))
 

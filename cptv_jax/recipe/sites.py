@@ -74,7 +74,7 @@ class Product:
     operands: tuple[str, ...]
 
 
-def products(sites: Iterable[Site]) -> tuple[Product, ...]:
+def list_products(sites: Iterable[Site]) -> tuple[Product, ...]:
     """Every linear layer and matmul, as if the head read all tokens of the last block."""
     known = {site.name: site for site in sites}
     found = []

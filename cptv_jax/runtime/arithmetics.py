@@ -18,14 +18,14 @@ from cptv_jax.interpreters.tensor import Tensor
 _RACE_SIZE, _RACE_ROUNDS = 768, 12
 
 
-def _race_program(name: ArithmeticName) -> Callable[[], PyTree]:
+def _make_race_program(name: ArithmeticName) -> Callable[[], PyTree]:
     codes = jnp.full((_RACE_SIZE, _RACE_SIZE), 7, jnp.uint8)
     tensor = Tensor(codes, jnp.float32(1), jnp.float32(128))
     product = jax.jit(Arithmetic(name, weight_bits=4).matmul_weight)
     return lambda: jax.block_until_ready(product(tensor, tensor))
 
 
-def _products(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[Any, ...]:
+def _multiply(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[Any, ...]:
     """Products in the forms that a forward pass has them: of heads cut from one tensor, of tokens with a weight."""
     heads = tokens.move(lambda x: x.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4))
     query, key, value = (heads.move(lambda x, i=i: x[i]) for i in range(3))  # type: ignore[misc]
@@ -35,8 +35,8 @@ def _products(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[A
     return scores, mixed, arithmetic.matmul_weight(tokens, kernel), arithmetic.row_sums(tokens)
 
 
-def _exact_products(tokens: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What _products gives for these steps."""
+def _multiply_exactly(tokens: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What _multiply gives for these steps."""
     query, key, value = tokens.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4)
     weights = np.concatenate([key, key[..., :1]], -1)
     return query @ key.swapaxes(-1, -2), weights @ value, tokens @ kernel, tokens.sum(-1, keepdims=True)
@@ -62,12 +62,12 @@ def _measure_supported() -> tuple[ArithmeticName, ...]:
     tokens = Tensor(jnp.asarray(codes, jnp.uint8), jnp.float32(1), jnp.float32(119))
     zeros = rng.integers(100, 156, 64)
     kernel = Tensor(jnp.asarray(weight, jnp.uint8), jnp.ones(64), jnp.asarray(zeros, jnp.float32))
-    exact = _exact_products(codes - 119, weight - zeros)
+    exact = _multiply_exactly(codes - 119, weight - zeros)
     found = []
     for name in ARITHMETICS:
         with suppress(jax.errors.JaxRuntimeError):
-            _race_program(name)()
-            products = jax.jit(_products, static_argnums=0)(Arithmetic(name), tokens, kernel)
+            _make_race_program(name)()
+            products = jax.jit(_multiply, static_argnums=0)(Arithmetic(name), tokens, kernel)
             if all(np.array_equal(np.reshape(p, e.shape), e) for p, e in zip(products, exact, strict=True)):
                 found.append(name)
     return tuple(found)
@@ -87,7 +87,7 @@ def fastest_arithmetic() -> ArithmeticName:
 
 @cache
 def _measure_fastest() -> ArithmeticName:
-    programs = {name: _race_program(name) for name in supported_arithmetics()}
+    programs = {name: _make_race_program(name) for name in supported_arithmetics()}
     seconds = dict.fromkeys(programs, np.inf)
     for _ in range(_RACE_ROUNDS):  # in turn, and the best of each counts, so that other work decides nothing
         for name, run in programs.items():

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.interpreters.tensor import Tensor
-from cptv_jax.runtime.mesh import DATA, compiler_options, gather, images_each, make_mesh, place
+from cptv_jax.runtime.mesh import DATA, compiler_options, gather, images_per_device, make_mesh, place
 from cptv_jax.runtime.stages import Output, Stage, StageFunction
 
 
@@ -81,7 +81,7 @@ def _largest_operation(
     return max((sum(v.aval.size * v.aval.dtype.itemsize for v in values) for values in operations), default=0), output
 
 
-def pieces(read: Callable[[int, int], np.ndarray], count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+def cut_into_pieces(read: Callable[[int, int], np.ndarray], count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Images [size, ...] in order with how many of them count; the last piece is padded by repeating its last image.
 
     read(start, stop): the images themselves.
@@ -92,7 +92,7 @@ def pieces(read: Callable[[int, int], np.ndarray], count: int, size: int) -> Ite
         yield (np.concatenate([piece, padding]) if len(padding) else piece), len(piece)
 
 
-def outputs(
+def compute_outputs(
     stages: Sequence[Stage],
     read: Callable[[int, int], np.ndarray],
     count: int,
@@ -102,16 +102,16 @@ def outputs(
 ) -> PyTree:
     """The output of the last stage for `count` images, on the host, computed in pieces of one shape on all devices.
 
-    read(start, stop): inputs of the first stage. budget: bytes for activations on each device, see mesh.images_each.
+    read(start, stop): inputs of the first stage. budget: bytes for activations on each device; see images_per_device.
     on_progress(images): called with the number of images that are newly done.
     """
     mesh = mesh or make_mesh()
     one = read(0, 1)
-    each = images_each(mesh, activation_bytes(stages, jax.eval_shape(jnp.asarray, one)), count, budget)
+    each = images_per_device(mesh, activation_bytes(stages, jax.eval_shape(jnp.asarray, one)), count, budget)
     size = each * mesh.shape[DATA]
     placed = [Stage(s.name, s.function, place(mesh, s.state)) for s in stages]
     parts = []
-    for piece, real in pieces(read, count, size):
+    for piece, real in cut_into_pieces(read, count, size):
         output = gather(mesh, forward(placed, place(mesh, piece, DATA)))
         parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], output))
         on_progress(real)

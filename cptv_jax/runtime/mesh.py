@@ -55,7 +55,7 @@ def stay_on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def shared_by(processes: int) -> dict[str, str]:
+def share_accelerator(processes: int) -> dict[str, str]:
     """Environment variables for processes that share an accelerator.
 
     A process takes three quarters of an accelerator's memory when JAX starts, so several would not fit.
@@ -142,7 +142,7 @@ def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) 
     return jax.device_put(tree, sharding)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays that every device of a mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -157,8 +157,8 @@ def gather(mesh: Mesh, tree: PyTree) -> PyTree:
     Returns:
         NumPy arrays.
     """
-    if not replicated(mesh).is_fully_addressable:
-        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    if not replicated_sharding(mesh).is_fully_addressable:
+        tree = jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
     return jax.tree.map(np.asarray, tree)
 
 
@@ -189,11 +189,11 @@ def activation_budget() -> float | None:
     return _MEMORY_SHARE * statistics.get("bytes_limit", 8 * 2**30)
 
 
-def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
+def rows_at_once(bytes_per_row: int, budget: float | None = None) -> int:
     """How many rows, images times candidates, one device computes at once.
 
     Args:
-        bytes_a_row: Bytes of one image's activations.
+        bytes_per_row: Bytes of one image's activations.
         budget: Bytes for activations; None asks the device.
 
     Returns:
@@ -202,10 +202,10 @@ def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
     found = activation_budget()
     limit = budget if budget is not None else found
     rows = _CPU_ROWS if found is None else 2**62
-    return max(1, rows if limit is None else min(rows, int(limit // max(1, bytes_a_row))))
+    return max(1, rows if limit is None else min(rows, int(limit // max(1, bytes_per_row))))
 
 
-def images_each(mesh: Mesh, bytes_a_row: int, images: int, budget: float | None = None) -> int:
+def images_per_device(mesh: Mesh, bytes_per_row: int, images: int, budget: float | None = None) -> int:
     """How many images each device of the data axis computes at once.
 
     On CPU devices as many as on one alone, so that a float model's sums are taken in the same order whatever the mesh;
@@ -213,19 +213,19 @@ def images_each(mesh: Mesh, bytes_a_row: int, images: int, budget: float | None 
 
     Args:
         mesh: The mesh.
-        bytes_a_row: Bytes of one image's activations.
+        bytes_per_row: Bytes of one image's activations.
         images: How many there are.
         budget: Bytes for activations on each device; None asks the device.
 
     Returns:
         Images for each device.
     """
-    rows = rows_at_once(bytes_a_row, budget)
+    rows = rows_at_once(bytes_per_row, budget)
     return min(rows, images if activation_budget() is None else -(-images // mesh.shape[DATA]))
 
 
 def pieces_at_once(
-    mesh: Mesh, bytes_a_row: int, images: int, candidates: int, budget: float | None = None
+    mesh: Mesh, bytes_per_row: int, images: int, candidates: int, budget: float | None = None
 ) -> tuple[int, int]:
     """How many images and candidates a whole mesh computes at once.
 
@@ -233,7 +233,7 @@ def pieces_at_once(
 
     Args:
         mesh: The mesh.
-        bytes_a_row: Bytes of one image's activations.
+        bytes_per_row: Bytes of one image's activations.
         images: How many images there are.
         candidates: How many candidates there are.
         budget: Bytes for activations on each device; None asks the device.
@@ -241,7 +241,7 @@ def pieces_at_once(
     Returns:
         Images and candidates, multiples of the mesh's two axes; they may exceed what there is, which is then padded.
     """
-    rows = rows_at_once(bytes_a_row, budget)
+    rows = rows_at_once(bytes_per_row, budget)
     each = min(rows, -(-images // mesh.shape[DATA]))
     width = min(max(1, rows // each), -(-candidates // mesh.shape[POPULATION]))
     return each * mesh.shape[DATA], width * mesh.shape[POPULATION]

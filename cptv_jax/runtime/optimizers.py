@@ -6,13 +6,13 @@ import optax
 from jaxtyping import PyTree
 
 
-def _finite(gradients: PyTree, parameters: PyTree) -> PyTree:
+def _replace_nonfinite(gradients: PyTree, parameters: PyTree) -> PyTree:
     return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradients)
 
 
-def finite_gradients() -> optax.GradientTransformation:
+def zero_nonfinite() -> optax.GradientTransformation:
     """Zero where a gradient is no number: the deviation of a constant channel has none (bias correction)."""
-    return optax.stateless(_finite)
+    return optax.stateless(_replace_nonfinite)
 
 
 _EPSILON = 1e-15  # beside a root mean square; far above 1e-19, whose square is no float32 any more
@@ -43,4 +43,4 @@ def adam_by_tensor(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransform
 
         return jax.tree.map(relative, means, squares), (count, means, squares)
 
-    return optax.chain(finite_gradients(), optax.GradientTransformation(init, update))
+    return optax.chain(zero_nonfinite(), optax.GradientTransformation(init, update))

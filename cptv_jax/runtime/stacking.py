@@ -38,7 +38,7 @@ class Run:
         return jax.lax.fori_loop(start, self.length, step, x)
 
 
-def _alike(a: Stage, b: Stage) -> bool:
+def _are_alike(a: Stage, b: Stage) -> bool:
     def shapes(stage: Stage) -> Any:
         return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), (stage.state, stage.candidate))
 
@@ -50,12 +50,12 @@ def runs_of(stages: Sequence[Stage]) -> tuple[list[Run], list[tuple[int, int]]]:
     runs: list[Run] = []
     home: list[tuple[int, int]] = []
     for i, stage in enumerate(stages):
-        length = runs[-1].length + 1 if i and _alike(stages[i - 1], stage) else 1
+        length = runs[-1].length + 1 if i and _are_alike(stages[i - 1], stage) else 1
         runs[len(runs) - (length > 1) :] = [Run(stage.function, stage.bind, stage.move, length)]
         home.append((len(runs) - 1, length - 1))
     return runs, home
 
 
-def stacked(trees: Sequence[PyTree]) -> PyTree:
+def stack(trees: Sequence[PyTree]) -> PyTree:
     """The trees of a run's stages as one with a leading axis; of a single stage, its own."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

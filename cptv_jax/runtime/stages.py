@@ -29,7 +29,7 @@ class StageFunction(Hashable, Protocol):
         """The stage's output for one batch, from its state (weights, quantizers) and its input."""
 
 
-def scaled(candidate: PyTree, steps: PyTree) -> PyTree:
+def scale_by(candidate: PyTree, steps: PyTree) -> PyTree:
     """Every leaf multiplied by the exponential of its step."""
     return jax.tree.map(lambda scale, step: scale * jnp.exp(step), candidate, steps)
 
@@ -52,12 +52,12 @@ class Stage:
     state: PyTree
     candidate: PyTree = None
     bind: Callable[[PyTree, PyTree], PyTree] = lambda state, candidate: state
-    move: Callable[[PyTree, PyTree], PyTree] = scaled
+    move: Callable[[PyTree, PyTree], PyTree] = scale_by
 
     @property
     def searchable(self) -> bool:
         return bool(jax.tree.leaves(self.candidate))
 
-    def bound(self, candidate: PyTree) -> "Stage":
+    def with_candidate(self, candidate: PyTree) -> "Stage":
         """This stage with the candidate in place."""
         return replace(self, state=self.bind(self.state, candidate), candidate=candidate)
