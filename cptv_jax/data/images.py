@@ -1,4 +1,4 @@
-"""Images held in memory: the one form in which every source hands pixels to the rest of the package."""
+"""Images held in memory: the form in which every source hands pixels to the rest of the package."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +13,19 @@ from cptv_jax.models.preprocessing import Preprocessing
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Model inputs held in memory: preprocessed pixels, with labels when they are known.
+    """Model inputs held in memory: preprocessed pixels, with labels if they are known.
 
     Attributes:
         pixels: [N, H, W, C], uint8 (still to be normalized by mean and std) or float32 (already normalized).
-        labels: Class indices, int32 [N], or None when they are unknown or were not asked for.
+        labels: Class indices, int32 [N], or None if they are unknown or were not asked for.
         names: Where each image came from [N]; only messages use them.
         mean: The mean of each channel of pixels scaled to [0, 1].
         std: The deviation of each channel of pixels scaled to [0, 1].
+
+    Example:
+        >>> images = from_arrays(np.zeros((10, 224, 224, 3), np.uint8), preprocessing=Preprocessing())
+        >>> images.take(slice(0, 4)).normalize(0, 2).shape
+        (2, 224, 224, 3)
     """
 
     pixels: npt.NDArray[Any]
@@ -55,7 +60,14 @@ class Images:
         return values
 
     def take(self, indices: slice | Sequence[int] | npt.NDArray[np.integer]) -> "Images":
-        """Selects the images at some positions, in their order; a slice shares memory with this object."""
+        """Selects the images at some positions, in their order; a slice shares memory with this object.
+
+        Args:
+            indices: A slice, or positions.
+
+        Returns:
+            The images.
+        """
         where = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.intp)
         chosen = range(len(self))[where] if isinstance(where, slice) else where
         return replace(
@@ -70,7 +82,7 @@ class Images:
         return replace(self, pixels=self.pixels[:, :, ::-1])
 
     def without_labels(self) -> "Images":
-        """Returns the same images without labels: what calibration and search are given."""
+        """Returns the same images without labels, as calibration and search receive them."""
         return replace(self, labels=None)
 
     def require_labels(self) -> npt.NDArray[np.int32]:
@@ -80,7 +92,7 @@ class Images:
             Class indices, int32 [N].
 
         Raises:
-            InputError: When there are none.
+            InputError: If there are none.
         """
         if self.labels is None:
             first = f" (the first is {self.names[0]})" if self.names else ""
@@ -91,22 +103,22 @@ class Images:
 def from_arrays(images: Any, labels: Any = None, *, preprocessing: Preprocessing | None = None) -> Images:
     """Makes images from arrays that are already resized and cropped.
 
-    Example:
-        >>> pixels = np.zeros((2, 224, 224, 3), np.uint8)
-        >>> len(from_arrays(pixels, [3, 7], preprocessing=Preprocessing()))
-        2
-
     Args:
         images: [N, H, W, C] with 1 or 3 channels, uint8 (needs `preprocessing`, for mean and std) or float32 (already
             normalized, finite).
         labels: Class indices [N], integers from 0 on, or None.
-        preprocessing: What the model expects of its input; where it is given, sizes are checked against it.
+        preprocessing: The form that the model expects of its input; if it is given, sizes are checked against it.
 
     Returns:
         The images; arrays are not copied.
 
     Raises:
         InputError: For any other rank, type, shape or value.
+
+    Example:
+        >>> pixels = np.zeros((2, 224, 224, 3), np.uint8)
+        >>> len(from_arrays(pixels, [3, 7], preprocessing=Preprocessing()))
+        2
     """
     pixels = np.asarray(images)
     if pixels.ndim != 4:

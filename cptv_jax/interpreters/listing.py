@@ -22,11 +22,12 @@ class _Named(Tensor):
 
 
 def _list_origins(*tensors: Tensor) -> tuple[str, ...]:
+    """Returns the sites that tensors come from."""
     return tuple(tensor.site for tensor in tensors if isinstance(tensor, _Named))
 
 
 class _Listing(FakeQuant):
-    """Runs in float and notes every site that is passed, by full name."""
+    """Runs in float and notes every site that the pass reaches, by full name."""
 
     def __init__(self, stage: str) -> None:
         super().__init__({}, all_tokens=True)

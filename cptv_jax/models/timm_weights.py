@@ -1,4 +1,4 @@
-"""Weights of a file, under its keys and in its layout, mapped one to one onto the modules of this library."""
+"""Maps the tensors of a file of weights, with its keys and layout, one to one onto the modules of this library."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,14 @@ from cptv_jax.models.weight_table import Entry
 
 
 def key_table(architecture: Architecture) -> tuple[Entry, ...]:
-    """The architecture's weight table: every tensor once, and each array of the modules exactly once."""
+    """Builds an architecture's weight table.
+
+    Args:
+        architecture: The model's architecture.
+
+    Returns:
+        Every tensor of the file once, and each array of the modules exactly once.
+    """
     return tuple(architecture.family.weight_table(architecture.config))
 
 
@@ -21,24 +28,24 @@ def _list(keys: list[str]) -> str:
 
 
 def _list_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
-    """Shapes of arrays by their dotted place."""
+    """Returns the shapes of arrays by their dotted place."""
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     return {".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def from_timm(tensors: Mapping[str, np.ndarray], architecture: Architecture, source: str) -> Weights:
-    """Weights of an architecture from the tensors of a file, by the weight table of its family.
+    """Builds the weights of an architecture from the tensors of a file, by the weight table of its family.
 
     Args:
         tensors: By the file's key (timm's, for the models of the zoo), in the file's layout (torch shapes), float32.
-        architecture: What the weights are for.
+        architecture: The architecture that the weights are for.
         source: Where they come from, for messages.
 
     Returns:
         By stage, the arrays of its module, float32.
 
     Raises:
-        InputError: For a missing key, an extra key or a wrong shape, and where the table is not that of the modules.
+        InputError: For a missing key, an extra key or a wrong shape, and for a table that does not fit the modules.
     """
     table = key_table(architecture)
     wanted = {entry.key for entry in table}
@@ -77,14 +84,14 @@ def from_timm(tensors: Mapping[str, np.ndarray], architecture: Architecture, sou
 
 
 def to_timm(weights: Weights, architecture: Architecture) -> dict[str, np.ndarray]:
-    """The inverse of `from_timm`: tensors under the file's keys (timm's) and in its layout (torch shapes).
+    """Converts weights to the tensors of a file; the inverse of `from_timm`.
 
     Args:
         weights: By stage, the arrays of its module.
-        architecture: What the weights are for.
+        architecture: The architecture that the weights are for.
 
     Returns:
-        By key, contiguous arrays.
+        By the file's key (timm's), contiguous arrays in its layout (torch shapes).
     """
     tensors = {}
     for entry in key_table(architecture):

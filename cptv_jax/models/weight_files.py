@@ -1,4 +1,4 @@
-"""Reading pretrained weights from files and from the Hugging Face hub, whatever format they come in."""
+"""Reads pretrained weights from files of several formats and from the Hugging Face hub."""
 
 import hashlib
 import importlib.util
@@ -16,18 +16,19 @@ from cptv_jax.errors import InputError, one_line
 
 _HUB_PREFIXES = ("hub:", "hf:")
 _HUB_ID = re.compile(r"(?:hub|hf):(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_COUNTER = ".num_batches_tracked"  # a whole number beside every batch norm of torch, of no use in inference
+_COUNTER = ".num_batches_tracked"  # an integer that torch keeps with every batch norm; inference does not need it
 _DOWNLOAD = "download or export it again"
 _INSTALL_TORCH = "install torch (pip install 'cptv-jax[torch]') or convert the file to .safetensors"
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The tensors of one file of weights and where they came from.
+    """The tensors of one file of weights and their origin.
 
-    tensors: float32, contiguous, finite, under the file's own keys and in its own shapes (timm's keys, torch's shapes).
-    source: the path as given, or "hub:org/name@revision/file".
-    sha256: of the file's bytes, in hexadecimal.
+    Attributes:
+        tensors: float32, contiguous, finite, with the file's own keys and shapes (timm's keys, torch's shapes).
+        source: The path as given, or "hub:org/name@revision/file".
+        sha256: Digest of the file's bytes, in hexadecimal.
     """
 
     tensors: dict[str, np.ndarray]
@@ -36,12 +37,20 @@ class WeightFile:
 
 
 def read_weights(source: str) -> WeightFile:
-    """Reads weights from a .safetensors, .npz, .pth, .pt or .bin file or from "hub:org/name[@revision]" ("hf:" too).
+    """Reads weights from a file or from the Hugging Face hub.
 
-    float16, bfloat16 and float64 tensors become float32. Nothing is ever unpickled but by torch's weights_only loader.
+    float16, bfloat16 and float64 tensors become float32. Only torch's weights_only loader ever unpickles anything.
     Batch norm's counters of batches (int64 scalars named *.num_batches_tracked) are left out.
-    Raises InputError for a file that is missing, damaged, of another kind or in need of a torch that is not installed,
-    and for tensors that are not floating point or not finite.
+
+    Args:
+        source: A .safetensors, .npz, .pth, .pt or .bin file, or "hub:org/name[@revision]" ("hf:" too).
+
+    Returns:
+        The tensors, where they came from, and the file's digest.
+
+    Raises:
+        InputError: For a file that is missing, damaged, of another kind or in need of a torch that is not installed,
+            and for tensors that are not floating point or not finite.
     """
     if source.startswith(_HUB_PREFIXES):
         path, source = _download(source)
@@ -93,15 +102,15 @@ def read_npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> 
 
     Args:
         path: The file.
-        source: What messages call it.
-        remedy: What messages advise about the whole file.
-        array_remedy: What messages advise about one array.
+        source: The file's name in messages.
+        remedy: The remedy in messages about the whole file.
+        array_remedy: The remedy in messages about one array.
 
     Yields:
         An array's key and the array.
 
     Raises:
-        InputError: For a damaged file, one that is no archive, and an array that only unpickling could read.
+        InputError: For a damaged file, one that is not an archive, and an array that only unpickling could read.
     """
     try:
         # Opened here: given a path, numpy.load leaves a damaged archive open.
@@ -168,7 +177,11 @@ def _torch_floats(torch: Any) -> tuple[Any, ...]:
 
 
 def _state_dict(content: object, source: str) -> Mapping[str, object]:
-    """The mapping of keys to tensors in a checkpoint: the content itself, or what stands under a usual name."""
+    """Returns the mapping of keys to tensors in a checkpoint: the content itself, or the entry under a usual name.
+
+    Raises:
+        InputError: If the content is no mapping.
+    """
     if isinstance(content, Mapping):
         for name in ("model", "state_dict"):
             if isinstance(content.get(name), Mapping):
@@ -178,11 +191,18 @@ def _state_dict(content: object, source: str) -> Mapping[str, object]:
 
 
 def _download(source: str) -> tuple[Path, str]:
-    """The local path of a hub id's weights, from the hub or its cache, and the id completed by revision and file."""
+    """Downloads a hub id's weights, or finds them in the hub's cache.
+
+    Returns:
+        The local path, and the id completed by revision and file.
+
+    Raises:
+        InputError: For a malformed id, and for weights that cannot be had.
+    """
     match = _HUB_ID.fullmatch(source)
     if match is None:
         raise InputError(f"{source} is not a hub id; write hub:org/name or hub:org/name@revision")
-    # Imported here: it brings an HTTP client, of which local files have no need.
+    # Imported here: it brings an HTTP client, which local files do not need.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -199,7 +219,7 @@ def _download(source: str) -> tuple[Path, str]:
             path = hf_hub_download(repository, file, revision=revision)
         except EntryNotFoundError as error:  # the repository lacks this file (offline: the cache does); try the next
             reason = error
-        except Exception as error:  # what the network raises depends on the hub library's HTTP client
+        except Exception as error:  # the type of a network error depends on the hub library's HTTP client
             reason = error
             break
         else:
