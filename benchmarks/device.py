@@ -29,7 +29,7 @@ from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.model import Model, QuantizedModel
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime.arithmetics import fastest_arithmetic
-from cptv_jax.runtime.forward import activation_bytes, outputs
+from cptv_jax.runtime.forward import activation_bytes, compute_outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once
 from cptv_jax.runtime.stages import Output
 from cptv_jax.search import Evaluator, EvolQ, Objective
@@ -144,7 +144,7 @@ def main() -> None:
     logits = {}
     for name in args.arithmetics:
         stages = model.stages(Simulated(name), space)
-        logits[name] = outputs(stages, lambda a, b: images[a:b], 20).logits
+        logits[name] = compute_outputs(stages, lambda a, b: images[a:b], 20).logits
         row = activation_bytes(stages, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
         at_once, width = pieces_at_once(mesh, row, args.images, 1)
         evaluator = Evaluator(stages, batches, teacher, Objective(), at_once, width, mesh)

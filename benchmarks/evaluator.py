@@ -38,7 +38,7 @@ from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.execution import Simulated
 from cptv_jax.runtime.arithmetics import fastest_arithmetic
-from cptv_jax.runtime.forward import activation_bytes, outputs
+from cptv_jax.runtime.forward import activation_bytes, compute_outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once, use_all_cores
 from cptv_jax.search import RacingEvaluator
 
@@ -90,7 +90,7 @@ def calibrated(model: Model, images: Images, weight_bits: int, count: int = 10) 
     """The `evol-q` base, with parameters from the first few images: good enough to time."""
     config = RecipeConfig(preset="evol-q", weight_bits=weight_bits, activation_bits=8)
     recipe = resolve(config, sites_of(model.architecture))
-    batch = jnp.asarray(images.normalized(0, min(count, len(images))))
+    batch = jnp.asarray(images.normalize(0, min(count, len(images))))
     return METHODS["fq-vit"].quantize(model, [batch], recipe, jax.random.key(0))
 
 
@@ -111,7 +111,9 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def images_per_second(stages: Sequence[Stage], inputs: np.ndarray, repeats: int) -> float:
     """Of a whole forward pass on all devices, after one to compile. inputs: normalised images, on the host."""
-    times = [seconds(lambda: outputs(stages, lambda i, j: inputs[i:j], len(inputs))) for _ in range(repeats + 1)]
+    times = [
+        seconds(lambda: compute_outputs(stages, lambda i, j: inputs[i:j], len(inputs))) for _ in range(repeats + 1)
+    ]
     return len(inputs) / min(times[1:])
 
 
@@ -147,7 +149,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch = min(options.batch, options.count)
     starts = range(0, options.count // batch * batch, batch)
     count = len(starts) * batch
-    inputs = images.normalized(0, count)
+    inputs = images.normalize(0, count)
     result: dict[str, Any] = {
         "model": model.architecture.name,
         "arithmetic": options.arithmetic or fastest_arithmetic(),
@@ -164,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["quantized"] = images_per_second(stages, inputs, options.repeats)
 
     batches = [inputs[start : start + batch] for start in starts]
-    teacher = [outputs(model.stages(), lambda i, j, x=x: x[i:j], batch) for x in batches]  # type: ignore[misc]
+    teacher = [compute_outputs(model.stages(), lambda i, j, x=x: x[i:j], batch) for x in batches]  # type: ignore[misc]
     indices = [i for i, stage in reversed(list(enumerate(stages))) if stage.searchable]
     if options.blocks:
         wanted = [indices[::-1][block] for block in options.blocks]

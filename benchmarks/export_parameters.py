@@ -23,7 +23,7 @@ from cptv_jax import Images, Model, QuantizedModel, RecipeConfig, Stage, load_fl
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantizers import BiasCorrected, Uniform
-from cptv_jax.runtime.forward import outputs
+from cptv_jax.runtime.forward import compute_outputs
 
 
 def parameters(model: QuantizedModel) -> dict[str, np.ndarray]:
@@ -40,7 +40,7 @@ def parameters(model: QuantizedModel) -> dict[str, np.ndarray]:
 
 def logits(stages: Sequence[Stage], images: Images) -> np.ndarray:
     """Logits [N, classes]."""
-    return np.asarray(outputs(stages, images.normalized, len(images)).logits)
+    return np.asarray(compute_outputs(stages, images.normalize, len(images)).logits)
 
 
 def perturbed(model: Model, seed: int = 0) -> Model:
@@ -68,7 +68,7 @@ def main() -> None:
     images = load_images(options.images, preprocessing, labels=False, limit=options.count, progress=False)
     config = RecipeConfig(preset="evol-q", weight_bits=options.weight_bits, activation_bits=8)
     recipe = resolve(config, sites_of(teacher.architecture))
-    batch = jnp.asarray(images.normalized(0, options.calibrate))
+    batch = jnp.asarray(images.normalize(0, options.calibrate))
     model = METHODS["fq-vit"].quantize(teacher, [batch], recipe, jax.random.key(0))
 
     arrays: dict[str, Any] = {

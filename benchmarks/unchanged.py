@@ -308,7 +308,7 @@ def mixed(run: Mixed) -> Record:
         activations = [site for site in read if recipe.places[site].role != "weight"]
     widths = Widths(tuple(uniform(run, bits, activations) for bits in run.bits))
     given = calibration_images()
-    batches = [given.normalized(start, start + BATCH) for start in range(0, 2 * BATCH, BATCH)]
+    batches = [given.normalize(start, start + BATCH) for start in range(0, 2 * BATCH, BATCH)]
     teacher = [forward(model.stages(), batch) for batch in batches]
     judge = Evaluator(widths.stages(), batches, teacher, Objective("kl"), BATCH, 4)
     costs = widths.bytes_of_weights() if run.budget == "bytes" else widths.bit_operations()

@@ -39,7 +39,7 @@ _LEARNING_RATE = 2e-3
 _SHIFT = 3  # pixels, of 32
 
 
-def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
+def compute_logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
     """The float forward pass, for training."""
     return run_stages(DIGITS_VIT, weights, FloatOperations(), Tensor(images)).logits
 
@@ -47,7 +47,7 @@ def logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Arr
 def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:
     """A digits ViT trained with AdamW on labelled images, each shifted at random."""
     labels = jnp.asarray(images.require_labels())
-    pixels = jnp.asarray(images.normalized(0, len(images)))
+    pixels = jnp.asarray(images.normalize(0, len(images)))
     size = pixels.shape[1:]
     margin = (_SHIFT, _SHIFT)
     padded = jnp.pad(pixels, ((0, 0), margin, margin, (0, 0)), constant_values=-1.0)  # -1 is a digit's background
@@ -56,7 +56,7 @@ def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = Fal
     optimizer = optax.adamw(schedule, weight_decay=0.05)
 
     def loss_of(weights: Weights, x: Float[Array, "batch 32 32 3"], y: Int[Array, " batch"]) -> Float[Array, ""]:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), y)
+        losses = optax.softmax_cross_entropy_with_integer_labels(compute_logits(weights, x), y)
         return jnp.mean(losses)
 
     @jax.jit

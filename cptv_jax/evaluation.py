@@ -10,7 +10,7 @@ import numpy as np
 from cptv_jax.data import Images
 from cptv_jax.errors import InputError
 from cptv_jax.progress import bar
-from cptv_jax.runtime.forward import forward, outputs
+from cptv_jax.runtime.forward import compute_outputs, forward
 from cptv_jax.runtime.stages import Stage
 from cptv_jax.storage.files import digest
 
@@ -55,7 +55,7 @@ def check_unseen(evaluation: Images, calibration: Images) -> None:
 def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:
     """Logits [N, classes] of all images, computed in pieces of one shape."""
     with bar(label, len(images), progress) as shown:
-        return outputs(stages, images.normalized, len(images), on_progress=shown.update).logits
+        return compute_outputs(stages, images.normalize, len(images), on_progress=shown.update).logits
 
 
 def evaluate(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> Accuracy:

@@ -106,7 +106,7 @@ class Tag:
     registry: Registry[Any]
 
 
-def tagged(registry: Registry[Any]) -> Any:
+def one_of(registry: Registry[Any]) -> Any:
     """The type of a field that holds options of one of several classes, told apart by their name.
 
     In YAML such a field is a mapping with a `name` beside the fields, or the name alone; in Python it is an instance.
@@ -213,22 +213,22 @@ def to_mapping(value: Any) -> Any:
 def _explain(cls: type[Any], error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
     """The first thing that is wrong, as a sentence that names the field and the remedy."""
     found = error.errors(include_url=False)[0]
-    path = (*prefix, *_named(cls, found["loc"]))
+    path = (*prefix, *_name_path(cls, found["loc"]))
     if found["type"] != "value_error":
-        return _sentence(cls, found, path, prefix)
+        return _word_error(cls, found, path, prefix)
     reason = found["ctx"]["error"]
     if isinstance(reason, _Inside):
         return _explain(reason.cls, reason.error, path)
     return str(reason) if isinstance(reason, InputError) else f"{'.'.join(path)} {reason}"
 
 
-def _named(cls: type[Any], location: tuple[int | str, ...]) -> list[str]:
+def _name_path(cls: type[Any], location: tuple[int | str, ...]) -> list[str]:
     """A place of an error as names, also where an argument was given by its position."""
     first = [dataclasses.fields(cls)[part].name if isinstance(part, int) else part for part in location[:1]]
     return [*first, *map(str, location[1:])]
 
 
-def _sentence(cls: type[Any], found: ErrorDetails, path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
+def _word_error(cls: type[Any], found: ErrorDetails, path: tuple[str, ...], prefix: tuple[str, ...]) -> str:
     kind, value, context, name = found["type"], found["input"], found.get("ctx", {}), ".".join(path)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         *groups, last = (str(part) for part in found["loc"])

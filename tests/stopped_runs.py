@@ -64,7 +64,7 @@ def write_digits(root: Path) -> tuple[Path, Path]:
     """Digits as files, 16 to calibrate and 12 labelled ones: a process reads them without importing scikit-learn."""
     for split, count in (("calibration", 16), ("test", 12)):
         digits = load_images(f"digits:{split}", DEEPER.preprocessing, labels=True, limit=count)
-        for i, (values, label) in enumerate(zip(digits.normalized(0, count), digits.require_labels(), strict=True)):
+        for i, (values, label) in enumerate(zip(digits.normalize(0, count), digits.require_labels(), strict=True)):
             path = root / split / (str(label) if split == "test" else "") / f"{i:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.round((values * 0.5 + 0.5) * 255).astype(np.uint8)).save(path)

@@ -11,7 +11,7 @@ import pytest
 from cptv_jax import Images, InputError, Output, Stage, evaluate, images_from_arrays
 from cptv_jax import evaluation as module
 from cptv_jax.evaluation import check_labels, check_unseen, logits_of
-from cptv_jax.runtime.forward import outputs
+from cptv_jax.runtime.forward import compute_outputs
 
 CLASSES = 7
 
@@ -72,7 +72,7 @@ def test_every_image_has_its_own_logits_in_order() -> None:
     devices = jax.device_count()  # more than one where the command line was run in this process before
     for budget in (1.0, 4000.0, None):  # one image at once on each device, a few, and what the device takes
         done: list[int] = []
-        found = outputs(STAGES, images.normalized, 23, budget=budget, on_progress=done.append)
+        found = compute_outputs(STAGES, images.normalize, 23, budget=budget, on_progress=done.append)
         np.testing.assert_array_equal(found.logits, logits)
         assert sum(done) == 23
         if budget == 1.0:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from cptv_jax.errors import InputError
-from cptv_jax.options import Names, from_mapping, options, tagged, to_mapping
+from cptv_jax.options import Names, from_mapping, one_of, options, to_mapping
 from cptv_jax.registry import Registry
 
 
@@ -35,7 +35,7 @@ WAYS.register("ride", Ride)
 
 @options
 class Journey:
-    way: tagged(WAYS) = Walk()  # type: ignore[valid-type]
+    way: one_of(WAYS) = Walk()  # type: ignore[valid-type]
     stops: Names | None = None
     label: str | None = None
 
@@ -100,7 +100,7 @@ def test_a_registered_class_of_a_user_is_a_choice_too() -> None:
         name: ClassVar[str] = "sail"
         masts: int = 2
 
-    annotation = tagged(ways)
+    annotation = one_of(ways)
 
     @options
     class Voyage:

@@ -28,7 +28,7 @@ from cptv_jax.pipeline.plan import make_plan
 from cptv_jax.progress import bar
 from cptv_jax.quantized.model import Model
 from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS
-from cptv_jax.runtime.mesh import shared_by
+from cptv_jax.runtime.mesh import share_accelerator
 from cptv_jax.storage.files import digest, first_difference, lock, refuse_foreign, write_atomically
 from cptv_jax.storage.models import load_float_model
 
@@ -123,7 +123,7 @@ class Bench:
         self.refused = refused
         self.cells: dict[str, Cell] = {}
         self._order: dict[str, int] = {}  # of runs in the table, by name
-        self._children = Children(shared_by(source.jobs))
+        self._children = Children(share_accelerator(source.jobs))
         self.folder = out / "runs"
         self.folder.mkdir(exist_ok=True)
 

@@ -44,7 +44,7 @@ def compare_file(path: str | Path) -> Comparison:
     """
     recording = read_recording(Path(path), {kind: tuple(known) for kind, known in _COMPARE.items()})
     checks = _COMPARE[recording.kind][recording.reference](recording)
-    return Comparison(str(path), _title(recording), tuple(checks), _NOTES.get(recording.kind, ()))
+    return Comparison(str(path), _describe_run(recording), tuple(checks), _NOTES.get(recording.kind, ()))
 
 
 def run(paths: Iterable[str | Path], write: Callable[[str], None] = print) -> int:
@@ -57,7 +57,7 @@ def run(paths: Iterable[str | Path], write: Callable[[str], None] = print) -> in
     return 0 if passed else 1
 
 
-def _title(recording: Recording) -> str:
+def _describe_run(recording: Recording) -> str:
     """The run in a line."""
     if recording.kind == "losses":
         return f"{recording.reference}, losses"

@@ -102,7 +102,7 @@ class Tolerances:
         return max(TOP1_POINTS, 100.0 / images)
 
 
-def tolerances(reference: str, stem: str, weights_sha256: str) -> Tolerances:
+def find_tolerances(reference: str, stem: str, weights_sha256: str) -> Tolerances:
     """Tolerances of a file: from its own row of the noise floor, else from the worst row of its reference.
 
     A search that is replayed from its recorded choices (PTQ4ViT's) has no floor at its blocks: noise changes choices.
@@ -117,18 +117,18 @@ def tolerances(reference: str, stem: str, weights_sha256: str) -> Tolerances:
     )
 
 
-def largest(difference: np.ndarray) -> float:
+def max_abs(difference: np.ndarray) -> float:
     """The largest absolute value; NaN where any is."""
     return float(np.max(np.abs(difference))) if difference.size else 0.0
 
 
-def relative(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+def relative_deviation(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     """|ours - recorded| / |recorded|, element by element; 0 where both are equal, zeros included."""
     ours, recorded = np.asarray(ours, np.float64), np.asarray(recorded, np.float64)
     return np.where(ours == recorded, 0.0, np.abs(ours - recorded) / np.maximum(np.abs(recorded), 1e-12))
 
 
-def off(deviation: np.ndarray, tolerance: float) -> np.ndarray:
+def exceeds(deviation: np.ndarray, tolerance: float) -> np.ndarray:
     """Which elements deviate by more than the tolerance; a NaN does."""
     return ~(np.abs(deviation) <= tolerance)
 
@@ -147,16 +147,16 @@ def parameter_checks(
     """
     rows, deviations = [], []
     for name, ours, recorded in arrays:
-        deviation = relative(ours, recorded)
-        which = off(deviation, PARAMETER_RELATIVE)
+        deviation = relative_deviation(ours, recorded)
+        which = exceeds(deviation, PARAMETER_RELATIVE)
         remark = f"{int(which.sum())} of {which.size} off" if which.any() else ""
         share = fraction(which)
-        rows.append(Check(group, name, share, None, "off", largest(deviation), 1 - share, remark))
+        rows.append(Check(group, name, share, None, "off", max_abs(deviation), 1 - share, remark))
         deviations.append(np.ravel(deviation))
     every = np.concatenate(deviations) if deviations else np.zeros(0)
-    share = fraction(off(every, PARAMETER_RELATIVE))
+    share = fraction(exceeds(every, PARAMETER_RELATIVE))
     unit = f"of {every.size} values off by more than {PARAMETER_RELATIVE:g} relative"
-    return [*rows, Check(group, "all", share, allowed, unit, largest(every), 1 - share, share=True)]
+    return [*rows, Check(group, "all", share, allowed, unit, max_abs(every), 1 - share, share=True)]
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,11 @@ def weight_checks(group: str, weights: Iterable[Weight]) -> list[Check]:
     rows, deviations, which, same = [], [], [], []
     for weight in weights:
         deviation = weight.ours - weight.recorded
-        wrong = off(deviation, weight.tolerance)
-        equal = None if weight.step is None else ~off(deviation / weight.step, 0.5)
+        wrong = exceeds(deviation, weight.tolerance)
+        equal = None if weight.step is None else ~exceeds(deviation / weight.step, 0.5)
         codes = None if equal is None else fraction(equal)
         remark = "" if weight.tolerance == WEIGHT_ABSOLUTE else f"allowed {weight.tolerance:.2g}"
-        rows.append(Check(group, weight.name, fraction(wrong), None, "off", largest(deviation), codes, remark))
+        rows.append(Check(group, weight.name, fraction(wrong), None, "off", max_abs(deviation), codes, remark))
         deviations.append(deviation.ravel())
         which.append(wrong.ravel())
         if equal is not None:
@@ -188,7 +188,7 @@ def weight_checks(group: str, weights: Iterable[Weight]) -> list[Check]:
     share = fraction(np.concatenate(which))
     unit = f"of {every.size} elements off by more than {WEIGHT_ABSOLUTE:g}"
     equal_share = fraction(np.concatenate(same)) if same else None
-    return [*rows, Check(group, "all", share, WEIGHTS_OFF, unit, largest(every), equal_share, share=True)]
+    return [*rows, Check(group, "all", share, WEIGHTS_OFF, unit, max_abs(every), equal_share, share=True)]
 
 
 def logits_checks(
@@ -207,7 +207,7 @@ def logits_checks(
     """
     images = len(recorded)
     difference = ours - recorded
-    disturbed = off(np.max(np.abs(difference), -1), FLOAT_LOGITS)
+    disturbed = exceeds(np.max(np.abs(difference), -1), FLOAT_LOGITS)
     changed = float(np.sum(np.argmax(ours, -1) != np.argmax(recorded, -1)))
     checks = [
         Check(
@@ -216,7 +216,7 @@ def logits_checks(
             float(np.mean(np.abs(difference))),
             limits.logits_mean,
             "absolute",
-            largest(difference),
+            max_abs(difference),
             equal,
         ),
         Check(group, "predictions that differ", changed, limits.predictions_of(images), f"of {images} images"),
@@ -225,7 +225,7 @@ def logits_checks(
         unit = f"of {images} images off by more than {FLOAT_LOGITS:g}"
         mean = f"mean difference {np.mean(np.abs(difference)):.2g}"
         checks[0] = Check(
-            group, "images", fraction(disturbed), BLOCK_OFF, unit, largest(difference), equal, mean, share=True
+            group, "images", fraction(disturbed), BLOCK_OFF, unit, max_abs(difference), equal, mean, share=True
         )
     if labels is not None and top1 is not None:
         right = float(np.mean(np.argmax(ours, -1) == labels)) * 100

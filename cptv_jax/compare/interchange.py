@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cptv_jax.errors import InputError, did_you_mean, one_line
-from cptv_jax.models.weight_files import npz_arrays
+from cptv_jax.models.weight_files import read_npz_arrays
 
 FORMAT = 1
 _REMEDY = "see docs/interchange.md"
@@ -29,7 +29,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; {_REMEDY}")
-    return dict(npz_arrays(path, str(path), _REMEDY, _REMEDY))
+    return dict(read_npz_arrays(path, str(path), _REMEDY, _REMEDY))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def compare_ptq4vit(recording: Recording) -> list[Check]:
     for layer in layers(subject.model, inputs, gradients, subject.recipe.sites):
         module = operands[layer.sites[1]].module
         if gradients is not None and f"raw_grad/{module}" in recording:
-            of_gradients.append(_gradient_check(recording, f"raw_grad/{module}", layer))
+            of_gradients.append(_check_gradient(recording, f"raw_grad/{module}", layer))
         replays.append(replay(recording, module, layer_search(layer, subject.recipe, search, {}), search.rounds))
     quantizers = {site: quantizer for done in replays for site, quantizer in done.quantizers.items()}
     model = QuantizedModel(subject.model, subject.recipe, {site: quantizers[site] for site in subject.recipe.sites})
@@ -87,7 +87,7 @@ def compare_ptq4vit(recording: Recording) -> list[Check]:
     found = subject.float_checks(recording) + of_gradients
     found += checks.parameter_checks(INITIAL, _intervals(recording, "init", initial, operands))
     found += [done.check for done in replays if done.check is not None]
-    found += ties(replays)
+    found += check_ties(replays)
     found += checks.parameter_checks(PARAMETERS, _intervals(recording, "param", quantizers, operands))
     found += weight_checks(recording, subject, weight_names(subject.model.architecture))
     found += block_checks(recording, subject)
@@ -102,12 +102,12 @@ def _refuse_unknown_modules(recording: Recording, known: set[str]) -> None:
             )
 
 
-def _gradient_check(recording: Recording, key: str, layer: Layer) -> Check:
+def _check_gradient(recording: Recording, key: str, layer: Layer) -> Check:
     ours = np.concatenate([np.asarray(samples.gradient) for samples in layer.samples])
     if not layer.is_linear:
         ours = ours * float(layer.operation.factor)  # the reference's matmul comes before the factor
     recorded = recording.array(key, *ours.shape)
-    largest = checks.largest(ours - recorded) / checks.largest(recorded)
+    largest = checks.max_abs(ours - recorded) / checks.max_abs(recorded)
     return Check(GRADIENTS, key, largest, GRADIENT_RELATIVE, "relative to the largest", largest)
 
 
@@ -179,7 +179,7 @@ def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) 
     return Replay(initial, found, check, count, tied)
 
 
-def ties(replays: Sequence[Replay]) -> list[Check]:
+def check_ties(replays: Sequence[Replay]) -> list[Check]:
     """That no more choices pass as ties than float noise makes; nothing where no similarities are recorded."""
     count, tied = sum(done.count for done in replays), sum(done.tied for done in replays)
     return [Check(SEARCH, "ties", float(tied), max(1.0, _TIED * count), f"of {count} choices")] if count else []

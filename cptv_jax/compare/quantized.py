@@ -151,10 +151,10 @@ def block_checks(recording: Recording, subject: Subject) -> list[Check]:
             scale = np.asarray(quantizer.scale)
             # Off by half of the finest channel's step: more than float noise, less than any flip of a code.
             tolerance, what = float(scale.min()) / 2, " (half a step)"
-            equal = 1 - checks.fraction(checks.off(deviation / scale, 0.5))
-        share = checks.fraction(checks.off(deviation, tolerance))
+            equal = 1 - checks.fraction(checks.exceeds(deviation / scale, 0.5))
+        share = checks.fraction(checks.exceeds(deviation, tolerance))
         unit = f"of the elements off by more than {tolerance:.2g}{what}"
         found.append(
-            Check(BLOCKS, key, share, subject.limits.block_off, unit, checks.largest(deviation), equal, share=True)
+            Check(BLOCKS, key, share, subject.limits.block_off, unit, checks.max_abs(deviation), equal, share=True)
         )
     return found

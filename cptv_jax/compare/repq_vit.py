@@ -45,7 +45,7 @@ def compare_repq_vit(recording: Recording) -> list[Check]:
         judged = checks.parameter_checks(TEACHER_FORCED, parameter_arrays(recording, "initparam", forced, architecture))
         found += judged
         if judged[-1].measured < free[-1].measured:
-            free, quantizers = _settled(free), forced
+            free, quantizers = _excuse_spread(free), forced
     found += free
     model = repq_vit.finish(subject.model, subject.recipe, quantizers, RepqVitOptions())
     subject = dataclasses.replace(subject, quantize=lambda *_: model)
@@ -55,7 +55,7 @@ def compare_repq_vit(recording: Recording) -> list[Check]:
     found += weight_checks(recording, subject, weight_names(architecture))
     found += block_checks(recording, subject)
     difference = subject.logits(model.model.stages()) - subject.recorded_logits(recording, "reparam_fp_logits")
-    largest = checks.largest(difference)
+    largest = checks.max_abs(difference)
     found.append(Check(REWRITTEN_LOGITS, "reparam_fp_logits", largest, FLOAT_LOGITS, "absolute", largest))
     return found + subject.quantized_logit_checks(recording, LOGITS, model.stages(), "q_logits", "q_top1")
 
@@ -70,7 +70,7 @@ def _recorded_inputs(recording: Recording, subject: Subject) -> dict[str, PyTree
     return found
 
 
-def _settled(free: list[Check]) -> list[Check]:
+def _excuse_spread(free: list[Check]) -> list[Check]:
     """The checks of a first pass that is not what the comparison goes on from.
 
     One unit in the last place can flip a code or a percentile, which changes what every later quantizer sees, and one

@@ -100,7 +100,7 @@ def compare_search(recording: Recording) -> list[Check]:
 
 def _mean_check(group: str, name: str, difference: np.ndarray, subject: Subject) -> Check:
     mean = float(np.mean(np.abs(difference)))
-    return Check(group, name, mean, subject.limits.logits_mean, "mean difference", checks.largest(difference))
+    return Check(group, name, mean, subject.limits.logits_mean, "mean difference", checks.max_abs(difference))
 
 
 def _layout(recording: Recording, subject: Subject, evaluator: Evaluator, group: str) -> _Layout:
@@ -149,7 +149,7 @@ def _candidate_checks(recording: Recording, subject: Subject, evaluator: Evaluat
         theirs = recording.array(f"{group}/calib_logits", len(candidates), images, subject.config.num_classes)
         for i, candidate in enumerate(candidates):
             stages = list(evaluator.stages)
-            stages[layout.stage] = stages[layout.stage].bound(layout.split(np.asarray(candidate, np.float32)))
+            stages[layout.stage] = stages[layout.stage].with_candidate(layout.split(np.asarray(candidate, np.float32)))
             ours = np.concatenate([np.asarray(forward(stages, batch).logits) for batch in subject.calibration])
             found.append(_mean_check(group, f"calib_logits {i}", ours - theirs[i], subject))
     return found
@@ -186,28 +186,30 @@ class _Replay:
         ours = [self.evaluator.loss_of(layout.stage, start)]
         state = strategy.init(start, float(losses[0]))
         found = [
-            self._same("init_scales", evaluated[0], recording.array(f"{group}/init_scales", count)),
+            self._check_same("init_scales", evaluated[0], recording.array(f"{group}/init_scales", count)),
             _loss_check(group, "base loss", ours[0], float(losses[0])),
         ]
         for cycle in range(cycles):
             members = layout.join(state.candidates)
-            found.append(self._same(f"cycle {cycle}: survivors", members, before_scales[cycle]))
+            found.append(self._check_same(f"cycle {cycle}: survivors", members, before_scales[cycle]))
             found.append(
-                self._ranking(cycle, state.losses - before_losses[cycle], state.losses, members, evaluated, ours)
+                self._check_ranking(cycle, state.losses - before_losses[cycle], state.losses, members, evaluated, ours)
             )
             draws = Draws(samples[cycle], layout.split(perturbations[cycle]))
             # The recorded parent is known by its child: parent + perturbation is what was evaluated next.
             child = strategy.mutate(state, draws)
             evaluated.append(layout.join(child)[0])
             remark = f"member {strategy.parent(state, draws)}"
-            found.append(self._same(f"cycle {cycle}: parent", evaluated[-1], vectors[cycle + 1], remark))
+            found.append(self._check_same(f"cycle {cycle}: parent", evaluated[-1], vectors[cycle + 1], remark))
             ours.append(float(self.evaluator.losses(layout.stage, child)[0]))
             found.append(_loss_check(group, f"cycle {cycle}: loss", ours[-1], float(losses[cycle + 1])))
             state = strategy.tell(state, child, losses[cycle + 1 : cycle + 2])
 
         winner, loss = strategy.best(state)
         found.append(_loss_check(group, "final loss", loss, recording.scalar(f"{group}/final_loss")))
-        found.append(self._same("final_scales", layout.join(winner), recording.array(f"{group}/final_scales", count)))
+        found.append(
+            self._check_same("final_scales", layout.join(winner), recording.array(f"{group}/final_scales", count))
+        )
         self.evaluator.accept(layout.stage, winner)
         name = f"{group}: logits afterwards"
         stages = self.evaluator.stages
@@ -215,7 +217,7 @@ class _Replay:
             recording, name, stages, f"{group}/test_logits_after", f"{group}/top1_after"
         )
 
-    def _ranking(
+    def _check_ranking(
         self,
         cycle: int,
         misfit: np.ndarray,
@@ -234,16 +236,16 @@ class _Replay:
         # The population stands in ascending order of recorded losses: an inversion is a later member with a lower loss.
         inverted = np.triu(own[:, None] > own[None, :])
         gaps = np.where(inverted, losses[None, :] - losses[:, None], 0.0)
-        worst = float(np.max(gaps)) if not checks.off(misfit, _EXACT).any() else float("inf")
+        worst = float(np.max(gaps)) if not checks.exceeds(misfit, _EXACT).any() else float("inf")
         remark = "the replayed losses are not the recorded ones" if worst == float("inf") else ""
         unit = "between recorded losses that ours rank the other way"
         return Check(self.group, f"cycle {cycle}: ranking", worst, checks.SEARCH_NOISE, unit, remark=remark)
 
-    def _same(self, name: str, ours: Flat, recorded: Flat, remark: str = "") -> Check:
+    def _check_same(self, name: str, ours: Flat, recorded: Flat, remark: str = "") -> Check:
         """Whether vectors of scales are the same candidates: two different ones are a whole mutation apart."""
         difference = ours - recorded
         members = np.any(
-            checks.off(difference, _SAME * (self.strategy.step or 0.0)).reshape(-1, difference.shape[-1]), -1
+            checks.exceeds(difference, _SAME * (self.strategy.step or 0.0)).reshape(-1, difference.shape[-1]), -1
         )
         unit = f"of {members.size} differ" if members.size > 1 else "differs"
-        return Check(self.group, name, float(members.sum()), 0.0, unit, checks.largest(difference), remark=remark)
+        return Check(self.group, name, float(members.sum()), 0.0, unit, checks.max_abs(difference), remark=remark)

@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cptv_jax.calibration.statistics import calibrate
-from cptv_jax.compare.checks import FLOAT_LOGITS, Check, Tolerances, fraction, largest, logits_checks, off, tolerances
+from cptv_jax.compare.checks import (
+    FLOAT_LOGITS,
+    Check,
+    Tolerances,
+    exceeds,
+    find_tolerances,
+    fraction,
+    logits_checks,
+    max_abs,
+)
 from cptv_jax.compare.interchange import ArrayFile, Meta, Recording, read_arrays
 from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import Architecture, sites_of
@@ -80,14 +89,14 @@ class Subject:
         ours, recorded = self.logits(stages), self.recorded_logits(recording, key)
         quantizer = stages[-1].state["quantizers"].get("fc")
         step = 1.0 if quantizer is None else np.asarray(quantizer.scale)
-        equal = 1.0 - fraction(off((ours - recorded) / step, 0.5))
+        equal = 1.0 - fraction(exceeds((ours - recorded) / step, 0.5))
         return logits_checks(group, ours, recorded, self.limits, self.test_labels, recording.scalar(top1), equal)
 
     def float_checks(self, recording: Recording) -> list[Check]:
         """The float model's logits, which have no steps that could flip."""
         difference = self.logits(self.model.stages()) - self.recorded_logits(recording, "fp_logits")
         name = "fp_logits"
-        return [Check("float model", name, largest(difference), FLOAT_LOGITS, "absolute", largest(difference))]
+        return [Check("float model", name, max_abs(difference), FLOAT_LOGITS, "absolute", max_abs(difference))]
 
 
 def architecture_of(meta: Meta) -> Architecture:
@@ -118,7 +127,7 @@ def architecture_of(meta: Meta) -> Architecture:
     return Architecture("the model in meta", VIT, config, flat)
 
 
-def recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
+def read_recipe(meta: Meta, architecture: Architecture) -> Recipe:
     """The recipe that meta's options describe."""
     bits = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations", "softmax")}
     meta.choice("calibration.score_batch", ("last",))
@@ -151,15 +160,15 @@ def read_model(meta: Meta) -> Model:
     return Model(architecture, from_timm(file.tensors, architecture, file.source), file.source, file.sha256)
 
 
-def calibrated(model: Model, batches: Sequence[Array], recipe: Recipe) -> QuantizedModel:
+def calibrate_model(model: Model, batches: Sequence[Array], recipe: Recipe) -> QuantizedModel:
     """The base of Evol-Q and FQ-ViT."""
     return QuantizedModel(model, recipe, calibrate(model, batches, recipe))
 
 
 def prepare(
     recording: Recording,
-    recipe_of: Callable[[Meta, Architecture], Recipe] = recipe_of,
-    quantize: Quantize = calibrated,
+    recipe_of: Callable[[Meta, Architecture], Recipe] = read_recipe,
+    quantize: Quantize = calibrate_model,
 ) -> Subject:
     """Reads the set's weights and data.
 
@@ -180,7 +189,7 @@ def prepare(
     used = meta.index_range("calibration.images", len(images), f"calibration images in {path.name}")
     size = meta.integer("calibration.batch")
     batches = tuple(_channels_last(images[i : min(i + size, used.stop)]) for i in used[::size])
-    limits = tolerances(recording.reference, recording.path.stem, model.sha256)
+    limits = find_tolerances(recording.reference, recording.path.stem, model.sha256)
     return Subject(quantize, model, recipe, batches, _channels_last(tests), labels, limits)
 
 

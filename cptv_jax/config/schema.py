@@ -8,7 +8,7 @@ from cptv_jax.errors import InputError
 from cptv_jax.interpreters.arithmetic import ArithmeticName
 from cptv_jax.methods.fq_vit import FqVitOptions
 from cptv_jax.methods.registry import METHODS
-from cptv_jax.options import Names, options, tagged
+from cptv_jax.options import Names, one_of, options
 from cptv_jax.recipe.resolve import RecipeConfig
 from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.search import STRATEGIES, EvolQ, Objective
@@ -85,7 +85,7 @@ class ComputeConfig:
 class SearchConfig:
     """The search on top of the base method."""
 
-    strategy: tagged(STRATEGIES) = EvolQ()  # type: ignore[valid-type]
+    strategy: one_of(STRATEGIES) = EvolQ()  # type: ignore[valid-type]
     """What proposes candidates and keeps survivors."""
     judge: JudgeConfig = JudgeConfig()
     """What judges candidates and passes."""
@@ -113,7 +113,7 @@ class SearchConfig:
 class QuantizeConfig:
     """Everything that determines a quantization, apart from the model and the images."""
 
-    method: tagged(METHODS) = FqVitOptions()  # type: ignore[valid-type]
+    method: one_of(METHODS) = FqVitOptions()  # type: ignore[valid-type]
     """The base method."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything that is drawn: image order, held-out slice, and what method, reconstruction and search draw."""

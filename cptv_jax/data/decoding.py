@@ -1,4 +1,4 @@
-"""Encoded image files -> one preallocated uint8 array, for every source that stores encoded images."""
+"""Decodes image files into one preallocated uint8 array, for every source that stores encoded images."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +21,14 @@ def decode(file: Path | BytesIO, name: str) -> Image.Image:
     """Decodes an image file to RGB.
 
     Args:
-        file: What Pillow opens.
-        name: What messages call the image.
+        file: A path or bytes, opened by Pillow.
+        name: The image's name in messages.
 
     Returns:
         The image in mode RGB.
 
     Raises:
-        InputError: For anything that Pillow cannot read to the end.
+        InputError: For a file that Pillow cannot read to the end.
     """
     try:
         with Image.open(file) as image:
@@ -45,13 +45,13 @@ def decode_all(
     *,
     progress: bool,
 ) -> npt.NDArray[np.uint8]:
-    """Decodes and preprocesses every image; beyond the result, two decoded photographs are in memory.
+    """Decodes and preprocesses every image; two decoded photographs are in memory in addition to the result.
 
     Args:
-        names: What messages call the images [N].
-        open_file: Gives what Pillow opens for image i; called once for each i, from two threads.
-        preprocessing: What the model expects of its input.
-        progress: Whether a bar is shown.
+        names: The images' names in messages [N].
+        open_file: Gives the path or bytes of image i; called once for each i, from two threads.
+        preprocessing: The form that the model expects of its input.
+        progress: Whether to show a progress bar.
 
     Returns:
         Pixels, uint8 [N, size, size, 3].
@@ -71,5 +71,5 @@ def decode_all(
         for _ in tqdm(done, total=len(names), desc="images", unit="image", disable=not progress):
             pass
     finally:
-        pool.shutdown(cancel_futures=True)  # leaving a `with` would decode all that is queued, also after Ctrl-C
+        pool.shutdown(cancel_futures=True)  # leaving a `with` would decode the whole queue, even after Ctrl-C
     return pixels

@@ -13,8 +13,8 @@ _SPLITS = {"train": slice(0, 1200), "calibration": slice(1200, 1500), "test": sl
 def load_digits(split: str) -> Images:
     """Loads a split of scikit-learn's 1,797 labelled digits, in its order.
 
-    The 8 x 8 values, over 16, are enlarged bilinearly to 32 x 32 (corners not aligned), repeated for three channels,
-    and normalized by mean and deviation 0.5.
+    The 8 x 8 values, divided by 16, are enlarged bilinearly to 32 x 32 (corners not aligned), repeated for three
+    channels, and normalized by mean and deviation 0.5.
 
     Args:
         split: "train" (1,200 images), "calibration" (300) or "test" (297).

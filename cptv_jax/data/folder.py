@@ -29,8 +29,8 @@ class Listing:
 
     Attributes:
         files: Paths in sorted order.
-        labels: Class indices, where the names of folders tell them.
-        remark: Why there are no labels, or why they may not be what a model means; empty when all is well.
+        labels: Class indices, if the names of folders give them; else None.
+        remark: Why there are no labels, or why they may differ from a model's classes; empty if all is well.
     """
 
     files: list[Path]
@@ -51,13 +51,13 @@ def load_folder(
     """Loads the images of a directory.
 
     Args:
-        root: The directory; `list_folder` has the rules for what is in it.
-        preprocessing: What the model expects of its input.
-        labels: Whether labels are demanded from the names of folders; False discards them.
+        root: The directory; `list_folder` has the rules for its content.
+        preprocessing: The form that the model expects of its input.
+        labels: Whether the names of folders must give labels; False discards them.
         limit: At most this many images, chosen from the sorted file names as `selection.choose` does.
         need: Fewer images than this are an error.
         seed: Seed of the choice.
-        progress: Whether a bar is shown.
+        progress: Whether to show a progress bar.
 
     Returns:
         Images with uint8 pixels [N, size, size, 3].
@@ -87,11 +87,11 @@ def load_folder(
 
 
 def list_folder(root: Path) -> Listing:
-    """Lists every image file below a directory, with its label where the folders directly in it tell one.
+    """Lists every image file below a directory, with its label if the folders directly in it give one.
 
-    Where all folders are named by WordNet ids (n########), the label is the folder's rank in sorted order; where all
-    are named by integers ("7", "0007"), it is that integer. Images directly in the directory, and folders with other
-    names, give no labels. Hidden entries, other files, broken links and links back to a parent folder are passed over.
+    If all folders are named by WordNet ids (n########), the label is the folder's rank in sorted order; if all are
+    named by integers ("7", "0007"), it is that integer. Images directly in the directory, and folders with other
+    names, give no labels. Hidden entries, other files, broken links and links back to a parent folder are skipped.
 
     Args:
         root: The directory.
@@ -100,9 +100,9 @@ def list_folder(root: Path) -> Listing:
         Files and labels.
 
     Raises:
-        InputError: If the directory is none, holds no image, or mixes these kinds.
+        InputError: If root is not a directory, holds no image, or mixes these kinds.
     """
-    if not os.path.exists(root):  # unlike pathlib's, False for any path that no file can have
+    if not os.path.exists(root):  # unlike pathlib's test, False for any path that no file can have
         raise InputError(f"the image folder {root} does not exist; check the path.")
     if not root.is_dir():
         raise InputError(f"{root} is a file, not a folder; give the folder that holds the images.")
@@ -138,7 +138,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _images_below(folder: Path, ancestors: frozenset[str]) -> Iterator[Path]:
-    """Image files in `folder` and, after them, in its folders, each level in sorted order."""
+    """Yields the image files in `folder` and, after them, those in its folders, each level in sorted order."""
     ancestors = ancestors | {os.path.realpath(folder)}
     files, folders = _entries(folder, ancestors)
     yield from files
@@ -147,7 +147,14 @@ def _images_below(folder: Path, ancestors: frozenset[str]) -> Iterator[Path]:
 
 
 def _entries(folder: Path, ancestors: frozenset[str]) -> tuple[list[Path], list[Path]]:
-    """The visible image files and folders directly in `folder`, sorted, without folders that lead back up."""
+    """Lists the visible image files and folders directly in `folder`, sorted, without folders that lead back up.
+
+    Returns:
+        Files and folders.
+
+    Raises:
+        InputError: If the folder cannot be read.
+    """
     try:
         visible = [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Images held in memory: the one form in which every source hands pixels to the rest of the package."""
+"""Images held in memory: the form in which every source hands pixels to the rest of the package."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +13,19 @@ from cptv_jax.models.preprocessing import Preprocessing
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Model inputs held in memory: preprocessed pixels, with labels when they are known.
+    """Model inputs held in memory: preprocessed pixels, with labels if they are known.
 
     Attributes:
         pixels: [N, H, W, C], uint8 (still to be normalized by mean and std) or float32 (already normalized).
-        labels: Class indices, int32 [N], or None when they are unknown or were not asked for.
+        labels: Class indices, int32 [N], or None if they are unknown or were not asked for.
         names: Where each image came from [N]; only messages use them.
         mean: The mean of each channel of pixels scaled to [0, 1].
         std: The deviation of each channel of pixels scaled to [0, 1].
+
+    Example:
+        >>> images = from_arrays(np.zeros((10, 224, 224, 3), np.uint8), preprocessing=Preprocessing())
+        >>> images.take(slice(0, 4)).normalize(0, 2).shape
+        (2, 224, 224, 3)
     """
 
     pixels: npt.NDArray[Any]
@@ -32,7 +37,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def normalized(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def normalize(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Normalizes some of the images, as the model reads them; float pixels are returned as they are.
 
         The order is pixels / 255, minus mean, over std, every step rounded to float32: torchvision computes exactly
@@ -55,7 +60,14 @@ class Images:
         return values
 
     def take(self, indices: slice | Sequence[int] | npt.NDArray[np.integer]) -> "Images":
-        """Selects the images at some positions, in their order; a slice shares memory with this object."""
+        """Selects the images at some positions, in their order; a slice shares memory with this object.
+
+        Args:
+            indices: A slice, or positions.
+
+        Returns:
+            The images.
+        """
         where = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.intp)
         chosen = range(len(self))[where] if isinstance(where, slice) else where
         return replace(
@@ -65,12 +77,12 @@ class Images:
             names=tuple(self.names[i] for i in chosen),
         )
 
-    def mirrored(self) -> "Images":
+    def mirror(self) -> "Images":
         """Returns the same images with left and right exchanged."""
         return replace(self, pixels=self.pixels[:, :, ::-1])
 
     def without_labels(self) -> "Images":
-        """Returns the same images without labels: what calibration and search are given."""
+        """Returns the same images without labels, as calibration and search receive them."""
         return replace(self, labels=None)
 
     def require_labels(self) -> npt.NDArray[np.int32]:
@@ -80,7 +92,7 @@ class Images:
             Class indices, int32 [N].
 
         Raises:
-            InputError: When there are none.
+            InputError: If there are none.
         """
         if self.labels is None:
             first = f" (the first is {self.names[0]})" if self.names else ""
@@ -91,22 +103,22 @@ class Images:
 def from_arrays(images: Any, labels: Any = None, *, preprocessing: Preprocessing | None = None) -> Images:
     """Makes images from arrays that are already resized and cropped.
 
-    Example:
-        >>> pixels = np.zeros((2, 224, 224, 3), np.uint8)
-        >>> len(from_arrays(pixels, [3, 7], preprocessing=Preprocessing()))
-        2
-
     Args:
         images: [N, H, W, C] with 1 or 3 channels, uint8 (needs `preprocessing`, for mean and std) or float32 (already
             normalized, finite).
         labels: Class indices [N], integers from 0 on, or None.
-        preprocessing: What the model expects of its input; where it is given, sizes are checked against it.
+        preprocessing: The form that the model expects of its input; if it is given, sizes are checked against it.
 
     Returns:
         The images; arrays are not copied.
 
     Raises:
         InputError: For any other rank, type, shape or value.
+
+    Example:
+        >>> pixels = np.zeros((2, 224, 224, 3), np.uint8)
+        >>> len(from_arrays(pixels, [3, 7], preprocessing=Preprocessing()))
+        2
     """
     pixels = np.asarray(images)
     if pixels.ndim != 4:
@@ -133,7 +145,7 @@ def from_arrays(images: Any, labels: Any = None, *, preprocessing: Preprocessing
     count = len(pixels)
     return Images(
         pixels=pixels,
-        labels=None if labels is None else _checked_labels(labels, count),
+        labels=None if labels is None else _check_labels(labels, count),
         names=tuple(f"image {i}" for i in range(count)),
         mean=(0.0,) * channels if preprocessing is None else preprocessing.mean,
         std=(1.0,) * channels if preprocessing is None else preprocessing.std,
@@ -155,7 +167,7 @@ def _check_fits(shape: tuple[int, ...], preprocessing: Preprocessing) -> None:
         )
 
 
-def _checked_labels(labels: Any, count: int) -> npt.NDArray[np.int32]:
+def _check_labels(labels: Any, count: int) -> npt.NDArray[np.int32]:
     array = np.asarray(labels)
     if array.shape != (count,):
         raise InputError(f"labels have shape {array.shape} for {count} images; pass one integer an image, [{count}].")

@@ -1,4 +1,4 @@
-"""Photograph -> model input: timm's evaluation transform on Pillow images, without torchvision."""
+"""Turns photographs into model inputs: timm's evaluation transform on Pillow images, without torchvision."""
 
 import math
 
@@ -16,16 +16,16 @@ _RESAMPLING = {
 }
 
 
-def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Computes the size after the short side is resized; the long side is rounded down, as torchvision does.
+def fit_short_side(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Computes an image's size after its short side is resized; the long side is rounded down, as torchvision does.
 
     Args:
-        width: In pixels.
-        height: In pixels.
+        width: Width before, in pixels.
+        height: Height before, in pixels.
         short_side: The short side afterwards, in pixels.
 
     Returns:
-        Width and height, in pixels.
+        Width and height afterwards, in pixels.
     """
     if width <= height:
         return short_side, int(short_side * height / width)
@@ -36,8 +36,8 @@ def crop_start(length: int, size: int) -> int:
     """Computes where a centre crop starts; halves go to the even number, as in torchvision.
 
     Args:
-        length: Of the side, in pixels; at least `size`.
-        size: Of the crop, in pixels.
+        length: Length of the image's side, in pixels; at least `size`.
+        size: Length of the crop's side, in pixels.
 
     Returns:
         The first pixel of the crop.
@@ -49,8 +49,8 @@ def padding(length: int, size: int) -> tuple[int, int]:
     """Computes how many zeros bring a side up to a size; an odd one goes after the image.
 
     Args:
-        length: Of the side, in pixels.
-        size: The side that is wanted, in pixels.
+        length: Length of the image's side, in pixels.
+        size: The wanted length, in pixels.
 
     Returns:
         Zeros before and after the image.
@@ -67,13 +67,13 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[
 
     Args:
         image: The photograph.
-        preprocessing: What the model expects of its input.
+        preprocessing: The form that the model expects of its input.
 
     Returns:
         Pixels, uint8 [size, size, 3].
 
     Raises:
-        InputError: For an interpolation that is not known.
+        InputError: For an unknown interpolation.
     """
     if preprocessing.interpolation not in _RESAMPLING:
         raise InputError(
@@ -81,7 +81,7 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[
         )
     size = preprocessing.image_size
     image = image.convert("RGB")
-    target = resized_size(*image.size, math.floor(size / preprocessing.crop_fraction))
+    target = fit_short_side(*image.size, math.floor(size / preprocessing.crop_fraction))
     image = image.resize(target, _RESAMPLING[preprocessing.interpolation])
     (left, right), (top, bottom) = (padding(length, size) for length in image.size)
     if left or top or right or bottom:

@@ -1,4 +1,4 @@
-"""The one way from a source, written as text, to images."""
+"""Loads images from a source that is written as text."""
 
 import re
 
@@ -27,24 +27,24 @@ def load(
 ) -> Images:
     """Loads the images of a source, ready for a model.
 
-    Example:
-        >>> calibration = load("photographs/", model.architecture.preprocessing, labels=False, limit=1000)
-
     Args:
         source: A directory; "tfds:name:split" or "tfds:name:split:data_dir"; "digits:train", "digits:calibration" or
             "digits:test"; "synthetic:noise" or "synthetic:textures", which have no labels.
-        preprocessing: What the model expects of its input.
-        labels: Whether labels are demanded; False leaves them out, as calibration images must not carry any.
+        preprocessing: The form that the model expects of its input.
+        labels: Whether labels are required; False leaves them out, because calibration images must not carry any.
         limit: At most this many images, chosen by the seed; None takes all.
         need: Fewer images than this are an error.
         seed: Seed of the choice.
-        progress: Whether a bar is shown on stderr.
+        progress: Whether to show a progress bar on stderr.
 
     Returns:
         The images, in memory.
 
     Raises:
         InputError: For a source that is missing, malformed, too small or unreadable.
+
+    Example:
+        >>> calibration = load("photographs/", model.architecture.preprocessing, labels=False, limit=1000)
     """
     if not source:  # an empty path would be the working directory
         raise InputError("the source of images is empty; give a directory, tfds:name:split or digits:test.")

@@ -1,4 +1,4 @@
-"""Images that show nothing: calibration data of another kind than what the model was trained on."""
+"""Images that show nothing: calibration data of another kind than the training data."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,17 +7,17 @@ from cptv_jax.data.images import Images
 from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.models.preprocessing import Preprocessing
 
-COUNT = 1000  # images of a source where no limit is given
+COUNT = 1000  # images that a source has if no limit is given
 _FLATTEST, _STEEPEST = 0.5, 1.75  # exponents of a texture's spectrum; photographs have about 1
 
 
 def _noise(rng: np.random.Generator, size: int, channels: int) -> npt.NDArray[np.uint8]:
-    """Independent uniform pixels."""
+    """Returns independent uniform pixels."""
     return rng.integers(0, 256, (size, size, channels), np.uint8)
 
 
 def _texture(rng: np.random.Generator, size: int, channels: int) -> npt.NDArray[np.uint8]:
-    """Random phases under a power law's amplitudes, stretched along one direction, in correlated colours."""
+    """Returns random phases under a power law's amplitudes, stretched along one direction, in correlated colours."""
     angle, stretch = rng.uniform(0, np.pi), rng.uniform(1, 4)
     y, x = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij")
     along, across = x * np.cos(angle) + y * np.sin(angle), stretch * (y * np.cos(angle) - x * np.sin(angle))
@@ -42,8 +42,8 @@ def load_synthetic(
 
     Args:
         kind: "noise" (independent uniform pixels) or "textures" (random phases under a power law's amplitudes).
-        preprocessing: What the model expects of its input.
-        limit: How many images; None makes 1,000, or as many as are needed where that is more.
+        preprocessing: The form that the model expects of its input.
+        limit: How many images; None makes 1,000, or the number needed if that is more.
         need: A limit below this is an error.
         seed: Seed of the images.
 
@@ -51,7 +51,7 @@ def load_synthetic(
         Images with uint8 pixels [N, size, size, channels].
 
     Raises:
-        InputError: For another kind, or a limit below what is needed.
+        InputError: For another kind, or a limit below the number needed.
     """
     if kind not in KINDS:
         raise InputError(f"there are no synthetic images called '{kind}'{did_you_mean(kind, KINDS)}")

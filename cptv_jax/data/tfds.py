@@ -25,28 +25,28 @@ def load_tfds(
     seed: int = 0,
     progress: bool = True,
 ) -> Images:
-    """Loads the images of a data set that tensorflow-datasets has prepared. Nothing is downloaded or prepared here.
+    """Loads the images of a data set that tensorflow-datasets has prepared. Downloads and prepares nothing.
 
     Args:
         name: The data set, with its config if any ("imagenet_v2/matched-frequency").
         split: In tfds's syntax ("validation[:500]").
-        preprocessing: What the model expects of its input.
-        data_dir: Where the data set was prepared; None means tfds's default.
-        labels: Whether the feature `label` is demanded.
+        preprocessing: The form that the model expects of its input.
+        data_dir: The folder where the data set was prepared; None means tfds's default.
+        labels: Whether the feature `label` is required.
         limit: At most this many images, chosen as `selection.choose` does.
         need: Fewer images than this are an error.
         seed: Seed of the choice.
-        progress: Whether a bar is shown.
+        progress: Whether to show a progress bar.
 
     Returns:
         Images with uint8 pixels [N, size, size, 3].
 
     Raises:
         InputError: If tfds is missing, the data set is not prepared in a format with random access, the split is
-            unknown, the feature `image` (or a wanted `label`) is missing, or an image is unreadable.
+            unknown, the feature `image` (or a required `label`) is missing, or an image is unreadable.
     """
     tfds = _import_tfds()
-    builder = _prepared(tfds, name, data_dir)
+    builder = _open_prepared(tfds, name, data_dir)
     _check_features(tfds, builder, name, labels)
     try:
         # Encoded bytes, not tfds's decoder: the same file gives the same pixels here as from a folder.
@@ -62,7 +62,7 @@ def load_tfds(
             f"its splits are {', '.join(builder.info.splits)}."
         ) from error
     except RuntimeError as error:
-        raise _damaged(builder, name, error) from error
+        raise _damage_error(builder, name, error) from error
     chosen = choose(len(records), limit=limit, need=need, seed=seed, source=f"tfds:{name}:{split}")
     names = tuple(f"tfds:{name}:{split} example {i}" for i in chosen)
     found = np.zeros(len(chosen), np.int32)
@@ -73,7 +73,7 @@ def load_tfds(
             with lock:
                 example = records[int(chosen[index])]
         except Exception as error:  # the record reader and the protobuf parser raise their own types
-            raise _damaged(builder, name, error) from error
+            raise _damage_error(builder, name, error) from error
         if labels:
             found[index] = example["label"]
         return BytesIO(example["image"])
@@ -86,14 +86,21 @@ def load_tfds(
 
 def _import_tfds() -> Any:
     try:
-        import tensorflow_datasets  # here, not above: other sources work without it and it takes seconds
+        import tensorflow_datasets  # imported here: other sources work without it, and the import takes seconds
     except ImportError as error:
         raise InputError(f"reading tfds: sources needs `pip install tensorflow-datasets` ({error}).") from error
     return tensorflow_datasets
 
 
-def _prepared(tfds: Any, name: str, data_dir: str | None) -> Any:
-    """The builder of a data set that is prepared on disk, else InputError."""
+def _open_prepared(tfds: Any, name: str, data_dir: str | None) -> Any:
+    """Opens a data set that is prepared on disk.
+
+    Returns:
+        Its builder.
+
+    Raises:
+        InputError: If the data set cannot be opened or is not prepared.
+    """
     shown = data_dir or "tfds's default folder (~/tensorflow_datasets or $TFDS_DATA_DIR)"
     remedy = "prepare it with `tfds build --file_format=array_record`, or give the folder as tfds:name:split:data_dir"
     try:
@@ -122,7 +129,7 @@ def _check_features(tfds: Any, builder: Any, name: str, labels: bool) -> None:
             )
 
 
-def _damaged(builder: Any, name: str, error: Exception) -> InputError:
+def _damage_error(builder: Any, name: str, error: Exception) -> InputError:
     return InputError(
         f"tfds data set {name!r} in {builder.data_path} is damaged ({_first_line(error)}); delete and prepare it again."
     )

@@ -11,12 +11,19 @@ from cptv_jax.quantizers import Quantizer
 
 
 class Capturing(FakeQuant):
-    """FakeQuant (or, without quantizers, the float model) whose `inputs` and `outputs` hold values by site.
+    """FakeQuant (or, without quantizers, the float model) that keeps inputs and outputs of operations.
 
-    wanted: the linear layers and matmuls to keep, relative to the stage. inputs[site] is a tuple: of a linear layer
-    its one input, of a matmul both operands. outputs[site] is what the operation emitted. factors[site]: of a matmul.
-    offsets: by site, what to add to the output of an operation in a float stage; the gradient with respect to an offset
-        of zeros is the gradient with respect to that output.
+    Args:
+        quantizers: By site, relative to the stage.
+        wanted: The linear layers and matmuls to keep, relative to the stage.
+        offsets: By site, an array to add to the output of an operation in a float stage; the gradient with respect to
+            an offset of zeros is the gradient with respect to that output.
+        **settings: Further arguments of FakeQuant.
+
+    Attributes:
+        inputs: By site a tuple of values: the one input of a linear layer, both operands of a matmul.
+        outputs: By site, the values that the operation emitted.
+        factors: By site, the factor of a matmul.
     """
 
     def __init__(
@@ -35,9 +42,11 @@ class Capturing(FakeQuant):
         self.factors: dict[str, float] = {}
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
+        """Returns a linear layer's output and keeps its values; see `Operations.linear`."""
         return self._keep(site, super().linear(site, kernel, bias, x, hidden=hidden), x)
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+        """Returns a product of activations and keeps its values; see `Operations.matmul`."""
         self.factors[site] = factor
         return self._keep(site, super().matmul(site, a, b, factor), a, b)
 

@@ -30,7 +30,7 @@ _LAST_BYTE_COUNTS = 2.0**23
 
 
 def _product(*factors: Array | float | None) -> Array | None:
-    """Product of the factors that are present, in their order; None where none is."""
+    """Returns the product of the factors that are present, in their order; None if there are none."""
     result: Array | float = 1.0
     present = [factor for factor in factors if factor is not None]
     for factor in present:
@@ -39,10 +39,13 @@ def _product(*factors: Array | float | None) -> Array | None:
 
 
 class Weight(NamedTuple):
-    """A linear layer's weight as its matmul reads it: kernel [inputs, outputs] in steps or values.
+    """A linear layer's weight as its matmul reads it.
 
-    gain, shift: [outputs], what bias correction multiplies the product with and adds to every weight.
-    low_rank: [inputs, rank] and [rank, outputs], factors of a float term that is added to the weight.
+    Attributes:
+        kernel: [inputs, outputs], in steps or values.
+        gain: [outputs]; bias correction multiplies the product by it.
+        shift: [outputs]; bias correction adds it to every weight of an output channel.
+        low_rank: [inputs, rank] and [rank, outputs], the factors of a float term that is added to the weight.
     """
 
     kernel: Tensor
@@ -52,27 +55,43 @@ class Weight(NamedTuple):
 
 
 def _uint8(x: Array) -> Array:
-    """Integers from 0 to 255 as uint8."""
+    """Returns integers from 0 to 255 as uint8."""
 
     def last_byte(x: Array) -> Array:
-        # Beside 2^23 the last byte of a float32 is its last 8 binary digits before the point. XLA's CPU backend merges
-        # a plain conversion with what reads the result into slow programs (YNNPACK's).
+        # After adding 2^23 the last byte of a float32 holds the last 8 binary digits before the point. XLA's CPU
+        # backend fuses a plain conversion with the operations that read the result into slow programs (YNNPACK's).
         bits = jax.lax.bitcast_convert_type(x + _LAST_BYTE_COUNTS, jnp.uint32)
         return bits.astype(jnp.uint8)
 
     return jax.lax.platform_dependent(x, cpu=last_byte, default=lambda x: x.astype(jnp.uint8))
 
 
-def coded(quantizer: Uniform, codes: Array) -> Tensor:
-    """Codes of a uniform quantizer (integers in float32) as a tensor of uint8."""
+def store_codes(quantizer: Uniform, codes: Array) -> Tensor:
+    """Stores codes of a uniform quantizer as uint8.
+
+    Args:
+        quantizer: The quantizer.
+        codes: Its codes, integers in float32 [...].
+
+    Returns:
+        A tensor of uint8, counted from the quantizer's lowest code.
+    """
     scale, zero = spread(quantizer.scale, codes), spread(quantizer.zero_point - quantizer.low, codes)
     return Tensor(_uint8(codes - quantizer.low), scale, zero)
 
 
-def quantized(quantizer: Quantizer, values: Array) -> Tensor:
-    """Values as a quantizer leaves them."""
+def quantize_tensor(quantizer: Quantizer, values: Array) -> Tensor:
+    """Quantizes values.
+
+    Args:
+        quantizer: The quantizer.
+        values: Float32 [...].
+
+    Returns:
+        A tensor of uint8 codes for a uniform quantizer, of float32 steps for any other.
+    """
     if isinstance(quantizer, Uniform):
-        return coded(quantizer, quantizer.codes(values))
+        return store_codes(quantizer, quantizer.codes(values))
     return Tensor(quantizer.steps(values), quantizer.scale)
 
 
@@ -80,22 +99,36 @@ def quantize_weight(
     quantizer: Quantizer,
     kernel: Array,
     wanted: Moments | None = None,
-    quantized: Callable[[Quantizer, Array], Tensor] = quantized,
+    quantize: Callable[[Quantizer, Array], Tensor] = quantize_tensor,
 ) -> Weight:
-    """A weight that a linear layer can be given in place of its float kernel.
+    """Quantizes the kernel of a linear layer.
 
-    wanted: the kernel's moments, where bias correction shall not compute them anew. quantized: how codes are held.
+    Args:
+        quantizer: The weight's quantizer.
+        kernel: Float32 [inputs, outputs].
+        wanted: The kernel's moments, where bias correction should not compute them again.
+        quantize: Quantizes the codes themselves; decides how they are stored.
+
+    Returns:
+        A weight that `FakeQuant` can be given in place of the float kernel.
     """
     if isinstance(quantizer, BiasCorrected):
-        weight = quantized(quantizer.base, kernel)
+        weight = quantize(quantizer.base, kernel)
         return Weight(weight, *quantizer.correction(wanted or moments(kernel), weight.steps))
     if isinstance(quantizer, LowRank):
-        return Weight(quantized(quantizer.base, kernel), low_rank=quantizer.factors)
-    return Weight(quantized(quantizer, kernel))
+        return Weight(quantize(quantizer.base, kernel), low_rank=quantizer.factors)
+    return Weight(quantize(quantizer, kernel))
 
 
 def effective_weight(weight: Weight) -> Array:
-    """What a linear layer multiplies its input with, all in all, [inputs, outputs]."""
+    """Computes the matrix that a linear layer multiplies its input by, all corrections included.
+
+    Args:
+        weight: The layer's weight.
+
+    Returns:
+        Float32 [inputs, outputs].
+    """
     kernel = weight.kernel.steps if weight.kernel.scale is None else weight.kernel.steps * weight.kernel.scale
     if weight.gain is not None:
         kernel = kernel * weight.gain
@@ -109,18 +142,18 @@ def effective_weight(weight: Weight) -> Array:
 class FakeQuant:
     """Runs the operations with every site that has a quantizer quantized, and all other sites in float32.
 
-    Tensors hold codes, and matmuls multiply steps, not values, and apply the scales afterwards: sums of integers do not
-    depend on the order of summation, so one candidate's result does not depend on what else shares its batch.
+    Tensors hold codes, and matmuls multiply steps instead of values and apply the scales afterwards: sums of integers
+    do not depend on the order of summation, so a candidate's result does not depend on what else shares its batch.
 
     Args:
         quantizers: By site, relative to the stage.
         weights: Quantized weights by site; a layer that has one here ignores its float kernel.
-        arithmetic: How codes are multiplied; every one gives the same numbers.
-        integer_layer_norm: LayerNorms whose input is quantized run in integer arithmetic.
-        log_int_softmax: Softmaxes whose input is quantized run in integer arithmetic.
+        arithmetic: How codes are multiplied; every arithmetic gives the same numbers.
+        integer_layer_norm: Whether LayerNorms whose input is quantized run in integer arithmetic.
+        log_int_softmax: Whether softmaxes whose input is quantized run in integer arithmetic.
         rounding: False leaves every value unrounded and every weight float, yet marks tensors with their scales, so
             that the integer functions above still act. The published code calls this its full-precision model.
-        all_tokens: Compute also the tokens that no later stage reads.
+        all_tokens: Whether to compute also the tokens that no later stage reads.
     """
 
     def __init__(
@@ -143,26 +176,34 @@ class FakeQuant:
         self.all_tokens = all_tokens
 
     def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
-        """Quantizes what an operation produced, if its site is quantized.
+        """Quantizes an operation's result, if its site is quantized.
 
         Args:
             site: The site, relative to the stage.
             kind: The site's kind, see `cptv_jax.recipe.sites.Kind`.
-            x: The operation's result. Products of codes come as sums of products of steps with the product of the
-                scales: a matmul's always, a linear layer's where nothing is added to them.
+            x: The operation's result. Products of codes arrive as sums of products of steps, with the product of the
+                scales: always from a matmul, and from a linear layer if nothing is added to them.
 
         Returns:
-            The tensor that the operations after it read.
+            The tensor that the following operations read.
         """
         quantizer = self.quantizers.get(site)
         if quantizer is None:
             return Tensor(x.values)
         if not self.rounding:
             return Tensor(true_divide(x.values, quantizer.scale), quantizer.scale)
-        return quantized(quantizer, x.values)
+        return quantize_tensor(quantizer, x.values)
 
     def weight(self, layer: str, kernel: Array) -> Weight:
-        """A linear layer's weight: the one that was given, or its kernel, quantized if the site is."""
+        """Finds or computes a linear layer's weight.
+
+        Args:
+            layer: The layer, relative to the stage.
+            kernel: Its float kernel [inputs, outputs].
+
+        Returns:
+            The quantized weight that was given for this layer, or the kernel, quantized if its site is.
+        """
         site = weight_site(layer)
         if site in self.weights:
             return self.weights[site]
@@ -172,21 +213,34 @@ class FakeQuant:
         return quantize_weight(quantizer, kernel)
 
     def tensor(self, site: str, x: Tensor) -> Tensor:
+        """Returns the tensor, quantized if its site is; see `Operations.tensor`."""
         return self.emit(site, "tensor", x)
 
     def operand(self, site: str, x: Tensor) -> Tensor:
+        """Returns the operand, quantized if its site is; see `Operations.operand`."""
         return self.emit(site, "operand", x) if site in self.quantizers else x
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
+        """Returns a linear layer's result, quantized if its site is; see `Operations.linear`."""
         return self.emit(site, "hidden" if hidden else "linear", self.linear_product(site, kernel, bias, x))
 
     def linear_product(self, site: str, kernel: Array, bias: Array | None, x: Tensor) -> Tensor:
-        """Computes a linear layer without quantizing its result."""
+        """Computes a linear layer without quantizing its result.
+
+        Args:
+            site: The layer's site, relative to the stage.
+            kernel: [inputs, outputs].
+            bias: [outputs], or None.
+            x: [..., inputs].
+
+        Returns:
+            A tensor [..., outputs].
+        """
         if x.scale is not None and x.scale.ndim:  # a scale per input channel cannot wait until after the sum
             x = Tensor(x.values)
         weight, gain, shift, low_rank = self.weight(site, kernel)
         sums, scale = self.arithmetic.matmul_weight(x, weight), _product(x.scale, weight.scale, gain)
-        # Of values, too, nothing is contracted with the bias.
+        # Rounded here, so that a product of values is not contracted with the bias either.
         product = Tensor(rounded_product(sums, 1.0)) if scale is None else Tensor(sums, scale)
         if shift is None and low_rank is None and bias is None:
             return product
@@ -199,24 +253,53 @@ class FakeQuant:
         return Tensor(y if bias is None else y + bias)
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+        """Returns a product of activations, quantized if its site is; see `Operations.matmul`."""
         return self.emit(site, "matmul", self.matmul_product(a, b, factor))
 
     def matmul_product(self, a: Tensor, b: Tensor, factor: float) -> Tensor:
-        """Computes a product of activations without quantizing it."""
+        """Computes a product of activations without quantizing it.
+
+        Args:
+            a: [..., rows, inner].
+            b: [..., inner, columns].
+            factor: Multiplies the product.
+
+        Returns:
+            A tensor [..., rows, columns].
+        """
         return Accumulated(self.arithmetic.matmul(a, b), _product(a.scale, b.scale, factor))
 
     def runs_integer_layer_norm(self, site: str, x: Tensor) -> bool:
+        """Decides whether a LayerNorm runs in integer arithmetic.
+
+        Args:
+            site: Its site, relative to the stage.
+            x: Its input.
+
+        Returns:
+            True if that is enabled, the input has a scale, and the site has a uniform quantizer.
+        """
         return self.integer_layer_norm and x.scale is not None and isinstance(self.quantizers.get(site), Uniform)
 
     def runs_integer_softmax(self, site: str, x: Tensor) -> bool:
+        """Decides whether a softmax runs in integer arithmetic.
+
+        Args:
+            site: Its site, relative to the stage.
+            x: Its input.
+
+        Returns:
+            True if that is enabled, the input has a scale, and the site has a log2 quantizer.
+        """
         return self.log_int_softmax and x.scale is not None and isinstance(self.quantizers.get(site), Log2)
 
     def layer_norm(self, site: str, weight: Array, bias: Array, epsilon: float, x: Tensor) -> Tensor:
+        """Returns a LayerNorm's result, quantized if its site is; see `Operations.layer_norm`."""
         quantizer = self.quantizers.get(site)
         if self.runs_integer_layer_norm(site, x):
             assert isinstance(quantizer, Uniform) and x.scale is not None
             steps = integer_layer_norm(x.steps, x.scale, weight, bias, quantizer.scale)
-            return coded(quantizer, quantizer.clip(steps)) if self.rounding else Tensor(steps, quantizer.scale)
+            return store_codes(quantizer, quantizer.clip(steps)) if self.rounding else Tensor(steps, quantizer.scale)
         values = x.values
         centred = values - jnp.mean(values, -1, keepdims=True)
         variance = jnp.mean(centred**2, -1, keepdims=True)
@@ -224,6 +307,7 @@ class FakeQuant:
         return self.emit(site, "layer_norm", Tensor(normalized))
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
+        """Returns a softmax's result, quantized if its site is; see `Operations.softmax`."""
         quantizer = self.quantizers.get(site)
         if self.runs_integer_softmax(site, x):
             assert isinstance(quantizer, Log2) and x.scale is not None
@@ -232,14 +316,17 @@ class FakeQuant:
         return self.emit(site, "softmax", Tensor(jax.nn.softmax(x.values, -1)))
 
     def gelu(self, site: str, x: Tensor) -> Tensor:
+        """Returns a GELU's result, quantized if its site is; see `Operations.gelu`."""
         values = x.values
-        # Written with erf as PyTorch does; jax.nn.gelu's erfc form takes three times as long on CPU.
+        # Written with erf, as PyTorch does; the erfc form of jax.nn.gelu takes three times as long on a CPU.
         return self.emit(site, "gelu", Tensor(0.5 * values * (1.0 + jax.lax.erf(values * _SQRT_HALF))))
 
     def add(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """Returns a sum, quantized if its site is; see `Operations.add`."""
         return self.emit(site, "add", Tensor(x.values + y.values))
 
     def first(self, x: Tensor, count: int | None, axis: int) -> Tensor:
+        """Returns the first entries of an axis, or all with `all_tokens`; see `Operations.first`."""
         if count is None or self.all_tokens:
             return x
         return x.move(lambda a: jax.lax.slice_in_dim(a, 0, count, axis=axis))

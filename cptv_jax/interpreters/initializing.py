@@ -1,4 +1,4 @@
-"""Execution that makes every quantizer from the first tensor that reaches it."""
+"""Execution that fits every quantizer to the first tensor that reaches it."""
 
 from collections.abc import Callable, Mapping
 
@@ -33,12 +33,15 @@ class Initializing(FakeQuant):
             self.fitted[site] = self.fit(self.specs[site], values)
 
     def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        """Returns an operation's result, quantized by the quantizer fitted to it; see `FakeQuant.emit`."""
         self._fit(site, x.values)
         return super().emit(site, kind, x)
 
     def operand(self, site: str, x: Tensor) -> Tensor:
+        """Returns an operand, quantized by the quantizer fitted to it; see `Operations.operand`."""
         return self.emit(site, "operand", x) if site in self.specs else x
 
     def weight(self, layer: str, kernel: Array) -> Weight:
+        """Returns a linear layer's weight, quantized by the quantizer fitted to it; see `FakeQuant.weight`."""
         self._fit(weight_site(layer), kernel)
         return super().weight(layer, kernel)

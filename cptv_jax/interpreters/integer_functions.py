@@ -18,13 +18,13 @@ _EXPONENT_OFFSET = 127
 
 
 def _power_of_two(exponent: Float[Array, "..."]) -> Float[Array, "..."]:
-    """2^exponent for integral exponents from -126 to 127, exactly, by writing the exponent bits (exp2 rounds)."""
+    """Returns 2^exponent for integral exponents from -126 to 127. Writing the exponent bits is exact; exp2 rounds."""
     bits = (exponent.astype(jnp.int32) + _EXPONENT_OFFSET) << _FRACTION_BITS
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _floor_log2(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """floor(log2 x) for finite normal x > 0, exactly, by reading the exponent bits; -127 for zero."""
+    """Returns floor(log2 x) for finite normal x > 0, exactly, by reading the exponent bits; -127 for zero."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return ((bits >> _FRACTION_BITS) - _EXPONENT_OFFSET).astype(jnp.float32)
 
@@ -36,12 +36,22 @@ def integer_layer_norm(
     bias: Float[Array, " channels"],
     out_scale: Float[Array, "..."],
 ) -> Float[Array, "... channels"]:
-    """LayerNorm of `steps * scale` in units of `out_scale`, by multiply and shift (FQ-ViT, section 3.2, equation 8).
+    """Computes LayerNorm by multiply and shift, in integer arithmetic (FQ-ViT, section 3.2, equation 8).
 
-    scale: per channel, each a power-of-two multiple of the smallest (power-of-two factor), or a scalar.
-    Returns integral steps of out_scale, not clamped: the quantizer that owns out_scale clamps.
-    A token whose channels are all equal has no deviation; the published code divides by zero there. Here it
-    normalizes to zero, so only the bias remains.
+    The published code divides by zero for a token whose channels are all equal, which has no deviation. Here such a
+    token normalizes to zero, so that only the bias remains.
+
+    Args:
+        steps: The input in units of scale, float32 [..., channels].
+        scale: Input units per step: a scalar, or [channels] with each a power-of-two multiple of the smallest
+            (power-of-two factor).
+        weight: [channels].
+        bias: [channels].
+        out_scale: Units of the result, a scalar or [channels].
+
+    Returns:
+        Integral steps of out_scale, float32 [..., channels]. They are not clamped: the quantizer that owns out_scale
+        clamps them.
     """
     channels = steps.shape[-1]
     smallest = jnp.min(scale)
@@ -62,7 +72,7 @@ def integer_layer_norm(
 
 
 def _integer_exp(steps: Float[Array, "..."], scale: Float[Array, ""]) -> Float[Array, "..."]:
-    """exp(steps * scale) for steps <= 0, up to a common factor (I-BERT, algorithm 2)."""
+    """Returns exp(steps * scale) for steps <= 0, up to a common factor (I-BERT, algorithm 2)."""
     a, b, c = _EXP_COEFFICIENTS
     ln2 = jnp.floor(_MINUS_LN2 / scale)
     steps = jnp.maximum(steps, _EXP_BITS * ln2)
@@ -73,10 +83,17 @@ def _integer_exp(steps: Float[Array, "..."], scale: Float[Array, ""]) -> Float[A
 
 
 def log_int_softmax_exponents(steps: Float[Array, "... keys"], scale: Float[Array, ""]) -> Float[Array, "... keys"]:
-    """-log2 of softmax(steps * scale), rounded to integers (FQ-ViT, section 3.3, equation 13).
+    """Computes -log2 of softmax(steps * scale), rounded to integers (FQ-ViT, section 3.3, equation 13).
 
     The quotient sum / exp is rounded, then its logarithm is rounded by the bit below the leading one.
     Intermediate "integers" reach 2^40, beyond float32's 24 bits, exactly as in the published code.
+
+    Args:
+        steps: Scores in units of scale, float32 [..., keys].
+        scale: Input units per step.
+
+    Returns:
+        Exponents, float32 [..., keys]; infinity where the softmax is zero.
     """
     exponentials = _integer_exp(steps - jnp.max(steps, -1, keepdims=True), scale)
     quotient = jnp.round(jnp.sum(exponentials, -1, keepdims=True) / exponentials)
@@ -84,5 +101,5 @@ def log_int_softmax_exponents(steps: Float[Array, "... keys"], scale: Float[Arra
     safe = jnp.where(finite, quotient, 1.0)
     floor = _floor_log2(safe)
     round_up = safe - _power_of_two(floor) >= _power_of_two(floor - 1)
-    # An exponential of zero has quotient infinity: softmax zero, an exponent past every grid.
+    # Where the exponential is zero the quotient is infinite: the softmax is zero, its exponent beyond every grid.
     return jnp.where(finite, floor + round_up, jnp.inf)

@@ -21,12 +21,13 @@ class _Named(Tensor):
     site: str = field(default="", metadata={"static": True})
 
 
-def _origin(*tensors: Tensor) -> tuple[str, ...]:
+def _list_origins(*tensors: Tensor) -> tuple[str, ...]:
+    """Returns the sites that tensors come from."""
     return tuple(tensor.site for tensor in tensors if isinstance(tensor, _Named))
 
 
 class _Listing(FakeQuant):
-    """Runs in float and notes every site that is passed, by full name."""
+    """Runs in float and notes every site that the pass reaches, by full name."""
 
     def __init__(self, stage: str) -> None:
         super().__init__({}, all_tokens=True)
@@ -46,22 +47,22 @@ class _Listing(FakeQuant):
 
     def operand(self, site: str, x: Tensor) -> Tensor:
         output, name = self.emit(site, "operand", x), full_name(self.stage, site)
-        self.sites[name] = replace(self.sites[name], source="".join(_origin(x)))
+        self.sites[name] = replace(self.sites[name], source="".join(_list_origins(x)))
         return output
 
     def linear(self, site: str, kernel: Array, bias: Array | None, x: Tensor, *, hidden: bool = False) -> Tensor:
         output = super().linear(site, kernel, bias, x, hidden=hidden)
-        self._reads(weight_site(site), x)
+        self._note_reads(weight_site(site), x)
         return output
 
     def matmul(self, site: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
         output = super().matmul(site, a, b, factor)
-        self._reads(site, a, b)
+        self._note_reads(site, a, b)
         return output
 
-    def _reads(self, site: str, *tensors: Tensor) -> None:
+    def _note_reads(self, site: str, *tensors: Tensor) -> None:
         name = full_name(self.stage, site)
-        self.sites[name] = replace(self.sites[name], reads=_origin(*tensors))
+        self.sites[name] = replace(self.sites[name], reads=_list_origins(*tensors))
 
 
 def list_sites(forward: Callable[..., Any], stage: str, *inputs: Any) -> tuple[tuple[Site, ...], Any]:

@@ -1,4 +1,4 @@
-"""Float execution that collects calibration statistics on its way."""
+"""Float execution that collects calibration statistics along the way."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,10 +17,28 @@ class Observer(Protocol):
     """Statistics of a site over calibration batches, and the quantizer that follows from them."""
 
     def update(self, spec: SiteSpec, previous: Any | None, x: Array) -> Any:
-        """The site's statistics after one more batch; previous is None for the first."""
+        """Adds one batch to a site's statistics.
+
+        Args:
+            spec: The site's specification.
+            previous: Its statistics so far; None for the first batch.
+            x: Its values in this batch.
+
+        Returns:
+            The statistics with this batch included, a pytree of arrays.
+        """
 
     def fit(self, spec: SiteSpec, found: Any, x: Array) -> Quantizer:
-        """The site's quantizer from its statistics; x is the last batch."""
+        """Fits a site's quantizer to its statistics.
+
+        Args:
+            spec: The site's specification.
+            found: Its statistics over all batches.
+            x: Its values in the last batch.
+
+        Returns:
+            The quantizer.
+        """
 
 
 class Observing(FakeQuant):
@@ -30,13 +48,13 @@ class Observing(FakeQuant):
         observer: Measures and fits.
         specs: The sites to observe, relative to the stage.
         ranges: Their statistics so far (empty on the first batch).
-        fit: This is the last batch, so quantizers are fitted as the sites are passed.
-        log_int_softmax: Reproduce FQ-ViT's calibration, where the integer softmax acts as soon as its input has a
-            scale, that is from the last batch on, so that later sites of that batch see its output.
+        fit: Whether this is the last batch, so that quantizers are fitted as their sites are reached.
+        log_int_softmax: Whether to reproduce FQ-ViT's calibration: its integer softmax acts as soon as its input has a
+            scale, which is from the last batch on, so that later sites of that batch see its output.
 
     Attributes:
-        ranges: The statistics, this batch included, by site.
-        fitted: The quantizers, where this is the last batch.
+        ranges: By site, the statistics with this batch included.
+        fitted: By site, the quantizers, if this is the last batch.
     """
 
     def __init__(
@@ -57,6 +75,7 @@ class Observing(FakeQuant):
         self.tag_scores = fit and log_int_softmax
 
     def emit(self, site: str, kind: str, x: Tensor) -> Tensor:
+        """Returns an operation's float result and observes it; see `FakeQuant.emit`."""
         values = x.values
         quantizer = self._observe(site, values)
         if quantizer is not None and self.tag_scores and kind == "matmul":
@@ -64,14 +83,17 @@ class Observing(FakeQuant):
         return Tensor(values)
 
     def operand(self, site: str, x: Tensor) -> Tensor:
+        """Returns an operand in float and observes it; see `Operations.operand`."""
         self._observe(site, x.values)
         return x
 
     def weight(self, layer: str, kernel: Array) -> Weight:
+        """Returns a linear layer's float weight and observes it; see `FakeQuant.weight`."""
         self._observe(weight_site(layer), kernel)
         return Weight(Tensor(kernel))
 
     def softmax(self, site: str, x: Tensor) -> Tensor:
+        """Returns a softmax's float result and observes it; see `Operations.softmax`."""
         spec = self.specs.get(site)
         if not self.tag_scores or x.scale is None or spec is None or spec.quantizer != "log2":
             return super().softmax(site, x)

@@ -1,4 +1,4 @@
-"""The value that flows through a forward pass: an array and, once quantized, the step it is measured in."""
+"""The value that flows through a forward pass: an array and, once quantized, the step that it is measured in."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from cptv_jax.quantizers.rounding import rounded_product
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tensor:
-    """(stored - zero) * scale; without a zero, stored * scale; without a scale, the plain values.
+    """An array that stands for (stored - zero) * scale; without a zero, stored * scale; without a scale, stored itself.
 
     Attributes:
-        stored: uint8 codes, counted from the lowest code of their quantizer, where there is a zero; else float32.
+        stored: uint8 codes, counted from the lowest code of their quantizer, if there is a zero; else float32.
         scale: Input units per step, (), (channels,) or (heads, 1, 1); None for a value that no quantizer has touched.
-        zero: float32, the stored code of the value 0; broadcasts with scale.
+        zero: The stored code of the value 0, float32; broadcasts with scale.
     """
 
     stored: Shaped[Array, "..."]
@@ -28,20 +28,28 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return self.stored.shape
 
     @property
     def steps(self) -> Float[Array, "..."]:
-        """In units of `scale`, float32: integers after a uniform quantizer."""
+        """The array in units of `scale`, float32: integers after a uniform quantizer."""
         return self.stored if self.zero is None else self.stored.astype(jnp.float32) - self.zero
 
     @property
     def values(self) -> Float[Array, "..."]:
-        """In input units, float32, rounded once."""
+        """The array in input units, float32, rounded once."""
         return self.steps if self.scale is None else rounded_product(self.steps, self.scale)
 
     def move(self, movement: Callable[[Array], Array]) -> Self:
-        """Reshape, transpose or slice; the last axis must survive where the scale is per channel."""
+        """Reshapes, transposes or slices; where the scale is per channel the last axis must stay.
+
+        Args:
+            movement: Applied to the stored array.
+
+        Returns:
+            The moved tensor, with the same scale and zero.
+        """
         return replace(self, stored=movement(self.stored))
 
 
@@ -56,4 +64,5 @@ class Accumulated(Tensor):
 
     @property
     def values(self) -> Float[Array, "..."]:
+        """The array in input units, float32, not yet rounded."""
         return self.steps if self.scale is None else self.steps * self.scale

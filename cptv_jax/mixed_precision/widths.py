@@ -18,7 +18,7 @@ from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.execution import Simulated
 from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.recipe.sites import Site, products
+from cptv_jax.recipe.sites import Site, list_products
 from cptv_jax.recipe.spec import Recipe
 from cptv_jax.runtime.stages import Stage
 from cptv_jax.search import Evaluator
@@ -148,7 +148,7 @@ def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str,
     """The multiplications of products that read quantized tensors, and where these are quantized."""
     sites = sites_of(model.model.architecture)
     known, specs = {site.name: site for site in sites}, model.recipe.sites
-    for product in products(sites):
+    for product in list_products(sites):
         sources = (name if name in specs else known[name].source for name in product.operands)
         operands = tuple(name for name in sources if name in specs)
         if operands:

@@ -26,13 +26,19 @@ class Architecture:
     """A model without its weights.
 
     Attributes:
-        name: timm's, for the models of the zoo; any other for a user's own.
-        family: What kind of model it is.
+        name: timm's name, for the models of the zoo; any other name for a user's own model.
+        family: The kind of model.
         config: Its sizes, an instance of the family's configuration.
         preprocessing: What its images must look like.
 
     Raises:
-        InputError: Where the family is no Family, or the sizes are another family's.
+        InputError: If the family is not a Family, or the sizes are another family's.
+
+    Example:
+        >>> from cptv_jax.models.vit_family import VIT, ViTConfig
+        >>> small = Architecture("my_vit", VIT, ViTConfig(depth=2), Preprocessing())
+        >>> small.stage_names
+        ('embed', 'blocks.0', 'blocks.1', 'head')
     """
 
     name: str
@@ -58,13 +64,13 @@ class Architecture:
         return tuple(stage_graphs(self))
 
     def initialize(self, seed: int) -> Weights:
-        """Random weights, for training from scratch.
+        """Draws random weights, for training from scratch.
 
         Args:
-            seed: Of the random numbers.
+            seed: Seed of the random numbers.
 
         Returns:
-            By stage, the arrays of its module.
+            By stage, the arrays of its module, float32.
         """
         module = self.family.module(self.config, rngs=nnx.Rngs(seed))
         return {name: nnx.to_pure_dict(nnx.split(stage)[1]) for name, stage in module.stages().items()}
@@ -79,10 +85,10 @@ def _abstract_stages(architecture: Architecture) -> dict[str, tuple[nnx.GraphDef
 
 
 def stage_graphs(architecture: Architecture) -> dict[str, nnx.GraphDef[Any]]:
-    """The static part of each stage's NNX module.
+    """Builds the static part of each stage's NNX module.
 
     Args:
-        architecture: The model's.
+        architecture: The model's architecture.
 
     Returns:
         By stage, in the order they run. Stages that are built alike have equal graphs.
@@ -91,10 +97,10 @@ def stage_graphs(architecture: Architecture) -> dict[str, nnx.GraphDef[Any]]:
 
 
 def abstract_weights(architecture: Architecture) -> Weights:
-    """Shapes and dtypes of an architecture's weights.
+    """Computes the shapes and dtypes of an architecture's weights.
 
     Args:
-        architecture: The model's.
+        architecture: The model's architecture.
 
     Returns:
         By stage, a `jax.ShapeDtypeStruct` for each array of its module.
@@ -119,17 +125,16 @@ def call_stage(graph: nnx.GraphDef[Any], ops: Operations, weights: PyTree, x: An
 
 @lru_cache(maxsize=16)
 def sites_of(architecture: Architecture) -> tuple[Site, ...]:
-    """Every site of an architecture.
+    """Finds every site of an architecture, by tracing its forward pass.
 
     Args:
-        architecture: The model's.
+        architecture: The model's architecture.
 
     Returns:
-        The sites in the order that the forward pass reaches them; the image's has the kind "image".
+        The sites in the order that the forward pass reaches them; the image's site has the kind "image".
 
     Raises:
-        InputError: Where the family names a site for the image that is none, or where the site of a linear layer is
-            not the layer's path.
+        InputError: If the family's image site does not exist, or the site of a linear layer is not the layer's path.
     """
     preprocessing, family = architecture.preprocessing, architecture.family
     size = preprocessing.image_size
@@ -159,19 +164,19 @@ def sites_of(architecture: Architecture) -> tuple[Site, ...]:
 
 @lru_cache(maxsize=16)
 def site_table(architecture: Architecture) -> Mapping[str, Site]:
-    """The sites of an architecture by name.
+    """Tabulates the sites of an architecture by name.
 
     Args:
-        architecture: The model's.
+        architecture: The model's architecture.
 
     Returns:
-        A table that cannot be changed, in the order that the forward pass reaches the sites.
+        A read-only table, in the order that the forward pass reaches the sites.
     """
     return MappingProxyType({site.name: site for site in sites_of(architecture)})
 
 
 def _layers_with_kernels(node: Any, path: str = "") -> set[str]:
-    """The dotted paths of the layers in a stage's weights that have a kernel."""
+    """Returns the dotted paths of the layers in a stage's weights that have a kernel."""
     found = {path} if "kernel" in node else set()
     for name, inner in node.items():
         if isinstance(inner, Mapping):

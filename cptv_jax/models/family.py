@@ -1,4 +1,4 @@
-"""Families: what the models of one kind have in common, and all that is decided for a kind of model."""
+"""Families: kinds of model, each with everything that the library needs to know about it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,13 @@ class StagedModule(Protocol):
     """An NNX module that is cut into stages."""
 
     def stages(self) -> Mapping[str, nnx.Module]:
-        """The stages by name, in the order they run.
+        """Lists the stages by name, in the order they run.
 
         A stage is called as stage(operations, x). The first gets the images, a Tensor [batch, height, width, channels];
-        each other one the output of the stage before it; the last returns an Output.
+        each other one gets the output of the stage before it; the last returns an Output.
+
+        Returns:
+            The stages.
         """
 
 
@@ -29,15 +32,15 @@ class Family:
     this record. `register_family` lets saved models find it again.
 
     Attributes:
-        name: What checkpoints call it.
+        name: The name that checkpoints store.
         config: The frozen dataclass of a model's sizes; its fields are numbers, texts, truth values or tuples of them.
         module: Builds a model as module(config, rngs=nnx.Rngs(seed)). The site of each linear layer and LayerNorm must
             be its path in the stage's module, and no two operations of a stage may share a site.
-        weight_table: From a configuration, an entry for every array of the model. Only files of weights are read by
-            it; an empty table is enough for a model whose weights come from elsewhere.
+        weight_table: From a configuration, an entry for every array of the model. It serves only to read files of
+            weights; an empty table is enough for a model whose weights come from elsewhere.
         searched_sites: Patterns of the weight sites that the published search moves.
-        image_site: The site of the input image ("embed.input"), or "" where the model makes it none; recipes can give
-            the image a width of its own or leave it in float.
+        image_site: The site of the input image ("embed.input"), or "" if the model does not make it one; recipes can
+            give the image a width of its own or leave it in float.
 
     Example:
         >>> MIXER = register_family(Family("mixer", MixerConfig, Mixer, mixer_table, image_site="stem.image"))
@@ -63,12 +66,15 @@ def register_family(family: Family) -> Family:
     """Makes a family known by its name, so that saved models of it can be loaded.
 
     Args:
-        family: The family; the code that loads a model must have registered it too.
+        family: The family; code that loads a model must have registered it too.
 
     Returns:
         The same family.
 
     Raises:
-        InputError: Where another family has this name.
+        InputError: If another family has this name.
+
+    Example:
+        >>> MIXER = register_family(Family("mixer", MixerConfig, Mixer, mixer_table))
     """
     return FAMILIES.register(family.name, family)

@@ -1,4 +1,4 @@
-"""What an architecture expects of its input images."""
+"""The form in which an architecture expects its input images."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,16 @@ from dataclasses import dataclass
 class Preprocessing:
     """How a photograph becomes a model input (timm's evaluation transform).
 
-    image_size: side of the square input, in pixels.
-    crop_fraction: the short side is resized to floor(image_size / crop_fraction), then the centre is cropped.
-    interpolation: "bicubic", "bilinear" or "nearest", through Pillow.
-    mean, std: per channel, of pixels scaled to [0, 1].
+    Attributes:
+        image_size: Side of the square input, in pixels.
+        crop_fraction: The short side is resized to floor(image_size / crop_fraction), then the centre is cropped.
+        interpolation: "bicubic", "bilinear" or "nearest", through Pillow.
+        mean: The mean of each channel, of pixels scaled to [0, 1].
+        std: The standard deviation of each channel, of pixels scaled to [0, 1].
+
+    Example:
+        >>> Preprocessing(image_size=384, crop_fraction=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).image_size
+        384
     """
 
     image_size: int = 224

@@ -18,8 +18,19 @@ from cptv_jax.runtime.stages import Output
 class ViTConfig:
     """Sizes of a ViT (Dosovitskiy et al. 2021) or DeiT (Touvron et al. 2021).
 
-    image_size, patch_size: in pixels, square. width: embedding size. distilled: DeiT's distillation token and second
-    head, whose logits are averaged with the first's.
+    Attributes:
+        image_size: Side of the square image, in pixels.
+        patch_size: Side of a square patch, in pixels.
+        in_channels: Channels of the image.
+        num_classes: Classes that the head tells apart.
+        width: Embedding size.
+        depth: Number of blocks.
+        heads: Attention heads per block.
+        mlp_ratio: Width of the hidden MLP layer, relative to width.
+        qkv_bias: Whether the layer of query, key and value has a bias.
+        layer_norm_epsilon: Added to the variance in every LayerNorm.
+        distilled: Whether there are DeiT's distillation token and second head, whose logits are averaged with the
+            first's.
     """
 
     image_size: int = 224
@@ -36,24 +47,32 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
+        """The number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The class token, and DeiT's distillation token."""
+        """The number of tokens before the patches: the class token, and DeiT's distillation token."""
         return 2 if self.distilled else 1
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens of an image."""
         return self.num_patches + self.num_prefix_tokens
 
     @property
     def hidden(self) -> int:
+        """The width of the hidden MLP layer."""
         return int(self.width * self.mlp_ratio)
 
 
 class Embed(nnx.Module):
-    """Image [batch, height, width, channels] -> tokens [batch, tokens, width]."""
+    """Turns images [batch, height, width, channels] into tokens [batch, tokens, width].
+
+    Args:
+        config: The model's sizes.
+        rngs: Random numbers for the weights.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -64,6 +83,15 @@ class Embed(nnx.Module):
         self.pos_embed = nnx.Param(normal(rngs.params(), (1, config.num_tokens, config.width)))
 
     def __call__(self, ops: Operations, images: Tensor) -> Tensor:
+        """Cuts images into patches and embeds them.
+
+        Args:
+            ops: The interpreter.
+            images: [batch, height, width, channels].
+
+        Returns:
+            Tokens [batch, tokens, width].
+        """
         x = ops.tensor("input", images)
         batch, height, width, channels = x.shape
         side = self.config.patch_size
@@ -78,7 +106,13 @@ class Embed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention. read: how many tokens, from the first, are asked for; None means all."""
+    """Multi-head self-attention.
+
+    Args:
+        config: The model's sizes.
+        read: How many tokens are computed, from the first; None means all.
+        rngs: Random numbers for the weights.
+    """
 
     def __init__(self, config: ViTConfig, *, read: int | None = None, rngs: nnx.Rngs) -> None:
         self.heads = config.heads
@@ -87,6 +121,16 @@ class Attention(nnx.Module):
         self.proj = Linear(config.width, config.width, rngs=rngs)
 
     def __call__(self, ops: Operations, site: str, x: Tensor) -> Tensor:
+        """Runs the layer.
+
+        Args:
+            ops: The interpreter.
+            site: The layer's path in its stage.
+            x: Tokens [batch, tokens, width].
+
+        Returns:
+            Tokens [batch, read, width].
+        """
         batch, tokens, width = x.shape
         head = width // self.heads
         qkv = self.qkv(ops, f"{site}.qkv", x)
@@ -103,19 +147,40 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers around a GELU."""
+    """Two linear layers around a GELU.
+
+    Args:
+        config: The model's sizes.
+        rngs: Random numbers for the weights.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.fc1 = Linear(config.width, config.hidden, rngs=rngs)
         self.fc2 = Linear(config.hidden, config.width, rngs=rngs)
 
     def __call__(self, ops: Operations, site: str, x: Tensor) -> Tensor:
+        """Runs the layers.
+
+        Args:
+            ops: The interpreter.
+            site: The module's path in its stage.
+            x: Tokens [batch, tokens, width].
+
+        Returns:
+            A tensor of x's shape.
+        """
         hidden = ops.gelu(f"{site}.gelu", self.fc1(ops, f"{site}.fc1", x, hidden=True))
         return self.fc2(ops, f"{site}.fc2", hidden)
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block. read: how many tokens, from the first, later stages read; None means all."""
+    """Pre-norm transformer block.
+
+    Args:
+        config: The model's sizes.
+        read: How many tokens, from the first, later stages read; None means all.
+        rngs: Random numbers for the weights.
+    """
 
     def __init__(self, config: ViTConfig, *, read: int | None = None, rngs: nnx.Rngs) -> None:
         self.read = read
@@ -125,13 +190,27 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(self, ops: Operations, x: Tensor) -> Tensor:
+        """Runs the block.
+
+        Args:
+            ops: The interpreter.
+            x: Tokens [batch, tokens, width].
+
+        Returns:
+            Tokens [batch, read, width].
+        """
         attended = self.attn(ops, "attn", self.norm1(ops, "norm1", x))
         x = ops.add("residual1", ops.first(x, self.read, axis=1), attended)
         return ops.add("residual2", x, self.mlp(ops, "mlp", self.norm2(ops, "norm2", x)))
 
 
 class Head(nnx.Module):
-    """Tokens -> class logits, from the class token (and DeiT's distillation token)."""
+    """Turns the class token (and DeiT's distillation token) into class logits.
+
+    Args:
+        config: The model's sizes.
+        rngs: Random numbers for the weights.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.prefix = config.num_prefix_tokens
@@ -140,6 +219,15 @@ class Head(nnx.Module):
         self.fc_dist = Linear(config.width, config.num_classes, rngs=rngs) if config.distilled else None
 
     def __call__(self, ops: Operations, x: Tensor) -> Output:
+        """Runs the head.
+
+        Args:
+            ops: The interpreter.
+            x: Tokens [batch, tokens, width].
+
+        Returns:
+            Features [batch, prefix tokens * width] and logits [batch, classes].
+        """
         tokens = self.norm(ops, "norm", x.move(lambda a: a[:, : self.prefix]))
         logits = self.fc(ops, "fc", tokens.move(lambda a: a[:, 0])).values
         if self.fc_dist is not None:
@@ -148,7 +236,12 @@ class Head(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """A whole ViT; `stages` lists its parts in order."""
+    """A whole ViT; `stages` lists its parts in order.
+
+    Args:
+        config: The model's sizes.
+        rngs: Random numbers for the weights.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -160,11 +253,24 @@ class VisionTransformer(nnx.Module):
         self.head = Head(config, rngs=rngs)
 
     def stages(self) -> dict[str, nnx.Module]:
-        """The stages by name, in the order they run."""
+        """Lists the stages by name, in the order they run.
+
+        Returns:
+            The stages: "embed", "blocks.0" and so on, "head".
+        """
         blocks = {f"blocks.{i}": getattr(self, f"block{i}") for i in range(self.config.depth)}
         return {"embed": self.embed, **blocks, "head": self.head}
 
     def __call__(self, ops: Operations, images: Tensor) -> Output:
+        """Runs every stage.
+
+        Args:
+            ops: The interpreter.
+            images: [batch, height, width, channels].
+
+        Returns:
+            The output of the head.
+        """
         x: Tensor | Output = images
         for stage in self.stages().values():
             x = stage(ops, x)

@@ -6,7 +6,7 @@ from cptv_jax.models.weight_table import Entry, layer_norm_entries, linear_entri
 
 
 def vit_weight_table(config: ViTConfig) -> list[Entry]:
-    """Every tensor of timm's ViT or DeiT of these sizes.
+    """Lists every tensor of timm's ViT or DeiT of these sizes.
 
     Args:
         config: The sizes.

@@ -1,7 +1,7 @@
 """One pass over the stages of a model, with any interpreter.
 
-Whatever reads a model stage by stage (calibration, layer-wise methods) says in a `Visit` with which interpreter a stage
-runs and what is wanted of it; the walk compiles each kind of stage once for each kind of visit.
+Code that reads a model stage by stage (calibration, layer-wise methods) defines a `Visit`: the interpreter that a stage
+runs with and the findings that are wanted from it. The walk compiles each kind of stage once for each kind of visit.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -21,7 +21,7 @@ Run = Callable[[Operations, PyTree], PyTree]
 
 
 class Visit(Hashable, Protocol):
-    """What happens at a stage, without its arrays.
+    """The work that is done at a stage, without its arrays.
 
     A frozen dataclass, whose fields are hashable and name sites relative to the stage: equal visits of stages that are
     built alike share one compiled program.
@@ -40,12 +40,12 @@ class Visit(Hashable, Protocol):
         """Runs the stage.
 
         Args:
-            run: The stage, to be given an interpreter and an input.
+            run: Runs the stage, given an interpreter and an input.
             x: The stage's input.
-            arrays: What else the visit reads, such as quantizers.
+            arrays: Other arrays that the visit reads, such as quantizers.
 
         Returns:
-            The stage's output and what was found at it, two pytrees of arrays.
+            The stage's output and the visit's findings, two pytrees of arrays.
         """
 
 
@@ -57,6 +57,7 @@ class Plain:
     """
 
     def __call__(self, run: Run, x: PyTree, arrays: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns the stage's output, and None for findings; see `Visit.__call__`."""
         return run(FakeQuant({}, all_tokens=True), x), None
 
 
@@ -73,15 +74,15 @@ def visit_stage(
     """Visits one stage, by a program that all equal visits of equal stages share.
 
     Args:
-        architecture: The model's.
-        weights: The model's, by stage.
+        architecture: The model's architecture.
+        weights: The model's weights, by stage.
         stage: The stage's name.
-        visit: What happens there.
+        visit: The work to do there.
         x: The stage's input.
-        arrays: What else the visit reads.
+        arrays: Other arrays that the visit reads.
 
     Returns:
-        The stage's output and what was found at it.
+        The stage's output and the visit's findings.
     """
     return _compiled_visit(stage_graphs(architecture)[stage], visit, weights[stage], x, arrays)
 
@@ -96,18 +97,18 @@ def walk(
 ) -> Iterator[tuple[str, PyTree, PyTree]]:
     """Visits every stage of a model in order, each on the output of the one before it.
 
-    One stage is in memory at a time, besides what the caller keeps.
+    One stage is in memory at a time, in addition to what the caller keeps.
 
     Args:
-        architecture: The model's.
-        weights: The model's, by stage.
+        architecture: The model's architecture.
+        weights: The model's weights, by stage.
         x: The input of the first stage: a Tensor of images [batch, height, width, channels].
-        visits: By stage, what happens there.
-        arrays: By stage, what else its visit reads.
-        inputs: By stage, what to feed it instead of the output of the stage before it.
+        visits: By stage, the work to do there.
+        arrays: By stage, other arrays that its visit reads.
+        inputs: By stage, an input that replaces the output of the stage before it.
 
     Yields:
-        A stage's name, its output, and what was found at it.
+        A stage's name, its output, and the visit's findings.
     """
     for stage in stage_graphs(architecture):
         x, found = visit_stage(architecture, weights, stage, visits[stage], inputs.get(stage, x), arrays.get(stage))
@@ -118,8 +119,8 @@ def run_stages(architecture: Architecture, weights: Weights, ops: Operations, x:
     """Runs every stage with one interpreter, uncompiled, to be part of a larger program.
 
     Args:
-        architecture: The model's.
-        weights: The model's, by stage.
+        architecture: The model's architecture.
+        weights: The model's weights, by stage.
         ops: The interpreter.
         x: A Tensor of images [batch, height, width, channels].
 

@@ -1,4 +1,4 @@
-"""Reading pretrained weights from files and from the Hugging Face hub, whatever format they come in."""
+"""Reads pretrained weights from files of several formats and from the Hugging Face hub."""
 
 import hashlib
 import importlib.util
@@ -16,18 +16,19 @@ from cptv_jax.errors import InputError, one_line
 
 _HUB_PREFIXES = ("hub:", "hf:")
 _HUB_ID = re.compile(r"(?:hub|hf):(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_COUNTER = ".num_batches_tracked"  # a whole number beside every batch norm of torch, of no use in inference
+_COUNTER = ".num_batches_tracked"  # an integer that torch keeps with every batch norm; inference does not need it
 _DOWNLOAD = "download or export it again"
 _INSTALL_TORCH = "install torch (pip install 'cptv-jax[torch]') or convert the file to .safetensors"
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The tensors of one file of weights and where they came from.
+    """The tensors of one file of weights and their origin.
 
-    tensors: float32, contiguous, finite, under the file's own keys and in its own shapes (timm's keys, torch's shapes).
-    source: the path as given, or "hub:org/name@revision/file".
-    sha256: of the file's bytes, in hexadecimal.
+    Attributes:
+        tensors: float32, contiguous, finite, with the file's own keys and shapes (timm's keys, torch's shapes).
+        source: The path as given, or "hub:org/name@revision/file".
+        sha256: Digest of the file's bytes, in hexadecimal.
     """
 
     tensors: dict[str, np.ndarray]
@@ -36,18 +37,26 @@ class WeightFile:
 
 
 def read_weights(source: str) -> WeightFile:
-    """Reads weights from a .safetensors, .npz, .pth, .pt or .bin file or from "hub:org/name[@revision]" ("hf:" too).
+    """Reads weights from a file or from the Hugging Face hub.
 
-    float16, bfloat16 and float64 tensors become float32. Nothing is ever unpickled but by torch's weights_only loader.
+    float16, bfloat16 and float64 tensors become float32. Only torch's weights_only loader ever unpickles anything.
     Batch norm's counters of batches (int64 scalars named *.num_batches_tracked) are left out.
-    Raises InputError for a file that is missing, damaged, of another kind or in need of a torch that is not installed,
-    and for tensors that are not floating point or not finite.
+
+    Args:
+        source: A .safetensors, .npz, .pth, .pt or .bin file, or "hub:org/name[@revision]" ("hf:" too).
+
+    Returns:
+        The tensors, where they came from, and the file's digest.
+
+    Raises:
+        InputError: For a file that is missing, damaged, of another kind or in need of a torch that is not installed,
+            and for tensors that are not floating point or not finite.
     """
     if source.startswith(_HUB_PREFIXES):
         path, source = _download(source)
     else:
         path = Path(source)
-    reader = _reader_for(path, source)
+    reader = _find_reader(path, source)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # in pieces: the file need not fit in memory twice
     tensors = reader(path, source)
@@ -56,7 +65,7 @@ def read_weights(source: str) -> WeightFile:
     return WeightFile(tensors, source, sha256)
 
 
-def _reader_for(path: Path, source: str) -> Callable[[Path, str], dict[str, np.ndarray]]:
+def _find_reader(path: Path, source: str) -> Callable[[Path, str], dict[str, np.ndarray]]:
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
         raise InputError(f"{source} is a folder; give the file of weights inside it")
@@ -79,29 +88,29 @@ def _read_safetensors(path: Path, source: str) -> dict[str, np.ndarray]:
                     continue
                 # Asked first: for a type that NumPy lacks (8-bit floats), get_tensor fails with an AttributeError.
                 if dtype not in ("F16", "BF16", "F32", "F64"):
-                    raise _not_floating_point(source, key, dtype)
-                tensors[key] = _as_float32(file.get_tensor(key), key, source)
+                    raise _dtype_error(source, key, dtype)
+                tensors[key] = _to_float32(file.get_tensor(key), key, source)
     except InputError:
         raise
     except Exception as error:  # SafetensorError derives from nothing narrower
-        raise _damaged(source, "a readable safetensors file", error) from error
+        raise _damage_error(source, "a readable safetensors file", error) from error
     return tensors
 
 
-def npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Iterator[tuple[str, np.ndarray]]:
+def read_npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the arrays of an .npz file one by one, never unpickling.
 
     Args:
         path: The file.
-        source: What messages call it.
-        remedy: What messages advise about the whole file.
-        array_remedy: What messages advise about one array.
+        source: The file's name in messages.
+        remedy: The remedy in messages about the whole file.
+        array_remedy: The remedy in messages about one array.
 
     Yields:
         An array's key and the array.
 
     Raises:
-        InputError: For a damaged file, one that is no archive, and an array that only unpickling could read.
+        InputError: For a damaged file, one that is not an archive, and an array that only unpickling could read.
     """
     try:
         # Opened here: given a path, numpy.load leaves a damaged archive open.
@@ -110,14 +119,14 @@ def npz_arrays(path: Path, source: str, remedy: str, array_remedy: str) -> Itera
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{source} is a single array, not an .npz archive; {array_remedy}")
             for key in archive.files:
-                yield key, _npz_member(archive, key, source, array_remedy)
+                yield key, _read_npz_member(archive, key, source, array_remedy)
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy.load each have their own for a damaged archive
         raise InputError(f"{source} is not a readable .npz archive ({one_line(error)}); {remedy}") from error
 
 
-def _npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
+def _read_npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
     try:
         member = archive[key]
     except ValueError as error:  # an object array, or a damaged header: NumPy's own words say which
@@ -129,9 +138,11 @@ def _npz_member(archive: Any, key: str, source: str, remedy: str) -> np.ndarray:
 
 def _read_npz(path: Path, source: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
-    for key, member in npz_arrays(path, source, _DOWNLOAD, "save it again as a plain float array with numpy.savez"):
+    for key, member in read_npz_arrays(
+        path, source, _DOWNLOAD, "save it again as a plain float array with numpy.savez"
+    ):
         if not _is_counter(key, member.dtype == np.int64, member.shape):
-            tensors[key] = _as_float32(member, key, source)
+            tensors[key] = _to_float32(member, key, source)
     return tensors
 
 
@@ -155,9 +166,9 @@ def _read_torch(path: Path, source: str) -> dict[str, np.ndarray]:
             continue
         if tensor.layout != torch.strided or tensor.dtype not in _torch_floats(torch):
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            raise _not_floating_point(source, key, kind)
+            raise _dtype_error(source, key, kind)
         # NumPy has no bfloat16 of its own, so torch converts.
-        tensors[str(key)] = _as_float32(tensor.detach().to(torch.float32).numpy(), key, source)
+        tensors[str(key)] = _to_float32(tensor.detach().to(torch.float32).numpy(), key, source)
     return tensors
 
 
@@ -166,7 +177,11 @@ def _torch_floats(torch: Any) -> tuple[Any, ...]:
 
 
 def _state_dict(content: object, source: str) -> Mapping[str, object]:
-    """The mapping of keys to tensors in a checkpoint: the content itself, or what stands under a usual name."""
+    """Returns the mapping of keys to tensors in a checkpoint: the content itself, or the entry under a usual name.
+
+    Raises:
+        InputError: If the content is no mapping.
+    """
     if isinstance(content, Mapping):
         for name in ("model", "state_dict"):
             if isinstance(content.get(name), Mapping):
@@ -176,11 +191,18 @@ def _state_dict(content: object, source: str) -> Mapping[str, object]:
 
 
 def _download(source: str) -> tuple[Path, str]:
-    """The local path of a hub id's weights, from the hub or its cache, and the id completed by revision and file."""
+    """Downloads a hub id's weights, or finds them in the hub's cache.
+
+    Returns:
+        The local path, and the id completed by revision and file.
+
+    Raises:
+        InputError: For a malformed id, and for weights that cannot be had.
+    """
     match = _HUB_ID.fullmatch(source)
     if match is None:
         raise InputError(f"{source} is not a hub id; write hub:org/name or hub:org/name@revision")
-    # Imported here: it brings an HTTP client, of which local files have no need.
+    # Imported here: it brings an HTTP client, which local files do not need.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -197,7 +219,7 @@ def _download(source: str) -> tuple[Path, str]:
             path = hf_hub_download(repository, file, revision=revision)
         except EntryNotFoundError as error:  # the repository lacks this file (offline: the cache does); try the next
             reason = error
-        except Exception as error:  # what the network raises depends on the hub library's HTTP client
+        except Exception as error:  # the type of a network error depends on the hub library's HTTP client
             reason = error
             break
         else:
@@ -211,9 +233,9 @@ def _is_counter(key: str, int64: bool, shape: Sequence[int]) -> bool:
     return key.endswith(_COUNTER) and int64 and len(shape) == 0
 
 
-def _as_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
+def _to_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-        raise _not_floating_point(source, key, array.dtype)
+        raise _dtype_error(source, key, array.dtype)
     with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes infinite and is reported below
         tensor = np.array(array, dtype=np.float32, order="C")  # a copy of its own, which no file mapping backs
     bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
@@ -225,14 +247,14 @@ def _as_float32(array: np.ndarray, key: str, source: str) -> np.ndarray:
     return tensor
 
 
-def _not_floating_point(source: str, key: str, dtype: object) -> InputError:
+def _dtype_error(source: str, key: str, dtype: object) -> InputError:
     return InputError(
         f"{source}: tensor {key!r} is {dtype}, but weights must be float16, bfloat16, float32 or float64; "
         "remove it from the file or export the float model"
     )
 
 
-def _damaged(source: str, kind: str, error: Exception) -> InputError:
+def _damage_error(source: str, kind: str, error: Exception) -> InputError:
     return InputError(f"{source} is not {kind} ({error}); {_DOWNLOAD}")
 
 

@@ -1,4 +1,4 @@
-"""Weight tables: which tensor of a file becomes which array of a model."""
+"""Weight tables: they say which tensor of a file becomes which array of a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
-def _same(a: np.ndarray) -> np.ndarray:
+def _keep(a: np.ndarray) -> np.ndarray:
     return a
 
 
@@ -25,22 +25,22 @@ class Entry:
         stage: The stage that the array belongs to ("blocks.3").
         path: The attributes that lead to the array within the stage's module ("attn", "qkv", "kernel").
         shape: Its shape in the file.
-        to_module: From the file's layout to the module's.
-        to_timm: From the module's layout to the file's.
+        to_module: Converts from the file's layout to the module's.
+        to_timm: Converts from the module's layout to the file's.
     """
 
     key: str
     stage: str
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    to_module: Transform = _same
-    to_timm: Transform = _same
+    to_module: Transform = _keep
+    to_timm: Transform = _keep
 
 
 def linear_entries(
     key: str, stage: str, path: Sequence[str], inputs: int, outputs: int, bias: bool = True
 ) -> list[Entry]:
-    """Entries of a linear layer, which torch keeps as `weight` [outputs, inputs] and `bias` [outputs].
+    """Lists the entries of a linear layer, which torch keeps as `weight` [outputs, inputs] and `bias` [outputs].
 
     Args:
         key: The layer's key in the file, without ".weight" and ".bias".
@@ -51,14 +51,14 @@ def linear_entries(
         bias: Whether it has a bias.
 
     Returns:
-        One entry for the kernel and, with a bias, one for that.
+        An entry for the kernel and, if there is a bias, one for the bias.
     """
     kernel = Entry(f"{key}.weight", stage, (*path, "kernel"), (outputs, inputs), _transpose, _transpose)
     return [kernel, Entry(f"{key}.bias", stage, (*path, "bias"), (outputs,))] if bias else [kernel]
 
 
 def layer_norm_entries(key: str, stage: str, path: Sequence[str], width: int) -> list[Entry]:
-    """Entries of a LayerNorm, which torch keeps as `weight` [width] and `bias` [width].
+    """Lists the entries of a LayerNorm, which torch keeps as `weight` [width] and `bias` [width].
 
     Args:
         key: The LayerNorm's key in the file, without ".weight" and ".bias".

@@ -31,11 +31,7 @@ ZOO: dict[str, Architecture] = {
 
 
 def architecture_named(name: str) -> Architecture:
-    """The architecture of a timm name.
-
-    Example:
-        >>> architecture_named("deit_tiny_patch16_224").config.depth
-        12
+    """Finds the architecture of a timm name.
 
     Args:
         name: As timm writes it; a pretraining tag such as `.fb_in1k` is ignored.
@@ -45,6 +41,10 @@ def architecture_named(name: str) -> Architecture:
 
     Raises:
         InputError: For a name that is not in the zoo, with the nearest that is.
+
+    Example:
+        >>> architecture_named("deit_tiny_patch16_224").config.depth
+        12
     """
     plain = name.split(".", 1)[0]
     if plain not in ZOO:
@@ -53,9 +53,18 @@ def architecture_named(name: str) -> Architecture:
 
 
 def guess_architecture(source: str) -> Architecture:
-    """The architecture whose name is part of a file name or hub id; the longest such name wins.
+    """Guesses the architecture from a file name or hub id that contains its name; the longest such name wins.
 
-    Raises InputError when there is none: the tensors alone do not tell DeiT from ViT, whose preprocessing differs.
+    The tensors alone would not do: they do not tell DeiT from ViT, whose preprocessing differs.
+
+    Args:
+        source: The file name or hub id.
+
+    Returns:
+        The architecture of the zoo.
+
+    Raises:
+        InputError: If no name fits.
     """
     matches = [name for name in ZOO if name in source]
     if not matches:

@@ -14,7 +14,7 @@ from cptv_jax.pipeline.plan import SearchPlan, Split
 from cptv_jax.progress import bar
 from cptv_jax.quantized.execution import FullPrecision, Simulated, Unrounded
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.runtime.forward import activation_bytes, outputs
+from cptv_jax.runtime.forward import activation_bytes, compute_outputs
 from cptv_jax.runtime.mesh import make_mesh, pieces_at_once
 from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Evaluator, Objective, RacingEvaluator
@@ -52,7 +52,7 @@ def outputs_of(
     """
     with bar(label, sum(len(batch) for batch in batches), progress) as shown:
         return [
-            outputs(stages, batch.normalized, len(batch), budget=_budget(compute), on_progress=shown.update)
+            compute_outputs(stages, batch.normalize, len(batch), budget=_budget(compute), on_progress=shown.update)
             for batch in batches
         ]
 
@@ -110,7 +110,7 @@ def evaluator_of(
     )
     return (RacingEvaluator if compute.race else Evaluator)(
         stages,
-        [batch.normalized(0, len(batch)) for batch in batches],
+        [batch.normalize(0, len(batch)) for batch in batches],
         targets,
         objective,
         compute.images_at_once or images,

@@ -110,7 +110,7 @@ class Plan:
         Returns:
             The quantized model.
         """
-        batches = [jnp.asarray(batch.normalized(0, len(batch))) for batch in self.split.calibration]
+        batches = [jnp.asarray(batch.normalize(0, len(batch))) for batch in self.split.calibration]
         return self.method.quantize(model, batches, self.recipe, self.key, on_progress, options=self.options)
 
 

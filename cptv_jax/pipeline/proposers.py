@@ -39,7 +39,7 @@ def _reader(batches: Sequence[Images]) -> tuple[Callable[[np.ndarray], np.ndarra
     size = len(batches[0])
 
     def read(rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([batches[row // size].normalized(row % size, row % size + 1) for row in rows])
+        return np.concatenate([batches[row // size].normalize(row % size, row % size + 1) for row in rows])
 
     return read, size * len(batches)
 
@@ -104,7 +104,7 @@ class LeastOutputError:
 def _gradient_proposer(
     asked: Gradients, teacher: Model, base: QuantizedModel, split: Split, search: SearchPlan, evaluator: Evaluator
 ) -> GradientProposer:
-    mirrored = [batch.mirrored() for batch in split.calibration] if asked.mirror else []
+    mirrored = [batch.mirror() for batch in split.calibration] if asked.mirror else []
     read, count = _reader([*split.calibration, *mirrored])
     arithmetic = gradient_arithmetic(search.compute.arithmetic)
     taught = teacher_stages(teacher, base, search, approximate=arithmetic == "bf16-codes")

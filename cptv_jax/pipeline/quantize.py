@@ -34,7 +34,7 @@ def _make_base(model: Model, plan: Plan, run: RunDirectory | None, progress: boo
         return base
     if run and resumed is None:
         run.save_reconstruction(0, base)
-    images = np.concatenate([batch.normalized(0, len(batch)) for batch in split.calibration])
+    images = np.concatenate([batch.normalize(0, len(batch)) for batch in split.calibration])
     with bar("reconstruct", 1, progress) as shown:
 
         def on_stage(index: int, so_far: QuantizedModel, before: float, after: float) -> None:

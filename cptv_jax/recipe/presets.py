@@ -10,13 +10,13 @@ from cptv_jax.registry import Registry
 
 @dataclass(frozen=True)
 class Preset:
-    """The published choices behind a recipe name (null fields of RecipeConfig take these).
+    """The published choices behind a recipe name; null fields of RecipeConfig take these.
 
     Attributes:
-        scope: "full" quantizes every tensor that an operation produces; "matmuls" only weights and what linear layers
-            and matmuls read, as most methods do.
+        scope: "full" quantizes every tensor that an operation produces; "matmuls" quantizes only weights and the inputs
+            of linear layers and matmuls, as most methods do.
         softmax: Quantizer of attention maps, in a recipe of scope "matmuls".
-        gelu: Quantizer of what GELU produces, in a recipe of scope "matmuls".
+        gelu: Quantizer of GELU outputs, in a recipe of scope "matmuls".
         normalized_weight: Quantizer of the weights that read a LayerNorm, except in the last stage.
         input_bits: Width of the image; null means activation_bits.
         weight_observer: Observer of weights.
@@ -27,9 +27,11 @@ class Preset:
         weight_parts: A weight whose output is cut into operands of matmuls (query, key, value) has a scale for each.
         activation_signed: Signed symmetric activations.
         per_head: Operands of attention's matmuls have a scale for each head.
-        bias_correction, low_rank: See SiteSpec.
+        bias_correction: See SiteSpec.
+        low_rank: See SiteSpec.
         power_of_two_factor: Residual sums have a scale times a power of two for each channel.
-        integer_layer_norm, log_int_softmax: See Recipe.
+        integer_layer_norm: See Recipe.
+        log_int_softmax: See Recipe.
         quantize_input: The image is quantized.
         softmax_bits: Width of attention maps; null means activation_bits.
     """
@@ -63,7 +65,7 @@ _OMSE: dict[str, Any] = {
     "power_of_two_factor": False,
     "integer_layer_norm": False,
 }
-# For methods that set every parameter themselves and quantize only what matmuls read.
+# For methods that set every parameter themselves and quantize only the inputs of matmuls.
 _MATMULS: dict[str, Any] = {
     "scope": "matmuls",
     "weight_observer": "method",
@@ -86,7 +88,7 @@ _PTQ4VIT = Preset(
 )
 
 _PUBLISHED: dict[str, Preset] = {
-    # Evol-Q's shipped flags (config_fq.py, --mode e2e): what CPT-V starts from.
+    # Evol-Q's shipped flags (config_fq.py, --mode e2e), from which CPT-V starts.
     "evol-q": Preset(),
     # Its config.py: OMSE weights, LayerNorm in float.
     "evol-q-omse": Preset(weight_observer="omse", integer_layer_norm=False),
@@ -94,7 +96,7 @@ _PUBLISHED: dict[str, Preset] = {
     "fq-vit": Preset(
         activation_observer="minmax", weight_signed=True, bias_correction=False, log_int_softmax=True, softmax_bits=4
     ),
-    # Plain calibration of what matmuls read, a start for block reconstruction; attention uniform or in powers of two.
+    # Plain calibration of matmul inputs, a start for block reconstruction; attention uniform or in powers of two.
     "omse": Preset(**_OMSE),
     "omse-log2": Preset(**_OMSE, softmax="log2"),
     # RepQ-ViT as published: the image keeps 8 bits.

@@ -1,4 +1,4 @@
-"""From what a user writes to the table of quantized sites."""
+"""Resolves the user's recipe configuration into the table of quantized sites."""
 
 import dataclasses
 from fnmatch import fnmatchcase
@@ -25,7 +25,11 @@ _WORDS = {bool: "true or false", str: "a name"}
 
 @options
 class RecipeConfig:
-    """What is quantized and how; null means the preset's choice."""
+    """Which tensors are quantized and how; null means the preset's choice.
+
+    Example:
+        >>> config = RecipeConfig(weight_bits=4, overrides={"head.fc.weight": {"bits": 8}, "embed.input": None})
+    """
 
     preset: str | None = None
     """A published recipe, which fixes what kinds of site are quantized and how; null means the base method's own."""
@@ -59,15 +63,10 @@ class RecipeConfig:
 
 
 def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
-    """Resolves what a user wrote against the sites of an architecture.
-
-    Example:
-        >>> recipe = resolve(RecipeConfig(weight_bits=4), sites_of(architecture))
-        >>> recipe.sites["blocks.0.attn.qkv.weight"].bits
-        4
+    """Resolves a recipe configuration against the sites of an architecture.
 
     Args:
-        config: What the user wrote.
+        config: The user's configuration.
         sites: Every site of the architecture, in the order of the forward pass.
 
     Returns:
@@ -75,7 +74,12 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
 
     Raises:
         InputError: For an unknown preset, quantizer, observer or field, a width out of range, a pattern that matches no
-            site, and for what would have no effect or no meaning at a site.
+            site, and a choice that would have no effect or no meaning at a site.
+
+    Example:
+        >>> recipe = resolve(RecipeConfig(weight_bits=4), sites_of(architecture))
+        >>> recipe.sites["blocks.0.attn.qkv.weight"].bits
+        4
     """
     preset_name = config.preset or DEFAULT_PRESET
     if preset_name not in PRESETS:
@@ -146,7 +150,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
         if site.role == "weight" and reads_image and preset.image_weight_per_channel is not None:
             spec = dataclasses.replace(spec, per_channel=preset.image_weight_per_channel)
         if site.role == "weight" and preset.weight_parts:
-            spec = dataclasses.replace(spec, parts=_pieces(known[site.layer_name], sites))
+            spec = dataclasses.replace(spec, parts=_count_pieces(known[site.layer_name], sites))
         specs[site.name] = spec
     for pattern, change in config.overrides.items():
         _override(specs, pattern, change, sites, activation)
@@ -164,8 +168,8 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     return Recipe(preset_name, specs, integer_layer_norm, log_softmax, preset.scope, remarks, known)
 
 
-def _pieces(output: Site, sites: tuple[Site, ...]) -> int:
-    """The number of operands of matmuls that a layer's output is cut into; 1 where it is not cut."""
+def _count_pieces(output: Site, sites: tuple[Site, ...]) -> int:
+    """Returns the number of operands of matmuls that a layer's output is cut into; 1 if it is not cut."""
     return max(1, sum(site.kind == "operand" and site.source == output.name for site in sites))
 
 
@@ -192,7 +196,11 @@ def _override(
 
 
 def _check_flags(config: RecipeConfig, preset: str, factor: bool) -> None:
-    """Raises InputError for flags that would have no effect."""
+    """Rejects flags that would have no effect.
+
+    Raises:
+        InputError: For such a flag.
+    """
     if PRESETS[preset].scope == "matmuls":
         for name in ("power_of_two_factor", "integer_layer_norm", "log_int_softmax"):
             if getattr(config, name):

@@ -12,12 +12,27 @@ Kind = Literal[
 
 
 def full_name(stage: str, local: str) -> str:
-    """The name in the model of a stage's site or layer; the one place where it is made."""
+    """Joins the name of a stage's site or layer in the model; the only place that makes such names.
+
+    Args:
+        stage: The stage's name.
+        local: The name of the site or layer within the stage.
+
+    Returns:
+        The name in the model ("blocks.3.attn.qkv").
+    """
     return f"{stage}.{local}"
 
 
 def weight_site(layer: str) -> str:
-    """The name of the site of a linear layer's weight, from the layer's own; the one place where it is made."""
+    """Makes the name of the site of a linear layer's weight; the only place that makes such names.
+
+    Args:
+        layer: The layer's name, relative to the stage or in the model.
+
+    Returns:
+        The site's name, relative to the same.
+    """
     return f"{layer}.weight"
 
 
@@ -25,15 +40,15 @@ def weight_site(layer: str) -> str:
 class Site:
     """A named place where a tensor can be quantized.
 
-    Names of sites are keys, which nobody takes apart: what they are made of stands here.
+    Names of sites are keys that are never parsed: the parts of a name are fields here.
 
     Attributes:
         stage: The stage that it belongs to ("blocks.3").
-        layer: The operation that produces it, by its path in the stage ("attn.qkv"); of a weight, its linear layer.
-        kind: What produces it. "image" is the model's input; "tensor" what no operation produces; "hidden" a linear
-            layer's output that only a GELU reads; "operand" a piece of a tensor on its way into a matmul.
-        shape: The tensor's; the leading axis of an activation is the batch.
-        reads: For a weight, the site whose tensor its layer multiplies it with; for a matmul, the sites of both
+        layer: The operation that produces it, by its path in the stage ("attn.qkv"); for a weight, its linear layer.
+        kind: What produces it. "image" is the model's input; "tensor" a tensor that no operation produces; "hidden" a
+            linear layer's output that only a GELU reads; "operand" a piece of a tensor on its way into a matmul.
+        shape: The tensor's shape; the leading axis of an activation is the batch.
+        reads: For a weight, the site of the tensor that its layer multiplies it by; for a matmul, the sites of both
             operands; for other kinds, nothing.
         source: For an operand, the site that it is a piece of.
     """
@@ -47,7 +62,7 @@ class Site:
 
     @property
     def role(self) -> Role:
-        """Whether it is a layer's weight or what an operation puts out."""
+        """Whether it is a layer's weight or an operation's output."""
         return "weight" if self.kind == "weight" else "output"
 
     @property
@@ -68,14 +83,26 @@ class Site:
 
 @dataclass(frozen=True)
 class Product:
-    """A matmul of a forward pass: its multiplications for one image, and the sites of its operands."""
+    """A matmul of a forward pass.
+
+    Attributes:
+        multiplications: Its multiplications for one image.
+        operands: The sites of its operands.
+    """
 
     multiplications: int
     operands: tuple[str, ...]
 
 
-def products(sites: Iterable[Site]) -> tuple[Product, ...]:
-    """Every linear layer and matmul, as if the head read all tokens of the last block."""
+def list_products(sites: Iterable[Site]) -> tuple[Product, ...]:
+    """Lists every linear layer and matmul, as if the head read all tokens of the last block.
+
+    Args:
+        sites: Every site of an architecture, in the order of the forward pass.
+
+    Returns:
+        The products, in the same order.
+    """
     known = {site.name: site for site in sites}
     found = []
     for site in known.values():
@@ -89,8 +116,16 @@ def products(sites: Iterable[Site]) -> tuple[Product, ...]:
 
 
 def keeps_channels(site: Site, sites: Iterable[Site]) -> bool:
-    """Whether a scale for each channel of a tensor can be applied where the tensor is read: not where its channels are
-    cut into heads or patches, nor where a matmul of activations sums over them.
+    """Decides whether a scale for each channel of a tensor can be applied where the tensor is read.
+
+    It cannot where the channels are cut into heads or patches, nor where a matmul of activations sums over them.
+
+    Args:
+        site: The tensor's site.
+        sites: Every site of the architecture.
+
+    Returns:
+        True if every reader sees the tensor's channels.
     """
     channels = site.shape[-1]
     for reader in sites:
@@ -106,10 +141,16 @@ def keeps_channels(site: Site, sites: Iterable[Site]) -> bool:
 
 
 def layer_norm_readers(sites: Iterable[Site]) -> dict[str, tuple[str, ...]]:
-    """By LayerNorm inside the network, the weights of the linear layers that read it.
+    """Finds the linear layers that read each LayerNorm inside the network.
 
-    LayerNorms of the last stage, which the head reads, are left out, and so is one whose channels a layer does not see
-    unchanged.
+    LayerNorms of the last stage, which the head reads, are left out, and so is a LayerNorm whose channels one of its
+    readers does not see unchanged.
+
+    Args:
+        sites: Every site of the architecture, in the order of the forward pass.
+
+    Returns:
+        By site of a LayerNorm, the weight sites of the layers that read it.
     """
     known = {site.name: site for site in sites}
     last = list(known.values())[-1].stage if known else ""

@@ -1,4 +1,4 @@
-"""What a recipe says of a site: quantizer, bits, granularity."""
+"""The specification of a quantized site: quantizer, bits, granularity."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -90,10 +90,14 @@ class SiteSpec:
         per_channel: One scale for each entry of the last axis (a weight's output channels, a token's features).
         parts: Number of equal parts of the last axis that have a scale each (3: a qkv weight's query, key and value).
         per_head: One scale for each attention head (operands of attention's matmuls).
-        observer: The calibration statistic that sets scale and zero point, a name in OBSERVERS; "method": the base
-            method's own search does.
-        bias_correction: Restore each output channel's mean and deviation (weights only).
-        low_rank: A float term of low rank is added (weights only).
+        observer: The calibration statistic that sets scale and zero point, a name in OBSERVERS; "method" leaves them to
+            the base method's own search.
+        bias_correction: Whether each output channel's mean and deviation are restored (weights only).
+        low_rank: Whether a float term of low rank is added (weights only).
+
+    Example:
+        >>> SiteSpec(bits=4, per_channel=True, observer="omse").bits
+        4
     """
 
     quantizer: QuantizerName = "uniform"
@@ -113,16 +117,21 @@ class Recipe:
     """Every quantized site with its specification, and the arithmetic of LayerNorm and softmax.
 
     Attributes:
-        name: The preset's.
+        name: The preset's name.
         sites: The specification of every quantized site, by the site's name.
-        integer_layer_norm: LayerNorms between quantized sites run in integer arithmetic.
-        log_int_softmax: Softmaxes between quantized sites run in integer arithmetic.
+        integer_layer_norm: Whether LayerNorms between quantized sites run in integer arithmetic.
+        log_int_softmax: Whether softmaxes between quantized sites run in integer arithmetic.
         scope: "full" or "matmuls", see Preset.
         remarks: Sentences on where the recipe departs from its preset because of other choices, for reports.
-        places: Every site of the architecture, quantized or not, by name: what stage, layer and role it has.
+        places: Every site of the architecture by name, quantized or not, with its stage, layer and role.
 
     Raises:
         InputError: For a specification of a site that the architecture lacks.
+
+    Example:
+        >>> recipe = resolve(RecipeConfig(weight_bits=4), sites_of(architecture))
+        >>> list(recipe.of_stage("blocks.0"))[:2]
+        ['norm1', 'attn.qkv.weight']
     """
 
     name: str
@@ -142,7 +151,7 @@ class Recipe:
                 )
 
     def of_stage(self, stage: str) -> dict[str, SiteSpec]:
-        """The specifications of one stage.
+        """Selects the specifications of one stage.
 
         Args:
             stage: The stage's name.

@@ -20,7 +20,7 @@ from cptv_jax.recipe.spec import SiteSpec
 from cptv_jax.reconstruction.config import ReconstructionConfig
 from cptv_jax.runtime.forward import array_of
 from cptv_jax.runtime.mesh import compiler_options
-from cptv_jax.runtime.optimizers import finite_gradients
+from cptv_jax.runtime.optimizers import zero_nonfinite
 
 _PREFERENCE_RATE = 0.1  # of the preferences among ranks: steps of a logit
 _TINY = 1e-12  # relative errors of a target of zeros stay finite
@@ -196,7 +196,7 @@ def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
         name: optax.adam(optax.cosine_decay_schedule(rate, config.steps)) if rate else optax.set_to_zero()
         for name, rate in rates.items()
     }
-    return optax.chain(finite_gradients(), optax.multi_transform(groups, _labels))
+    return optax.chain(zero_nonfinite(), optax.multi_transform(groups, _labels))
 
 
 def relative_error(

@@ -1,4 +1,4 @@
-"""Which ways to multiply codes the present backend computes right, and which is fastest."""
+"""Which arithmetics the present backend computes exactly, and which of them is fastest."""
 
 import time
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from cptv_jax.interpreters.tensor import Tensor
 _RACE_SIZE, _RACE_ROUNDS = 768, 12
 
 
-def _race_program(name: ArithmeticName) -> Callable[[], PyTree]:
+def _make_race_program(name: ArithmeticName) -> Callable[[], PyTree]:
     codes = jnp.full((_RACE_SIZE, _RACE_SIZE), 7, jnp.uint8)
     tensor = Tensor(codes, jnp.float32(1), jnp.float32(128))
     product = jax.jit(Arithmetic(name, weight_bits=4).matmul_weight)
     return lambda: jax.block_until_ready(product(tensor, tensor))
 
 
-def _products(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[Any, ...]:
-    """Products in the forms that a forward pass has them: of heads cut from one tensor, of tokens with a weight."""
+def _multiply(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[Any, ...]:
+    """Returns products in the forms of a forward pass: of heads cut from one tensor, of tokens with a weight."""
     heads = tokens.move(lambda x: x.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4))
     query, key, value = (heads.move(lambda x, i=i: x[i]) for i in range(3))  # type: ignore[misc]
     scores = arithmetic.matmul(query, key.move(lambda x: x.swapaxes(-1, -2)))
@@ -35,15 +35,15 @@ def _products(arithmetic: Arithmetic, tokens: Tensor, kernel: Tensor) -> tuple[A
     return scores, mixed, arithmetic.matmul_weight(tokens, kernel), arithmetic.row_sums(tokens)
 
 
-def _exact_products(tokens: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What _products gives for these steps."""
+def _multiply_exactly(tokens: np.ndarray, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns the products of `_multiply`, computed in integers."""
     query, key, value = tokens.reshape(8, 17, 3, 4, 16).transpose(2, 0, 3, 1, 4)
     weights = np.concatenate([key, key[..., :1]], -1)
     return query @ key.swapaxes(-1, -2), weights @ value, tokens @ kernel, tokens.sum(-1, keepdims=True)
 
 
 def supported_arithmetics() -> tuple[ArithmeticName, ...]:
-    """The arithmetics that the present backend can compute, and computes right; measured once for each process.
+    """Lists the arithmetics that the present backend computes, and computes exactly; measured once per process.
 
     The CPU backend of older JAX has no product of bfloat16 into float32, and one GPU compiler (jax 0.11.2 without
     autotuning) was seen to give wrong int8 products.
@@ -62,21 +62,21 @@ def _measure_supported() -> tuple[ArithmeticName, ...]:
     tokens = Tensor(jnp.asarray(codes, jnp.uint8), jnp.float32(1), jnp.float32(119))
     zeros = rng.integers(100, 156, 64)
     kernel = Tensor(jnp.asarray(weight, jnp.uint8), jnp.ones(64), jnp.asarray(zeros, jnp.float32))
-    exact = _exact_products(codes - 119, weight - zeros)
+    exact = _multiply_exactly(codes - 119, weight - zeros)
     found = []
     for name in ARITHMETICS:
         with suppress(jax.errors.JaxRuntimeError):
-            _race_program(name)()
-            products = jax.jit(_products, static_argnums=0)(Arithmetic(name), tokens, kernel)
+            _make_race_program(name)()
+            products = jax.jit(_multiply, static_argnums=0)(Arithmetic(name), tokens, kernel)
             if all(np.array_equal(np.reshape(p, e.shape), e) for p, e in zip(products, exact, strict=True)):
                 found.append(name)
     return tuple(found)
 
 
 def fastest_arithmetic() -> ArithmeticName:
-    """The fastest way to multiply codes on the present backend, by a race of one matmul; the result is kept.
+    """Finds the arithmetic that is fastest on the present backend, by a race of one matmul; the result is kept.
 
-    It decides about time alone: every arithmetic gives the same numbers.
+    The race decides about time alone: every arithmetic gives the same numbers.
 
     Returns:
         Its name. The call may stand in a function that JAX traces.
@@ -87,7 +87,7 @@ def fastest_arithmetic() -> ArithmeticName:
 
 @cache
 def _measure_fastest() -> ArithmeticName:
-    programs = {name: _race_program(name) for name in supported_arithmetics()}
+    programs = {name: _make_race_program(name) for name in supported_arithmetics()}
     seconds = dict.fromkeys(programs, np.inf)
     for _ in range(_RACE_ROUNDS):  # in turn, and the best of each counts, so that other work decides nothing
         for name, run in programs.items():
@@ -98,15 +98,29 @@ def _measure_fastest() -> ArithmeticName:
 
 
 def gradient_arithmetic(name: ArithmeticName | None = None) -> ArithmeticName:
-    """What gradients are computed with, beside exact codes: `name`, or bf16-codes where that works, else float32.
+    """Chooses the arithmetic that gradients are computed with.
 
-    No race decides, for bfloat16 and float32 give different gradients, and a resumed run shall go on with the same.
+    Unlike `fastest_arithmetic` it holds no race: bfloat16 and float32 give different gradients, and a resumed run must
+    continue with the same ones.
+
+    Args:
+        name: The user's choice, or None.
+
+    Returns:
+        `name` if it is given, else "bf16-codes" where the backend computes it, else "float32".
     """
     return name or ("bf16-codes" if "bf16-codes" in supported_arithmetics() else "float32")
 
 
 def check_arithmetic(name: ArithmeticName) -> None:
-    """Raises InputError for an arithmetic that the present backend cannot compute."""
+    """Checks that the present backend can compute an arithmetic.
+
+    Args:
+        name: The arithmetic.
+
+    Raises:
+        InputError: If it cannot.
+    """
     known = supported_arithmetics()
     if name not in known:
         raise InputError(

@@ -13,7 +13,7 @@ from cptv_jax.errors import InputError
 OFF = "off"
 _DIRECTORY, _ENABLED = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
 _SECONDS, _BYTES = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"
-_EVERY_PROGRAM = {_SECONDS: "0", _BYTES: "-1"}  # JAX keeps only those that took a second to compile, by default
+_EVERY_PROGRAM = {_SECONDS: "0", _BYTES: "-1"}  # by default JAX keeps only those that took a second to compile
 _SETTINGS: dict[str, Callable[[str], Any]] = {  # environment variables, and how jax.config takes each
     _DIRECTORY: str,
     _ENABLED: lambda text: text == "true",
@@ -23,20 +23,20 @@ _SETTINGS: dict[str, Callable[[str], Any]] = {  # environment variables, and how
 
 
 def use_compilation_cache(choice: str | None = None) -> Path | None:
-    """Keeps compiled programs on disk, for this process and for those that it starts, from its next program on.
+    """Keeps compiled programs on disk, for this process and its children, from its next program on.
 
     JAX need not be imported yet. Settings are made as environment variables, which child processes inherit.
 
     Args:
-        choice: a directory, or "off". None leaves a cache alone that JAX_COMPILATION_CACHE_DIR names, and otherwise
-            takes the folder `cptv-jax` of the user's cache directory (XDG_CACHE_HOME). Within a directory each kind
-            of processor has a folder of its own, as code for one may crash on another.
+        choice: A directory, or "off". None keeps the cache that JAX_COMPILATION_CACHE_DIR names, and without that
+            variable takes the folder `cptv-jax` of the user's cache directory (XDG_CACHE_HOME). Each kind of processor
+            has a folder of its own within the directory, because code for one may crash on another.
 
     Returns:
         The folder of the programs, or None without a cache.
 
     Raises:
-        InputError: the directory that was asked for cannot be made.
+        InputError: If the requested directory cannot be made.
 
     Example:
         >>> use_compilation_cache("~/programs")
@@ -51,7 +51,7 @@ def use_compilation_cache(choice: str | None = None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if choice is None:  # nobody asked for one: a home that cannot be written is no obstacle
+        if choice is None:  # nobody asked for a cache, so a home that cannot be written must not stop the run
             return None
         raise InputError(
             f"--compilation-cache {choice} cannot be made ({error.strerror}); name another directory, or off"
@@ -75,9 +75,9 @@ def user_cache() -> Path:
 
 
 def processor_kind() -> str:
-    """Names the kind of this machine's processor: the architecture and a digest of what it can compute."""
+    """Returns a name for this machine's kind of processor: its architecture and a digest of its instruction sets."""
     described = platform.processor()
-    try:  # Linux says only the architecture there; the instructions that it knows are here
+    try:  # on Linux platform.processor() gives only the architecture; this file lists the instructions
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         described += "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))

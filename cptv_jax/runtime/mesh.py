@@ -13,20 +13,20 @@ from jaxtyping import PyTree
 from cptv_jax.errors import InputError
 
 POPULATION, DATA = "population", "data"
-_CPU_ROWS = 10  # images times candidates that a core computes at once: more of them fall out of its caches
-_MEMORY_SHARE = 0.5  # of an accelerator's memory, for activations
+_CPU_ROWS = 10  # images times candidates that a core computes at once; more would not fit its caches
+_MEMORY_SHARE = 0.5  # the share of an accelerator's memory that activations may take
 
 
 def use_all_cores() -> None:
     """Makes every CPU core a device of its own; call it before JAX computes anything.
 
     XLA's CPU backend runs most operations on one core; two programs side by side keep two cores busy. Losses and
-    logits are the same bits on any number of devices. A number of devices that somebody has chosen already
-    (`jax_num_cpu_devices`, or `xla_force_host_platform_device_count` in XLA_FLAGS) stays. The command line does this by
-    itself; on accelerators it changes nothing that matters.
+    logits are the same bits on any number of devices. A number of devices that was chosen already
+    (`jax_num_cpu_devices`, or `xla_force_host_platform_device_count` in XLA_FLAGS) stays. The command line calls this
+    by itself; on accelerators it changes nothing that matters.
 
     Raises:
-        InputError: JAX has started with fewer devices, and nothing can be changed in this process.
+        InputError: If JAX has started with fewer devices, because nothing can be changed in this process any more.
 
     Example:
         >>> import cptv_jax
@@ -51,20 +51,20 @@ def use_all_cores() -> None:
 
 
 def stay_on_cpu() -> None:
-    """Keeps this process off accelerators, where JAX has not started yet: the memory there is for its children."""
+    """Keeps this process off accelerators, so that their memory is left to its children; call it before JAX starts."""
     jax.config.update("jax_platforms", "cpu")
 
 
-def shared_by(processes: int) -> dict[str, str]:
-    """Environment variables for processes that share an accelerator.
+def share_accelerator(processes: int) -> dict[str, str]:
+    """Divides an accelerator's memory among several processes.
 
     A process takes three quarters of an accelerator's memory when JAX starts, so several would not fit.
 
     Args:
-        processes: How many use it at once.
+        processes: How many processes use the accelerator at once.
 
     Returns:
-        What to add to the environment of each; nothing for one process.
+        The environment variables to set for each process; none for a single process.
     """
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / processes:.4f}"} if processes > 1 else {}
 
@@ -79,13 +79,13 @@ def make_mesh(population: int = 1, data: int | None = None) -> Mesh:
 
     Args:
         population: Groups of devices that divide the candidates.
-        data: Devices in a group, which divide the images; None takes as many as there are for each group.
+        data: Devices per group, which divide the images; None takes as many as there are for each group.
 
     Returns:
-        The mesh, of the first devices; those that make no whole group are left out.
+        The mesh, of the first devices; devices that do not fill a whole group are left out.
 
     Raises:
-        ValueError: Where there are too few devices.
+        ValueError: If there are too few devices.
     """
     data = jax.device_count() // population if data is None else data
     if population < 1 or data < 1 or population * data > jax.device_count():
@@ -100,7 +100,7 @@ def check_population(groups: int) -> None:
         groups: Groups of devices that divide the candidates.
 
     Raises:
-        InputError: For more groups than devices.
+        InputError: If there are more groups than devices.
     """
     if groups > jax.device_count():
         raise InputError(
@@ -116,8 +116,8 @@ def local_mesh(images: int) -> Mesh:
         images: How many images the devices share.
 
     Returns:
-        A mesh of n devices, where n is the greatest common divisor of images and devices: every device gets as many
-        images as the others. (6 images on 4 devices make a mesh of 2, although 3 would divide the images too.)
+        A mesh of n devices, where n is the greatest common divisor of images and devices: every device gets the same
+        number of images. (6 images on 4 devices make a mesh of 2, although 3 would divide the images too.)
     """
     devices = jax.local_devices()[: math.gcd(images, jax.local_device_count())]
     return _mesh(1, devices)
@@ -128,10 +128,10 @@ def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) 
 
     Args:
         mesh: The mesh.
-        tree: Arrays, all of which every process holds whole.
+        tree: Arrays; every process holds all of them whole.
         axis: The axis of the mesh, POPULATION or DATA, whose devices divide the arrays; None copies them to every
             device.
-        position: The axis of the arrays that is divided; its length must be a multiple of the devices.
+        position: The axis of the arrays that is divided; its length must be a multiple of the number of devices.
 
     Returns:
         The arrays, sharded.
@@ -142,8 +142,15 @@ def place(mesh: Mesh, tree: PyTree, axis: str | None = None, position: int = 0) 
     return jax.device_put(tree, sharding)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays that every device of a mesh holds whole."""
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Makes the sharding of arrays that every device of a mesh holds whole.
+
+    Args:
+        mesh: The mesh.
+
+    Returns:
+        The sharding.
+    """
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -152,21 +159,21 @@ def gather(mesh: Mesh, tree: PyTree) -> PyTree:
 
     Args:
         mesh: The mesh.
-        tree: Arrays on it.
+        tree: Arrays on the mesh.
 
     Returns:
         NumPy arrays.
     """
-    if not replicated(mesh).is_fully_addressable:
-        tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    if not replicated_sharding(mesh).is_fully_addressable:
+        tree = jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
     return jax.tree.map(np.asarray, tree)
 
 
 @cache
 def compiler_options() -> dict[str, Any]:
-    """Options of jax.jit for the programs that take most of the time.
+    """Chooses the options of jax.jit for the programs that take most of the time.
 
-    XLA's CPU compiler vectorizes to 256 bits unless told otherwise; float sums then have another order, so a program's
+    XLA's CPU compiler vectorizes to 256 bits by default. Wider vectors change the order of float sums, so a program's
     results hold for its options.
 
     Returns:
@@ -176,11 +183,11 @@ def compiler_options() -> dict[str, Any]:
 
 
 def activation_budget() -> float | None:
-    """Bytes that activations may take on one device.
+    """Measures how many bytes activations may take on one device.
 
     Returns:
-        Half of an accelerator's memory (of 8 GiB, where it does not say how much it has); None on a CPU, where the
-        caches set the size of a piece of work.
+        Half of an accelerator's memory (8 GiB are assumed where it does not report its memory); None on a CPU, where
+        the caches set the size of a piece of work.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -189,11 +196,11 @@ def activation_budget() -> float | None:
     return _MEMORY_SHARE * statistics.get("bytes_limit", 8 * 2**30)
 
 
-def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
-    """How many rows, images times candidates, one device computes at once.
+def rows_at_once(bytes_per_row: int, budget: float | None = None) -> int:
+    """Computes how many rows (images times candidates) one device computes at once.
 
     Args:
-        bytes_a_row: Bytes of one image's activations.
+        bytes_per_row: Bytes of one image's activations.
         budget: Bytes for activations; None asks the device.
 
     Returns:
@@ -202,46 +209,47 @@ def rows_at_once(bytes_a_row: int, budget: float | None = None) -> int:
     found = activation_budget()
     limit = budget if budget is not None else found
     rows = _CPU_ROWS if found is None else 2**62
-    return max(1, rows if limit is None else min(rows, int(limit // max(1, bytes_a_row))))
+    return max(1, rows if limit is None else min(rows, int(limit // max(1, bytes_per_row))))
 
 
-def images_each(mesh: Mesh, bytes_a_row: int, images: int, budget: float | None = None) -> int:
-    """How many images each device of the data axis computes at once.
+def images_per_device(mesh: Mesh, bytes_per_row: int, images: int, budget: float | None = None) -> int:
+    """Computes how many images each device of the data axis computes at once.
 
-    On CPU devices as many as on one alone, so that a float model's sums are taken in the same order whatever the mesh;
-    a piece of work may then be larger than the images, and is padded. On accelerators the images are shared out evenly.
+    On CPU devices the number is that of a single device, so that a float model's sums are taken in the same order
+    whatever the mesh; a piece of work may then be larger than the images, and is padded. On accelerators the images are
+    shared out evenly.
 
     Args:
         mesh: The mesh.
-        bytes_a_row: Bytes of one image's activations.
-        images: How many there are.
+        bytes_per_row: Bytes of one image's activations.
+        images: How many images there are.
         budget: Bytes for activations on each device; None asks the device.
 
     Returns:
-        Images for each device.
+        Images per device.
     """
-    rows = rows_at_once(bytes_a_row, budget)
+    rows = rows_at_once(bytes_per_row, budget)
     return min(rows, images if activation_budget() is None else -(-images // mesh.shape[DATA]))
 
 
 def pieces_at_once(
-    mesh: Mesh, bytes_a_row: int, images: int, candidates: int, budget: float | None = None
+    mesh: Mesh, bytes_per_row: int, images: int, candidates: int, budget: float | None = None
 ) -> tuple[int, int]:
-    """How many images and candidates a whole mesh computes at once.
+    """Computes how many images and candidates a whole mesh computes at once.
 
     Images come first: all candidates of a piece of images read the same input, and pieces of all images need one call.
 
     Args:
         mesh: The mesh.
-        bytes_a_row: Bytes of one image's activations.
+        bytes_per_row: Bytes of one image's activations.
         images: How many images there are.
         candidates: How many candidates there are.
         budget: Bytes for activations on each device; None asks the device.
 
     Returns:
-        Images and candidates, multiples of the mesh's two axes; they may exceed what there is, which is then padded.
+        Images and candidates, multiples of the mesh's two axes; where they exceed the actual numbers, these are padded.
     """
-    rows = rows_at_once(bytes_a_row, budget)
+    rows = rows_at_once(bytes_per_row, budget)
     each = min(rows, -(-images // mesh.shape[DATA]))
     width = min(max(1, rows // each), -(-candidates // mesh.shape[POPULATION]))
     return each * mesh.shape[DATA], width * mesh.shape[POPULATION]

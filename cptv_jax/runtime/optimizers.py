@@ -1,4 +1,4 @@
-"""Gradient transformations that every descent on quantizers shares."""
+"""Gradient transformations that every gradient descent on quantizers shares."""
 
 import jax
 import jax.numpy as jnp
@@ -6,24 +6,36 @@ import optax
 from jaxtyping import PyTree
 
 
-def _finite(gradients: PyTree, parameters: PyTree) -> PyTree:
+def _replace_nonfinite(gradients: PyTree, parameters: PyTree) -> PyTree:
     return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradients)
 
 
-def finite_gradients() -> optax.GradientTransformation:
-    """Zero where a gradient is no number: the deviation of a constant channel has none (bias correction)."""
-    return optax.stateless(_finite)
+def zero_nonfinite() -> optax.GradientTransformation:
+    """Replaces non-finite gradients by zero.
+
+    The deviation of a constant channel has no gradient (bias correction), so one such channel would spoil a descent.
+
+    Returns:
+        An optax transformation without a state.
+    """
+    return optax.stateless(_replace_nonfinite)
 
 
-_EPSILON = 1e-15  # beside a root mean square; far above 1e-19, whose square is no float32 any more
+_EPSILON = 1e-15  # added to a root mean square; far above 1e-19, whose square underflows float32
 
 
 def adam_by_tensor(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
-    """Gradients, averaged over b1, relative to the root of a tensor's mean square, averaged over b2 (Adam-mini, arXiv
-    2406.16793).
+    """Scales averaged gradients by one root mean square per tensor (Adam-mini, arXiv 2406.16793).
 
-    Adam moves every element alike, however little it matters; with few images that is what fits them by chance.
-    Gradients that are no number count as 0.
+    Adam moves every element alike, however little it matters; with few images that fits them by chance. Non-finite
+    gradients count as 0.
+
+    Args:
+        b1: Decay of the average of gradients.
+        b2: Decay of the average of a tensor's mean squared gradient.
+
+    Returns:
+        An optax transformation; its updates have the sign of the gradients and no learning rate.
     """
 
     def init(parameters: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
@@ -43,4 +55,4 @@ def adam_by_tensor(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransform
 
         return jax.tree.map(relative, means, squares), (count, means, squares)
 
-    return optax.chain(finite_gradients(), optax.GradientTransformation(init, update))
+    return optax.chain(zero_nonfinite(), optax.GradientTransformation(init, update))

@@ -13,7 +13,14 @@ from cptv_jax.runtime.stages import Stage, StageFunction
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive stages that compute alike: what they have in common and how many there are."""
+    """Consecutive stages that compute alike.
+
+    Attributes:
+        function: Their common computation.
+        bind: Their common `Stage.bind`.
+        move: Their common `Stage.move`.
+        length: How many there are.
+    """
 
     function: StageFunction
     bind: Callable[[PyTree, PyTree], PyTree]
@@ -21,13 +28,30 @@ class Run:
     length: int
 
     def state(self, states: PyTree, index: Array | int) -> PyTree:
-        """One stage's state. states: stacked along a leading axis, where there are several."""
+        """Selects the state of one stage.
+
+        Args:
+            states: The states, stacked along a leading axis; a run of one stage holds its state as it is.
+            index: The stage's position in the run; may be traced.
+
+        Returns:
+            The state.
+        """
         if self.length == 1:
             return states
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
 
     def apply(self, states: PyTree, start: Array | int, x: PyTree) -> PyTree:
-        """Outputs [K, ...] of the last stage from inputs [K, ...] of the one at `start`, which may be traced."""
+        """Runs the stages from one of them to the last.
+
+        Args:
+            states: The states, stacked along a leading axis; a run of one stage holds its state as it is.
+            start: The position of the first stage to run; may be traced.
+            x: Its inputs [K, ...], one for each of K candidates.
+
+        Returns:
+            The outputs of the last stage [K, ...].
+        """
 
         def step(index: Array | int, x: PyTree) -> PyTree:
             state = self.state(states, index)
@@ -38,7 +62,7 @@ class Run:
         return jax.lax.fori_loop(start, self.length, step, x)
 
 
-def _alike(a: Stage, b: Stage) -> bool:
+def _are_alike(a: Stage, b: Stage) -> bool:
     def shapes(stage: Stage) -> Any:
         return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), (stage.state, stage.candidate))
 
@@ -46,16 +70,30 @@ def _alike(a: Stage, b: Stage) -> bool:
 
 
 def runs_of(stages: Sequence[Stage]) -> tuple[list[Run], list[tuple[int, int]]]:
-    """Runs of consecutive stages that compute alike, and for each stage its run and its place there."""
+    """Groups consecutive stages that compute alike.
+
+    Args:
+        stages: The stages, in order.
+
+    Returns:
+        The runs, and for each stage the position of its run and its own position in the run.
+    """
     runs: list[Run] = []
     home: list[tuple[int, int]] = []
     for i, stage in enumerate(stages):
-        length = runs[-1].length + 1 if i and _alike(stages[i - 1], stage) else 1
+        length = runs[-1].length + 1 if i and _are_alike(stages[i - 1], stage) else 1
         runs[len(runs) - (length > 1) :] = [Run(stage.function, stage.bind, stage.move, length)]
         home.append((len(runs) - 1, length - 1))
     return runs, home
 
 
-def stacked(trees: Sequence[PyTree]) -> PyTree:
-    """The trees of a run's stages as one with a leading axis; of a single stage, its own."""
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Stacks the trees of a run's stages.
+
+    Args:
+        trees: One pytree of arrays per stage, all of one structure.
+
+    Returns:
+        One pytree whose leaves have a leading axis; for a single stage its own tree, without that axis.
+    """
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,4 +1,4 @@
-"""Stages: all that the search knows of a model."""
+"""Stages: the only view of a model that the search has."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -12,7 +12,17 @@ from jaxtyping import Array, Float, PyTree
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """What a model's last stage returns: penultimate features [batch, features] and logits [batch, classes]."""
+    """The output of a model's last stage.
+
+    Attributes:
+        features: Penultimate features, float32 [batch, features].
+        logits: Float32 [batch, classes].
+
+    Example:
+        >>> output = forward(model.stages(), images.normalize(0, 8))
+        >>> output.logits.shape
+        (8, 1000)
+    """
 
     features: Float[Array, "batch features"]
     logits: Float[Array, "batch classes"]
@@ -26,11 +36,27 @@ class StageFunction(Hashable, Protocol):
     """
 
     def __call__(self, state: PyTree, x: PyTree) -> PyTree:
-        """The stage's output for one batch, from its state (weights, quantizers) and its input."""
+        """Computes the stage's output for one batch.
+
+        Args:
+            state: The stage's arrays (weights, quantizers).
+            x: Its input.
+
+        Returns:
+            Its output.
+        """
 
 
-def scaled(candidate: PyTree, steps: PyTree) -> PyTree:
-    """Every leaf multiplied by the exponential of its step."""
+def scale_by(candidate: PyTree, steps: PyTree) -> PyTree:
+    """Multiplies every leaf of a candidate by the exponential of its step.
+
+    Args:
+        candidate: Scales.
+        steps: A pytree of the same structure; a step of 0 changes nothing.
+
+    Returns:
+        The new candidate.
+    """
     return jax.tree.map(lambda scale, step: scale * jnp.exp(step), candidate, steps)
 
 
@@ -38,13 +64,19 @@ def scaled(candidate: PyTree, steps: PyTree) -> PyTree:
 class Stage:
     """An addressable piece of a forward pass.
 
-    name: such as "blocks.3".
-    function: pure; state and input are pytrees of arrays.
-    state: everything that the function reads beside its input.
-    candidate: the part of the state that a search may change (by site, a scale), or an empty pytree.
-    bind: places a candidate in a state; pure, so it can be vmapped over a population.
-    move: a candidate moved by steps of its own structure and shapes, of which a zero moves nothing and a small one
-        changes a little, alike for every parameter: scales by default are multiplied by the step's exponential.
+    Attributes:
+        name: Such as "blocks.3".
+        function: The computation, pure; state and input are pytrees of arrays.
+        state: Everything that the function reads in addition to its input.
+        candidate: The part of the state that a search may change (by site, a scale), or an empty pytree.
+        bind: Places a candidate in a state; pure, so that it can be vmapped over a population.
+        move: Moves a candidate by steps of its own structure and shapes. A step of zero moves nothing, and a small step
+            changes every parameter by a similar amount; by default scales are multiplied by the step's exponential.
+
+    Example:
+        >>> double = Stage("double", lambda state, x: state * x, state=jnp.float32(2))
+        >>> float(forward([double, double], jnp.float32(3)))
+        12.0
     """
 
     name: str
@@ -52,12 +84,20 @@ class Stage:
     state: PyTree
     candidate: PyTree = None
     bind: Callable[[PyTree, PyTree], PyTree] = lambda state, candidate: state
-    move: Callable[[PyTree, PyTree], PyTree] = scaled
+    move: Callable[[PyTree, PyTree], PyTree] = scale_by
 
     @property
     def searchable(self) -> bool:
+        """Whether a search has anything to change here."""
         return bool(jax.tree.leaves(self.candidate))
 
-    def bound(self, candidate: PyTree) -> "Stage":
-        """This stage with the candidate in place."""
+    def with_candidate(self, candidate: PyTree) -> "Stage":
+        """Returns this stage with a candidate in place.
+
+        Args:
+            candidate: The candidate, of the structure of this stage's own.
+
+        Returns:
+            A new stage; this one stays as it is.
+        """
         return replace(self, state=self.bind(self.state, candidate), candidate=candidate)

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from cptv_jax.runtime.forward import pieces, stage_inputs
-from cptv_jax.runtime.mesh import DATA, POPULATION, compiler_options, make_mesh, place, replicated
-from cptv_jax.runtime.stacking import Run, runs_of, stacked
+from cptv_jax.runtime.forward import cut_into_pieces, stage_inputs
+from cptv_jax.runtime.mesh import DATA, POPULATION, compiler_options, make_mesh, place, replicated_sharding
+from cptv_jax.runtime.stacking import Run, runs_of, stack
 from cptv_jax.runtime.stages import Stage
 
 Loss = Callable[[PyTree, PyTree], Array]
@@ -132,7 +132,7 @@ class Evaluator:
         return replace(stage, state=place(self.mesh, stage.state))
 
     def _stacked(self, run: int) -> PyTree:
-        return stacked([stage.state for stage, (home, _) in zip(self.stages, self._home, strict=True) if home == run])
+        return stack([stage.state for stage, (home, _) in zip(self.stages, self._home, strict=True) if home == run])
 
     @property
     def _count(self) -> int:
@@ -149,7 +149,7 @@ class Evaluator:
         """Caches the inputs of stage `index` and of as many before it as fit."""
         self._inputs, self._cached = [], range(0)
         count = -(-self._count // self.images)
-        for done, (piece, _) in enumerate(pieces(self._read, self._count, self.images), 1):
+        for done, (piece, _) in enumerate(cut_into_pieces(self._read, self._count, self.images), 1):
             inputs = stage_inputs(self.stages[:index], place(self.mesh, piece, DATA))
             if not self._cached:
                 largest = max(sum(leaf.nbytes for leaf in jax.tree.leaves(x)) for x in inputs[1:] or inputs)
@@ -190,7 +190,7 @@ class Evaluator:
             # Devices exchange outputs for the losses. XLA's CPU devices share one pool of threads, and one that waits
             # for the other's part can hold the thread that the other needs, so nothing else may be under way.
             jax.block_until_ready(parts)
-            whole = replicated(self.mesh)
+            whole = replicated_sharding(self.mesh)
             losses.append(np.asarray(_losses_program()(self.loss, whole, offset, parts, self.teacher[first:last])))
         return np.concatenate(losses).astype(np.float64)[:count]
 
@@ -215,7 +215,7 @@ class Evaluator:
                 it was not, or not since the last call of `accept`.
         """
         self.stages[index] = self._placed(
-            self.stages[index].bound(place(self.mesh, jax.tree.map(jnp.asarray, candidate)))
+            self.stages[index].with_candidate(place(self.mesh, jax.tree.map(jnp.asarray, candidate)))
         )
         self._states[self._home[index][0]] = self._stacked(self._home[index][0])
         self._cached = range(self._cached.start, min(self._cached.stop, index + 1))

@@ -80,7 +80,7 @@ def test_rows_hold_what_the_runs_give(options: Options, here: list[str]) -> None
     assert (base["search"], final["search"]) == ("none", "generational")
     # The objective: images that are neither the run's nor evaluated on, all rows the same.
     given = load_images("digits:calibration", TINY.preprocessing, labels=False, limit=28, seed=0)
-    x = jnp.asarray(given.take(slice(16, 28)).normalized(0, 12))
+    x = jnp.asarray(given.take(slice(16, 28)).normalize(0, 12))
     teacher = forward(load_model(options.weights).stages(), x).logits
     for line, name in ((base, "base"), (final, "model")):
         student = forward(load_model(str(run / name)).stages(), x).logits

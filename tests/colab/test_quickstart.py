@@ -32,7 +32,7 @@ WEIGHT_BITS = 4
 def test_the_quickstart_notebook_runs_headless_with_small_settings(tmp_path: Path) -> None:
     digits = load_digits("calibration")
     (tmp_path / "images").mkdir()
-    for i, image in enumerate(digits.normalized(0, 20)):
+    for i, image in enumerate(digits.normalize(0, 20)):
         pixels = np.round((image * 0.5 + 0.5) * 255).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i:02d}.png")
     notebook = nbformat.read(ROOT / "colab" / "quickstart.ipynb", as_version=4)

@@ -11,7 +11,7 @@ import pytest
 from interchange_files import Arrays, change_meta, copy_set, rewrite
 
 from cptv_jax.compare import compare_file
-from cptv_jax.compare.checks import tolerances
+from cptv_jax.compare.checks import find_tolerances
 from cptv_jax.errors import InputError
 
 
@@ -194,9 +194,9 @@ def test_losses_need_pairs(golden: Path, tmp_path: Path) -> None:
 
 
 def test_tolerances_come_from_a_files_own_noise_floor_or_the_worst_of_its_reference() -> None:
-    unseen = tolerances("evol-q", "evolq_fq_w4a8", "other weights")
+    unseen = find_tolerances("evol-q", "evolq_fq_w4a8", "other weights")
     assert (unseen.block_off, unseen.logits_mean) == pytest.approx((3 * 0.048, 3 * 0.0069))
     assert [unseen.predictions_of(images) for images in (297, 60, 1000)] == [2, 1, 7]
     assert unseen.top1_points_of(297) == 0.7
     assert unseen.top1_points_of(60) == pytest.approx(100 / 60)
-    assert tolerances("fq-vit", "anything", "").predictions_of(297) == 4
+    assert find_tolerances("fq-vit", "anything", "").predictions_of(297) == 4

@@ -10,7 +10,7 @@ from interchange_files import Arrays, change_meta, copy_set, rewrite
 
 from cptv_jax.calibration.interval_search import OperandSearch, scaled
 from cptv_jax.compare import Comparison, compare_file, render
-from cptv_jax.compare.ptq4vit import Replay, replay, ties
+from cptv_jax.compare.ptq4vit import Replay, check_ties, replay
 from cptv_jax.errors import InputError
 from cptv_jax.quantizers import Uniform
 
@@ -125,10 +125,10 @@ def test_only_a_tie_is_excused_and_then_the_recorded_choice_taken(golden: Path) 
 
 @pytest.mark.parametrize(("tied", "passed"), [((1, 1), True), ((1, 2), False), ((0, 0), True)])
 def test_so_many_ties_that_noise_cannot_be_their_reason_fail(tied: tuple[int, int], passed: bool) -> None:
-    [check] = ties([Replay({}, {}, None, 100, number) for number in tied])
+    [check] = check_ties([Replay({}, {}, None, 100, number) for number in tied])
     assert check.measured == sum(tied) and check.passed is passed
 
 
 def test_one_choice_of_few_may_be_a_tie() -> None:
-    assert ties([Replay({}, {}, None, 3, 1)])[0].passed and not ties([Replay({}, {}, None, 3, 2)])[0].passed
-    assert ties([Replay({}, {})]) == []
+    assert check_ties([Replay({}, {}, None, 3, 1)])[0].passed and not check_ties([Replay({}, {}, None, 3, 2)])[0].passed
+    assert check_ties([Replay({}, {})]) == []

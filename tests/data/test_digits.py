@@ -13,7 +13,7 @@ def test_digits_equal_the_recorded_arrays(golden: Path) -> None:
     calibration, test = load_digits("calibration"), load_digits("test")
     for images, name in [(calibration.take(slice(0, 96)), "calib"), (test, "test")]:
         expected = recorded[f"{name}_images"].transpose(0, 2, 3, 1)
-        np.testing.assert_allclose(images.normalized(0, len(images)), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(images.normalize(0, len(images)), expected, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(images.labels, recorded[f"{name}_labels"])
 
 

@@ -15,7 +15,7 @@ FLOATS = PIXELS.astype(np.float32)
 
 def test_normalising_rounds_each_step_to_float32() -> None:
     every_value = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    got = from_arrays(every_value, preprocessing=PREPROCESSING).normalized(0, 1).reshape(256, 3)
+    got = from_arrays(every_value, preprocessing=PREPROCESSING).normalize(0, 1).reshape(256, 3)
     for value in range(256):
         for channel in range(3):
             mean, std = np.float32(PREPROCESSING.mean[channel]), np.float32(PREPROCESSING.std[channel])
@@ -27,10 +27,10 @@ def test_normalising_rounds_each_step_to_float32() -> None:
 def test_normalising_a_range_leaves_the_pixels_alone_and_floats_as_they_are() -> None:
     images = from_arrays(PIXELS, preprocessing=PREPROCESSING)
     before = PIXELS.copy()
-    np.testing.assert_array_equal(images.normalized(2, 4), images.normalized(0, 5)[2:4])
+    np.testing.assert_array_equal(images.normalize(2, 4), images.normalize(0, 5)[2:4])
     np.testing.assert_array_equal(images.pixels, before)
-    assert images.normalized(0, 5).dtype == np.float32
-    np.testing.assert_array_equal(from_arrays(FLOATS).normalized(1, 3), FLOATS[1:3])
+    assert images.normalize(0, 5).dtype == np.float32
+    np.testing.assert_array_equal(from_arrays(FLOATS).normalize(1, 3), FLOATS[1:3])
 
 
 def test_take_keeps_pixels_labels_and_names_together() -> None:
@@ -45,9 +45,9 @@ def test_take_keeps_pixels_labels_and_names_together() -> None:
 
 def test_a_mirrored_image_has_left_and_right_exchanged() -> None:
     images = from_arrays(PIXELS, preprocessing=PREPROCESSING)
-    np.testing.assert_array_equal(images.mirrored().normalized(1, 2)[0], images.normalized(1, 2)[0, :, ::-1])
+    np.testing.assert_array_equal(images.mirror().normalize(1, 2)[0], images.normalize(1, 2)[0, :, ::-1])
     np.testing.assert_array_equal(images.pixels, PIXELS)
-    np.testing.assert_array_equal(images.mirrored().mirrored().pixels, PIXELS)
+    np.testing.assert_array_equal(images.mirror().mirror().pixels, PIXELS)
 
 
 def test_labels_can_be_dropped_and_their_lack_is_said() -> None:

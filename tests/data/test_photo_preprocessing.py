@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cptv_jax.data.preprocessing import crop_start, padding, preprocess, resized_size
+from cptv_jax.data.preprocessing import crop_start, fit_short_side, padding, preprocess
 from cptv_jax.errors import InputError
 from cptv_jax.models.preprocessing import Preprocessing
 
@@ -22,7 +22,7 @@ def test_pixels_equal_timms_evaluation_transform(shared: Path) -> None:
 
 @given(sides, sides, st.integers(1, 600))
 def test_resizing_sets_the_short_side_and_floors_the_long_one(width: int, height: int, short: int) -> None:
-    new = resized_size(width, height, short)
+    new = fit_short_side(width, height, short)
     assert min(new) == short
     assert max(new) == short * max(width, height) // min(width, height)
     assert (new[0] < new[1]) <= (width < height)

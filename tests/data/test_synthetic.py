@@ -20,7 +20,7 @@ def test_images_have_the_models_size_and_no_labels(kind: str) -> None:
     images = load(f"synthetic:{kind}", SMALL, labels=False, limit=5, need=5)
     assert images.pixels.shape == (5, 32, 32, 3) and images.pixels.dtype == np.uint8
     assert images.labels is None and len(set(images.names)) == 5
-    assert images.normalized(0, 5).dtype == np.float32
+    assert images.normalize(0, 5).dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ import pytest
 from small_vit import normal, quantized, small_images, uniform
 
 from cptv_jax.interpreters import FakeQuant, StraightThrough, Tensor
-from cptv_jax.interpreters.arithmetic import Arithmetic, rounded_bf16
+from cptv_jax.interpreters.arithmetic import Arithmetic, round_to_bf16
 from cptv_jax.quantized.execution import Differentiable, Execution, Simulated
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import BiasCorrected, Log2, LowRank, Quantizer, Uniform
@@ -173,10 +173,10 @@ def test_bfloat16_takes_the_nearest_of_finite_values() -> None:
             [0.0, -0.0, 1.0, -255.0, 1.00390625],
         ]
     ).astype(np.float32)
-    found = np.asarray(rounded_bf16(jnp.asarray(x)).astype(jnp.float32))
+    found = np.asarray(round_to_bf16(jnp.asarray(x)).astype(jnp.float32))
     assert np.all(np.abs(found - x) <= np.abs(x) * 2.0**-8)
     whole = np.arange(-256, 257, dtype=np.float32)
-    np.testing.assert_array_equal(rounded_bf16(jnp.asarray(whole)).astype(jnp.float32), whole)
+    np.testing.assert_array_equal(round_to_bf16(jnp.asarray(whole)).astype(jnp.float32), whole)
 
 
 def test_a_moved_tensor_keeps_its_slope() -> None:

@@ -193,7 +193,7 @@ def test_the_search_can_change_its_scales(golden: Path) -> None:
     }  # fmt: skip
     worse = jax.tree.map(lambda scale: scale * 3, start)
     assert evaluator.loss_of(2, start) < evaluator.loss_of(2, worse)
-    stage = stages[2].bound(worse)
+    stage = stages[2].with_candidate(worse)
     np.testing.assert_array_equal(stage.state["quantizers"]["attn.query"].scale, start["attn.query"].scale * 3)
 
 

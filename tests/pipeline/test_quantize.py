@@ -160,7 +160,7 @@ def test_evaluation_images_are_not_read_before_the_search_is_over(
     closed: None, model: Model, calibration: Images, evaluation: Images, outcome: Quantization
 ) -> None:
     guarded = Guarded(evaluation.pixels, evaluation.labels, evaluation.names, evaluation.mean, evaluation.std)
-    for read in (lambda: guarded.normalized(0, 1), lambda: guarded.take([0]), lambda: np.asarray(guarded.pixels)):
+    for read in (lambda: guarded.normalize(0, 1), lambda: guarded.take([0]), lambda: np.asarray(guarded.pixels)):
         with pytest.raises(AssertionError, match="before the search"):
             read()
     found = quantize(model, calibration, CONFIG, evaluation=guarded)

@@ -82,7 +82,7 @@ def test_a_candidate_computes_what_the_model_with_its_values_does(
             steps = {site: random_steps(free) for site, free in stage.candidate.items()}
             candidates[stage.name] = candidate = stage.move(stage.candidate, steps)
             # Whatever was bound before: only the last candidate counts.
-            stage = stage.bound(stage.move(candidate, steps)).bound(candidate)
+            stage = stage.with_candidate(stage.move(candidate, steps)).with_candidate(candidate)
         bound.append(stage)
     moved = model.with_candidates(candidates)
     assert not np.array_equal(forward(model.stages(), images).logits, forward(moved.stages(), images).logits)
@@ -165,7 +165,7 @@ def test_a_users_own_quantizer_is_computed_searched_saved_and_loaded(
     assert set(stage.candidate[local].names) == {"scale", "bias"}
     candidate = {local: Free(scale * 1.3)}
     moved = own.with_candidates({"blocks.0": candidate})
-    stages = [stage.bound(candidate) if s.name == "blocks.0" else s for s in own.stages()]
+    stages = [stage.with_candidate(candidate) if s.name == "blocks.0" else s for s in own.stages()]
     np.testing.assert_array_equal(forward(stages, images).logits, forward(moved.stages(), images).logits)
     with pytest.raises(InputError, match=rf'the quantizer of {site} is a Ternary.*register_quantizer\("Ternary"'):
         save_model(tmp_path / "refused", moved)

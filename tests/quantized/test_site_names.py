@@ -124,7 +124,7 @@ def test_every_site_is_moved_by_its_own_entry_alone(
             layer = f"stem.{site}".removesuffix(".weight")
             assert np.all(other.model.layer(layer)["bias"] != quantized.model.layer(layer)["bias"])
     moved = stages[0].move(candidate, jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), candidate))
-    bound = forward([stages[0].bound(moved), *stages[1:]], images).logits
+    bound = forward([stages[0].with_candidate(moved), *stages[1:]], images).logits
     expected = forward(quantized.with_candidates({"stem": moved}).stages(Simulated("float32")), images).logits
     np.testing.assert_allclose(bound, expected, rtol=0, atol=1e-6)  # weights in float32, in one program or another
 

@@ -31,7 +31,7 @@ from cptv_jax.models.vit_family import VIT  # noqa: E402
 from cptv_jax.quantized.candidate import Space  # noqa: E402
 from cptv_jax.quantized.model import Model  # noqa: E402
 from cptv_jax.recipe.resolve import RecipeConfig, resolve  # noqa: E402
-from cptv_jax.runtime.forward import outputs  # noqa: E402
+from cptv_jax.runtime.forward import compute_outputs  # noqa: E402
 from cptv_jax.runtime.mesh import make_mesh  # noqa: E402
 from cptv_jax.search import Evaluator, Generational, Objective  # noqa: E402
 
@@ -48,7 +48,7 @@ stages = quantized.stages(
     space=Space([site for site in quantized.quantizers if site.endswith(("attn.qkv.weight", "attn.proj.weight"))])
 )
 batches = [images[:24], images[24:]]
-teacher = [outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
+teacher = [compute_outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
 strategy = Generational(sigma=0.05, children=8)
 for name in meshes:
     evaluator = Evaluator(stages, batches, teacher, Objective(), 16, 4, make_mesh(*map(int, name.split("x"))))

@@ -69,7 +69,7 @@ def full_loss(subject: Subject, stages: Sequence[Stage], batch: int, loss: Any) 
 
 
 def replaced(stages: Sequence[Stage], index: int, candidate: Any) -> list[Stage]:
-    return [stage.bound(candidate) if i == index else stage for i, stage in enumerate(stages)]
+    return [stage.with_candidate(candidate) if i == index else stage for i, stage in enumerate(stages)]
 
 
 # No hidden coupling

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.runtime.stages import scaled
+from cptv_jax.runtime.stages import scale_by
 from cptv_jax.search import Guided, StageContext
 
 PARENT = {"weight": jnp.asarray([0.1, 0.2, 0.4, 0.05]), "input": jnp.float32(0.3)}
 DIRECTION = {"weight": jnp.asarray([0.3, -0.2, 0.1, 0.25]), "input": jnp.float32(-0.15)}
 CHILDREN = 30
-CONTEXT = StageContext(direction=DIRECTION, move=scaled)
+CONTEXT = StageContext(direction=DIRECTION, move=scale_by)
 
 
 def steps_of(strategy: Guided, seed: int = 0) -> np.ndarray:

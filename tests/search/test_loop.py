@@ -131,7 +131,7 @@ def test_the_search_improves_the_objective_and_never_worsens_it(
     losses = [state.loss for state in states]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     # The loss is that of the scales handed back, by a plain forward pass; float sums may be in another order.
-    stages = [stage.bound(final.scales[stage.name]) for stage in toy.stages]
+    stages = [stage.with_candidate(final.scales[stage.name]) for stage in toy.stages]
     found = float(LOSS(forward(stages, toy.images), toy.teacher(24)[0]))
     assert found == pytest.approx(final.loss, rel=1e-6)
     assert evaluator.loss_of(2, evaluator.stages[2].candidate) == final.loss

@@ -270,5 +270,5 @@ def test_the_real_deit_tiny_imported_gives_the_same_logits(
     assert_same_bits(imported.weights, direct.weights)
     folder = str(shared / "data" / "imagenet-sample")
     images = load_images(folder, direct.architecture.preprocessing, labels=False, limit=4, progress=False)
-    x = images.normalized(0, 4)
+    x = images.normalize(0, 4)
     assert_same_bits(forward(imported.stages(), x), forward(direct.stages(), x))

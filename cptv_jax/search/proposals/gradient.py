@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.runtime.mesh import DATA, compiler_options, place
 from cptv_jax.runtime.optimizers import adam_by_tensor
-from cptv_jax.runtime.stacking import Run, runs_of, stacked
+from cptv_jax.runtime.stacking import Run, runs_of, stack
 from cptv_jax.runtime.stages import Stage
 from cptv_jax.search.proposals.base import Listener, Progress, Proposal, Scales
 from cptv_jax.search.proposals.matching import TEACHER
@@ -170,7 +170,7 @@ class GradientProposer:
         members: list[list[PyTree]] = [[] for _ in self._runs]
         for (run, _), tree in by_run:
             members[run].append(tree)
-        return [stacked(of_run) for of_run in members]
+        return [stack(of_run) for of_run in members]
 
     every_pass = True
 

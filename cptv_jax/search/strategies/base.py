@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cptv_jax.runtime.stages import scaled
+from cptv_jax.runtime.stages import scale_by
 from cptv_jax.search.proposals.base import ProposerOptions
 
 Move = Callable[[PyTree, PyTree], PyTree]
@@ -45,7 +45,7 @@ class StageContext:
 
     widths: tuple[int, ...] = ()
     direction: PyTree = None
-    move: Move = scaled
+    move: Move = scale_by
     carried: float | None = None
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cptv_jax.errors import InputError
 from cptv_jax.options import options
-from cptv_jax.runtime.stages import scaled
+from cptv_jax.runtime.stages import scale_by
 from cptv_jax.search.strategies.base import NO_CONTEXT, StageContext, Strategy
 
 # Distributions that need a mean to start from and nothing else.
@@ -49,7 +49,7 @@ class State:
 
 @jax.jit
 def _moved(start: PyTree, steps: PyTree, sigma: Array) -> PyTree:
-    return jax.vmap(lambda one: scaled(start, jax.tree.map(lambda step: sigma * step, one)))(steps)
+    return jax.vmap(lambda one: scale_by(start, jax.tree.map(lambda step: sigma * step, one)))(steps)
 
 
 @jax.jit

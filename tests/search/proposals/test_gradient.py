@@ -14,7 +14,7 @@ from cptv_jax.quantized.execution import Differentiable, Execution, Simulated
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.runtime.forward import array_of, forward
 from cptv_jax.runtime.mesh import make_mesh
-from cptv_jax.runtime.stacking import Run, runs_of, stacked
+from cptv_jax.runtime.stacking import Run, runs_of, stack
 from cptv_jax.runtime.stages import Output, Stage
 from cptv_jax.search import Descent, Evaluator, GradientProposer, MatchingLoss, Objective, channel_variances, paired
 from cptv_jax.search.proposals.base import Listener
@@ -64,7 +64,7 @@ def flat(tree: Any) -> np.ndarray:
 
 def moved(stages: Sequence[Stage], direction: dict[str, Any], fraction: float = 1.0) -> list[Stage]:
     steps = jax.tree.map(lambda step: fraction * step, direction)
-    return [s.bound(s.move(s.candidate, steps[s.name])) if s.name in steps else s for s in stages]
+    return [s.with_candidate(s.move(s.candidate, steps[s.name])) if s.name in steps else s for s in stages]
 
 
 def test_a_candidate_holds_scales_and_zero_points_and_one_scale_for_powers_of_two(scales: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_loops_checkpoints_and_what_fills_the_last_piece_leave_the_gradient_as_i
     @jax.jit
     def looped(steps: list[Any]) -> jax.Array:
         states, candidates, by_run = (
-            [stacked([trees[i] for i in run]) for run in members]
+            [stack([trees[i] for i in run]) for run in members]
             for trees in ([s.state for s in stages], [s.candidate for s in stages], steps)
         )
         filled = jnp.concatenate([x, 9 * x[:3]])
@@ -132,7 +132,7 @@ def test_more_pieces_take_memory_for_their_stage_inputs_alone(vit_model: tuple[Q
     members = [[i for i, (run, _) in enumerate(home) if run == number] for number in range(len(runs))]
     zeros = [jax.tree.map(jnp.zeros_like, stage.candidate) for stage in stages]
     states, candidates, steps = (
-        [stacked([trees[i] for i in run]) for run in members]
+        [stack([trees[i] for i in run]) for run in members]
         for trees in ([s.state for s in stages], [s.candidate for s in stages], zeros)
     )
 
