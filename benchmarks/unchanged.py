@@ -50,7 +50,7 @@ from cptv_jax import (
 )
 from cptv_jax.config.loading import config_from
 from cptv_jax.mixed_precision.allocation import allocate, evolve_genes, sensitivities
-from cptv_jax.mixed_precision.widths import Widths, loss_of_genes, read_by_products
+from cptv_jax.mixed_precision.widths import Widths, find_product_sites, loss_of_genes
 from cptv_jax.models.preprocessing import Preprocessing
 from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.vit import ViTConfig
@@ -304,7 +304,7 @@ def mixed(run: Mixed) -> Record:
     activations: list[str] = []
     if run.genes == "all":
         recipe = uniform(run, run.bits[0]).recipe
-        read = read_by_products(model, recipe)
+        read = find_product_sites(model, recipe)
         activations = [site for site in read if recipe.places[site].role != "weight"]
     widths = Widths(tuple(uniform(run, bits, activations) for bits in run.bits))
     given = calibration_images()

@@ -18,7 +18,7 @@ from cptv_jax.errors import InputError, did_you_mean
 from cptv_jax.evaluation import check_labels, check_unseen, evaluate
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.mixed_precision.allocation import Genes, allocate, evolve_genes, sensitivities
-from cptv_jax.mixed_precision.widths import Widths, loss_of_genes, read_by_products
+from cptv_jax.mixed_precision.widths import Widths, find_product_sites, loss_of_genes
 from cptv_jax.options import to_mapping
 from cptv_jax.pipeline.judging import evaluator_of, outputs_of
 from cptv_jax.pipeline.plan import Plan, make_plan
@@ -75,7 +75,7 @@ def _plans(model: Model, images: Images, options: PrecisionOptions, widths: Sequ
     activations: tuple[str, ...] = ()
     if options.genes == "all":
         recipe = make_plan(model, images, _at_width(config, widths[0])).recipe
-        activations = tuple(site for site in read_by_products(model, recipe) if recipe.places[site].role != "weight")
+        activations = tuple(site for site in find_product_sites(model, recipe) if recipe.places[site].role != "weight")
     return {bits: make_plan(model, images, _at_width(config, bits, activations)) for bits in widths}
 
 

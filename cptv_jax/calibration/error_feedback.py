@@ -54,12 +54,12 @@ def refine_rounding(
         gradient = gradient + 2 * change[:, None] * moment[index]
         return count + 1, errors, gradient, jnp.any(change != 0)
 
-    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
+    def is_unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
         return (state[0] < flips) & state[3]
 
     gradient = 2 * jnp.matmul(errors, moment, precision=jax.lax.Precision.HIGHEST)
     start = (jnp.int32(0), errors, gradient, jnp.bool_(True))
-    return jax.lax.while_loop(unfinished, step, start)[1]
+    return jax.lax.while_loop(is_unfinished, step, start)[1]
 
 
 @jax.jit
@@ -70,7 +70,7 @@ def _errors(quantizer: OffsetUniform | DualUniform, kernel: Float[Array, "inputs
     )
 
 
-def _refined(
+def _refine_padded(
     nearest: np.ndarray, down: np.ndarray, up: np.ndarray, moment: np.ndarray, flips: int
 ) -> Float[np.ndarray, "inputs outputs"]:
     padding = max(0, _SMALLEST_HALF - len(moment))
@@ -108,7 +108,7 @@ def quantize_by_halves(
             # mean mean^T + unbiased covariance, which is not quite the second moment.
             mean = gram[now, -1] / rows
             moment = (gram[np.ix_(now, now)] - np.outer(mean, mean)) / max(rows - 1, 1)
-            nearest = _refined(nearest, down, up, moment, flips)
+            nearest = _refine_padded(nearest, down, up, moment, flips)
         weights[now] += nearest
         weights[left] -= ridge(gram[np.ix_(left, left)], gram[np.ix_(left, now)] @ nearest, penalty)
     return jnp.asarray(weights[:inputs]), None if bias is None else jnp.asarray(weights[inputs])

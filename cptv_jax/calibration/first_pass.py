@@ -33,7 +33,7 @@ def first_images(batches: Sequence[Batch], count: int) -> Float[Array, "count he
     return jnp.concatenate(taken)
 
 
-def reparameterized(model: Model, recipe: Recipe) -> dict[str, tuple[str, ...]]:
+def find_reparameterizable(model: Model, recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """Finds the LayerNorms to be reparameterized.
 
     These are the LayerNorms before the last stage (both codes leave the head's alone) that the recipe quantizes per

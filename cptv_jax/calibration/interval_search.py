@@ -35,9 +35,7 @@ def _weighted_squares(output: Array, samples: Samples) -> Array:
     return (samples.gradient * (output - samples.output)) ** 2
 
 
-def _grouped(
-    values: Float[Array, "images ... channels"], shape: tuple[int, ...]
-) -> Float[Array, "images rows *groups"]:
+def _group(values: Float[Array, "images ... channels"], shape: tuple[int, ...]) -> Float[Array, "images rows *groups"]:
     """Values with the groups that a scale of this shape stands for apart: [images, rows, *groups, members]."""
     images = values.shape[0]
     if len(shape) == 3:  # (heads, 1, 1)
@@ -52,12 +50,12 @@ def _grouped(
 def _loss(metric: Metric, output: Array, samples: Samples, shape: tuple[int, ...]) -> Float[Array, "*groups"]:
     """Mean over the members of every group of an image, summed over the images."""
     if metric == "cosine":
-        ours, theirs = _grouped(output, shape), _grouped(samples.output, shape)
+        ours, theirs = _group(output, shape), _group(samples.output, shape)
         norms = jnp.sqrt(jnp.sum(ours**2, -1)) * jnp.sqrt(jnp.sum(theirs**2, -1))
         losses = 1.0 - jnp.sum(ours * theirs, -1) / jnp.maximum(norms, _EPSILON)
         return jnp.sum(jnp.mean(losses, 1), 0)
     errors = (_weighted_squares if metric == "hessian" else _squares)(output, samples)
-    return jnp.sum(jnp.mean(_grouped(errors, shape), (1, -1)), 0)
+    return jnp.sum(jnp.mean(_group(errors, shape), (1, -1)), 0)
 
 
 def _operand(quantizer: Quantizer | None, values: Array) -> Tensor:
@@ -119,7 +117,7 @@ def stack(candidates: Sequence[Quantizer]) -> Quantizer:
     return stacked
 
 
-def scaled(initial: Quantizer, factors: Float[np.ndarray, " candidates"]) -> Quantizer:
+def scale_by_factors(initial: Quantizer, factors: Float[np.ndarray, " candidates"]) -> Quantizer:
     """The initial quantizer with its scale times each of the factors, stacked."""
     return stack([initial.with_scale(initial.scale * factor) for factor in factors])
 
@@ -127,12 +125,12 @@ def scaled(initial: Quantizer, factors: Float[np.ndarray, " candidates"]) -> Qua
 def pick(candidates: Quantizer, choice: Choice) -> Quantizer:
     """For every group the scale of the candidate that `choice` (of the scale's shape) names."""
 
-    def chosen(leaf: Array) -> Array:
+    def choose(leaf: Array) -> Array:
         if choice.ndim and leaf.shape[1:] == choice.shape:
             return jnp.take_along_axis(leaf, jnp.asarray(choice)[None], 0)[0]
         return leaf[0] if choice.ndim else leaf[choice]
 
-    picked: Quantizer = jax.tree.map(chosen, candidates)
+    picked: Quantizer = jax.tree.map(choose, candidates)
     return picked
 
 

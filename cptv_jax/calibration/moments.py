@@ -105,7 +105,7 @@ class _CollectMoments:
             if quantizer is not None:
                 rows = quantizer.values(quantizer.codes(rows))
             rows = jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], 1)
-            kernel = extended(parameters[layer])
+            kernel = append_bias(parameters[layer])
             result = jnp.matmul(rows[:, : len(kernel)], kernel, precision=_PRECISION)
             residual = ops.outputs[layer].reshape(result.shape) - result
             gram = jnp.matmul(rows.T, rows, precision=_PRECISION)
@@ -113,7 +113,7 @@ class _CollectMoments:
         return output, found
 
 
-def _visits(
+def _make_visits(
     model: Model, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
 ) -> tuple[dict[str, _CollectMoments], dict[str, PyTree]]:
     """By stage, the visit that collects the moments of its layers, and its arrays."""
@@ -127,13 +127,13 @@ def _visits(
     return visits, arrays
 
 
-def _sum(sums: dict[str, Moments], stage: str, new: Mapping[str, Moments]) -> None:
+def _add(sums: dict[str, Moments], stage: str, new: Mapping[str, Moments]) -> None:
     for local, moments in new.items():
         name = full_name(stage, local)
         sums[name] = jax.tree.map(jnp.add, sums[name], moments) if name in sums else moments
 
 
-def extended(parameters: Mapping[str, Array]) -> Float[Array, "extended outputs"]:
+def append_bias(parameters: Mapping[str, Array]) -> Float[Array, "extended outputs"]:
     """Kernel and, where there is one, bias: the weight of an input that is always 1."""
     if "bias" not in parameters:
         return parameters["kernel"]
@@ -161,11 +161,11 @@ def collect_moments(
     Returns:
         The moments by layer.
     """
-    visits, arrays = _visits(model, layers, quantizers)
+    visits, arrays = _make_visits(model, layers, quantizers)
     found: dict[str, Moments] = {}
     for batch in batches:
         for stage, _, moments in walk(model.architecture, model.weights, Tensor(batch), visits, arrays):
-            _sum(found, stage, moments)
+            _add(found, stage, moments)
             on_stage()
     return found
 
@@ -186,11 +186,11 @@ def moments_by_stage(
     Yields:
         The moments of a stage's layers, by layer.
     """
-    visits, arrays = _visits(model, layers, quantizers)
+    visits, arrays = _make_visits(model, layers, quantizers)
     xs: list[PyTree] = [Tensor(batch) for batch in batches]
     for stage, visit in visits.items():
         found: dict[str, Moments] = {}
         for index, x in enumerate(xs):
             xs[index], moments = visit_stage(model.architecture, model.weights, stage, visit, x, arrays[stage])
-            _sum(found, stage, moments)
+            _add(found, stage, moments)
         yield found

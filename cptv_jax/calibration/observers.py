@@ -45,21 +45,21 @@ class Range:
     maximum: Float[Array, "..."]
 
 
-def _extremes(x: Float[Array, "..."], spec: SiteSpec) -> Range:
+def _measure_extremes(x: Float[Array, "..."], spec: SiteSpec) -> Range:
     axes = tuple(range(x.ndim - 1)) if spec.per_channel else None
     return Range(jnp.min(x, axes), jnp.max(x, axes))
 
 
-def _quantiles(x: Float[Array, "..."], spec: SiteSpec) -> Range:
+def _measure_quantiles(x: Float[Array, "..."], spec: SiteSpec) -> Range:
     flat = x.reshape(-1)
     return Range(jnp.quantile(flat, 1.0 - _PERCENTILE), jnp.quantile(flat, _PERCENTILE))
 
 
-def _widest(old: Range, new: Range) -> Range:
+def _widen(old: Range, new: Range) -> Range:
     return Range(jnp.minimum(old.minimum, new.minimum), jnp.maximum(old.maximum, new.maximum))
 
 
-def _moving(old: Range, new: Range) -> Range:
+def _move_towards(old: Range, new: Range) -> Range:
     return jax.tree.map(lambda a, b: a + _EMA_MOMENTUM * (b - a), old, new)
 
 
@@ -75,7 +75,7 @@ def uniform_from_range(found: Range, spec: SiteSpec) -> Uniform:
     return Uniform(scale, zero_point, low, high)
 
 
-def _from_range(found: Range, x: Array, spec: SiteSpec) -> Uniform:
+def _fit_range(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     return uniform_from_range(found, spec)
 
 
@@ -89,22 +89,22 @@ def _mean(x: Float[Array, "rows columns"], axis: int) -> Float[Array, "..."]:
     return jnp.tensordot(x, ones, (axis, 0), precision=jax.lax.Precision.HIGHEST) / x.shape[axis]
 
 
-def _omse(found: Range, x: Array, spec: SiteSpec) -> Uniform:
+def _fit_omse(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     """The range shrunk by the factor, of 90, with the least squared error on x (OMSE; one factor for all channels)."""
 
-    def shrunk(index: Array) -> Range:
+    def shrink(index: Array) -> Range:
         # The published factors are Python doubles rounded to float32; a float32 product differs in the last place.
         factor = jnp.asarray([1.0 - i * _OMSE_STEP for i in range(_OMSE_CANDIDATES)], jnp.float32)[index]
         return jax.tree.map(lambda bound: bound * factor, found)
 
     def score(index: Array) -> Array:
-        return jnp.mean(_mean(_squared_errors(x, uniform_from_range(shrunk(index), spec)), 1))
+        return jnp.mean(_mean(_squared_errors(x, uniform_from_range(shrink(index), spec)), 1))
 
     scores = jax.lax.map(score, jnp.arange(_OMSE_CANDIDATES))
-    return uniform_from_range(shrunk(jnp.argmin(scores)), spec)
+    return uniform_from_range(shrink(jnp.argmin(scores)), spec)
 
 
-def _power_of_two_factor(found: Range, x: Array, spec: SiteSpec) -> Uniform:
+def _fit_power_of_two_factor(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     """One scale times 2^k for each channel, k from 0 to 3 by squared error (FQ-ViT, section 3.2, equation 7).
 
     The zero point follows from the largest scale and the overall minimum and serves all four, as published.
@@ -127,9 +127,9 @@ class Statistic:
         fit: From the range over all batches, the last batch's tensor and the specification to the grid.
     """
 
-    measure: Callable[[Array, SiteSpec], Range] = _extremes
-    merge: Callable[[Range, Range], Range] = _widest
-    fit: Callable[[Range, Array, SiteSpec], Uniform] = _from_range
+    measure: Callable[[Array, SiteSpec], Range] = _measure_extremes
+    merge: Callable[[Range, Range], Range] = _widen
+    fit: Callable[[Range, Array, SiteSpec], Uniform] = _fit_range
 
 
 Fit = Callable[[SiteSpec, Range, Array], Quantizer]
@@ -188,10 +188,10 @@ def _fit_log2(spec: SiteSpec, found: Range, x: Array) -> Log2:
 
 # Recipes know these names already.
 STATISTICS.register("minmax", Statistic())
-STATISTICS.register("ema", Statistic(merge=_moving))
-STATISTICS.register("percentile", Statistic(_quantiles, _moving))
-STATISTICS.register("omse", Statistic(fit=_omse))
-STATISTICS.register("ptf", Statistic(fit=_power_of_two_factor))
+STATISTICS.register("ema", Statistic(merge=_move_towards))
+STATISTICS.register("percentile", Statistic(_measure_quantiles, _move_towards))
+STATISTICS.register("omse", Statistic(fit=_fit_omse))
+STATISTICS.register("ptf", Statistic(fit=_fit_power_of_two_factor))
 FITS.register("uniform", _fit_uniform)
 FITS.register("log2", _fit_log2)
 

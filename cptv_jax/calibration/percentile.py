@@ -55,7 +55,7 @@ def _mean_squares(errors: Float[Array, "rows count"]) -> Float[Array, " rows"]:
     return jnp.sum(jnp.sum(padded.reshape(rows, -1, side), -1), -1) / count
 
 
-def _least(scores: Float[Array, "candidates rows"], candidates: Float[Array, "candidates rows"]) -> Array:
+def _pick_least(scores: Float[Array, "candidates rows"], candidates: Float[Array, "candidates rows"]) -> Array:
     return jnp.take_along_axis(candidates, jnp.argmin(scores, 0)[None], 0)[0]
 
 
@@ -81,7 +81,7 @@ def _search_uniform(
     scores = jax.lax.map(
         lambda candidate: score(*candidate), (scales, zero_points)
     )  # unrolled, it takes longer to compile
-    scale, zero_point = _least(scores, scales), _least(scores, zero_points)
+    scale, zero_point = _pick_least(scores, scales), _pick_least(scores, zero_points)
 
     smallest, largest = jnp.min(x, -1), jnp.max(x, -1)
     constant = smallest == largest

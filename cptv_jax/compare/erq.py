@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from cptv_jax.calibration.first_pass import initialize, reparameterize, reparameterized
+from cptv_jax.calibration.first_pass import find_reparameterizable, initialize, reparameterize
 from cptv_jax.calibration.moments import Moments, collect_moments, layers_of
 from cptv_jax.compare import checks
 from cptv_jax.compare.checks import WEIGHT_ABSOLUTE, Check
@@ -43,7 +43,7 @@ def compare_erq(recording: Recording) -> list[Check]:
     options = ErqOptions(coe=recording.meta.number("coe"))
     images = _first_images(recording, subject)
     architecture, recipe = subject.model.architecture, subject.recipe
-    pairs = reparameterized(subject.model, recipe)
+    pairs = find_reparameterizable(subject.model, recipe)
     quantizers = initialize(subject.model, images, recipe, pairs, False)
     found = subject.float_checks(recording)
     arrays = parameter_arrays(recording, "initparam", quantizers, architecture)

@@ -17,7 +17,7 @@ from cptv_jax.compare.reparameterized import weight_names
 from cptv_jax.compare.subject import prepare
 from cptv_jax.compare.timm_names import Operand, operands_by_site
 from cptv_jax.errors import InputError
-from cptv_jax.methods.ptq4vit import Ptq4VitOptions, Search, given_gradients, layer_search, resolve
+from cptv_jax.methods.ptq4vit import Ptq4VitOptions, Search, layer_search, resolve, split_logit_gradient
 from cptv_jax.models.architecture import Architecture, sites_of
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Quantizer, TwinGelu, TwinSoftmax
@@ -69,7 +69,7 @@ def compare_ptq4vit(recording: Recording) -> list[Check]:
     if search.loss.metric == "hessian":
         images = sum(len(batch) for batch in subject.calibration)
         gradient = recording.array("logit_grad", images, subject.config.num_classes)
-        gradients = given_gradients(outputs, jnp.asarray(gradient, jnp.float32))
+        gradients = split_logit_gradient(outputs, jnp.asarray(gradient, jnp.float32))
     replays = []
     of_gradients: list[Check] = []
     operands = operands_by_site(subject.model.architecture)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from cptv_jax.calibration.first_pass import initialize, reparameterized
+from cptv_jax.calibration.first_pass import find_reparameterizable, initialize
 from cptv_jax.compare import checks
 from cptv_jax.compare.checks import FLOAT_LOGITS, Check
 from cptv_jax.compare.interchange import Meta, Recording
@@ -35,7 +35,7 @@ def compare_repq_vit(recording: Recording) -> list[Check]:
         recording.raw(key)
     # Each quantizer is fitted on the first batch that reaches it.
     architecture, images = subject.model.architecture, jnp.asarray(subject.calibration[0])
-    pairs = reparameterized(subject.model, subject.recipe)
+    pairs = find_reparameterizable(subject.model, subject.recipe)
     inputs = _recorded_inputs(recording, subject)
     quantizers = initialize(subject.model, images, subject.recipe, pairs, True)
     free = checks.parameter_checks(FIRST_PASS, parameter_arrays(recording, "initparam", quantizers, architecture))

@@ -118,7 +118,7 @@ class _Capture:
         return run(ops, x), ops.inputs
 
 
-def _focusings(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantizer]:
+def _fit_attention(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantizer]:
     """Focusing quantizers of the sites that ask for one, from the float model's matmuls that read them."""
     readers = {site.reads[0]: site for site in sites_of(model.architecture) if site.kind == "matmul"}
     by_stage: dict[str, dict[str, str]] = {stage: {} for stage in model.architecture.stage_names}
@@ -134,7 +134,7 @@ def _focusings(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantiz
     return found
 
 
-def _started(
+def _start(
     model: Model, images: Array, recipe: Recipe, key: Array, on_progress: Callable[[int, int], None]
 ) -> QuantizedModel:
     """RepQ-ViT's model, with focusing quantizers where the recipe asks for them."""
@@ -146,11 +146,11 @@ def _started(
     }
     options = repq_vit.RepqVitOptions(images=images.shape[0], round_zero_point=True)
     start = repq_vit.quantize(model, [images], replace(recipe, sites=sites), key, on_progress, options)
-    focusings = _focusings(model, images, recipe)
+    focusings = _fit_attention(model, images, recipe)
     return replace(start, recipe=recipe, quantizers={**start.quantizers, **focusings})
 
 
-def _compensated(model: QuantizedModel, options: AiqvitOptions) -> QuantizedModel:
+def _compensate(model: QuantizedModel, options: AiqvitOptions) -> QuantizedModel:
     """The model with a term beside each weight that the recipe gives one: a search among ranks, or of the largest."""
     found: dict[str, Quantizer] = {}
     ranks = jnp.asarray(sorted(options.ranks), jnp.float32)
@@ -169,8 +169,8 @@ def _compensated(model: QuantizedModel, options: AiqvitOptions) -> QuantizedMode
     return replace(model, quantizers={**model.quantizers, **found})
 
 
-def _decided(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
-    return {site: q.chosen() if isinstance(q, RankSearch) else q for site, q in quantizers.items()}
+def _decide(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    return {site: q.choose() if isinstance(q, RankSearch) else q for site, q in quantizers.items()}
 
 
 def quantize(
@@ -195,12 +195,12 @@ def quantize(
     def on_step(done: int, total: int) -> None:
         on_progress(stages + done, stages + steps)
 
-    started = _started(model, first_images(batches, options.images), recipe, key, on_stage)
-    compensated = _compensated(started, options)
+    started = _start(model, first_images(batches, options.images), recipe, key, on_stage)
+    compensated = _compensate(started, options)
     if steps:
         images = np.asarray(first_images(batches, options.search_images))
         config = ReconstructionConfig(
             steps=options.search_steps, scale_rate=0, zero_point_rate=0, rounding_rate=0, weight_rate=0, easy_first=1.0
         )
         compensated = reconstruct(model, compensated, images, config, key, on_step)
-    return replace(compensated, quantizers=_decided(compensated.quantizers))
+    return replace(compensated, quantizers=_decide(compensated.quantizers))

@@ -47,12 +47,12 @@ class Abilities:
             fitted = self.weights if is_weight else self.tensors
             if spec.quantizer not in fitted:
                 raise InputError(
-                    f"{name}: method {method} fits no {spec.quantizer} quantizer here; set quantizer to {_any(fitted)}"
+                    f"{name}: method {method} fits no {spec.quantizer} quantizer here; set quantizer to {_join(fitted)}"
                 )
             if spec.observer not in self.observers:
                 raise InputError(
                     f"{name}: method {method} cannot use the observer {spec.observer}; "
-                    f"set observer to {_any(self.observers)}"
+                    f"set observer to {_join(self.observers)}"
                 )
             if self.grouped is not None:
                 self._check_granularity(method, name, spec)
@@ -76,7 +76,7 @@ class Abilities:
             )
 
 
-def _any(names: Collection[str]) -> str:
+def _join(names: Collection[str]) -> str:
     return " or ".join(names)
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from cptv_jax.calibration.error_feedback import quantize_by_halves, ridge
-from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
-from cptv_jax.calibration.moments import Batch, Layer, Moments, collect_moments, extended, layers_of
+from cptv_jax.calibration.first_pass import find_reparameterizable, first_images, initialize, reparameterize
+from cptv_jax.calibration.moments import Batch, Layer, Moments, append_bias, collect_moments, layers_of
 from cptv_jax.calibration.percentile import fit_weight
 from cptv_jax.options import options
 from cptv_jax.quantized.model import Model, QuantizedModel
@@ -60,7 +60,7 @@ def reduce_activation_error(
 ) -> dict[str, Float[Array, "..."]]:
     """Kernel and bias that on quantized inputs come closest to the float outputs (ERQ, "Activation Quantization Error
     Reduction")."""
-    kernel = extended(parameters)
+    kernel = append_bias(parameters)
     size = len(kernel)
     gram, cross = np.asarray(moments.gram)[:size, :size], np.asarray(moments.cross)[:size]
     corrected = jnp.asarray(np.asarray(kernel) + ridge(gram, cross, penalty), jnp.float32)
@@ -128,7 +128,7 @@ def quantize(
     def advance() -> None:
         on_progress(next(done), total)
 
-    pairs = reparameterized(model, recipe)
+    pairs = find_reparameterizable(model, recipe)
     quantizers = initialize(model, first_images(batches, options.images), recipe, pairs, False, advance)
     model, changed = reparameterize(model, quantizers, pairs, options.round_zero_point)
     quantizers |= changed

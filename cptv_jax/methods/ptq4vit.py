@@ -20,7 +20,14 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from cptv_jax.calibration.first_pass import first_images
-from cptv_jax.calibration.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, scaled, stack
+from cptv_jax.calibration.interval_search import (
+    LayerSearch,
+    LossOptions,
+    Metric,
+    OperandSearch,
+    scale_by_factors,
+    stack,
+)
 from cptv_jax.calibration.layerwise import Layer, float_stage_inputs, layers, operations
 from cptv_jax.errors import InputError
 from cptv_jax.interpreters.arithmetic import Arithmetic
@@ -137,9 +144,10 @@ def quantize(
     inputs, outputs = float_stage_inputs(model, _chunks(images, size))
     gradients = None
     if search.loss.metric == "hessian":
-        gradients = (
-            given_gradients(outputs, logit_gradient) if logit_gradient is not None else _sampled_gradients(outputs, key)
-        )
+        if logit_gradient is None:
+            gradients = _sample_gradients(outputs, key)
+        else:
+            gradients = split_logit_gradient(outputs, logit_gradient)
     quantizers: dict[str, Quantizer] = {}
     total = len(operations(model, recipe.sites))
     on_progress(0, total)
@@ -167,7 +175,8 @@ def layer_search(layer: Layer, recipe: Recipe, search: Search, fitted: Mapping[s
             # A split of one coarse step leaves no gap between the ranges.
             return OperandSearch(candidates=stack(splits), neutral=spec.bits - 1, alone=True)
         initial = _initial_quantizer(_operand_arrays(layer, side), spec)
-        return OperandSearch(initial, scaled(initial, search.factors), int(np.argmin(np.abs(search.factors - 1))))
+        neutral = int(np.argmin(np.abs(search.factors - 1)))
+        return OperandSearch(initial, scale_by_factors(initial, search.factors), neutral)
 
     return LayerSearch(layer, (operand(0), operand(1)), search.loss)
 
@@ -214,14 +223,14 @@ def _chunks(images: Array, size: int) -> list[Array]:
     return [images[i : i + width] for i in range(0, count, width)]
 
 
-def _sampled_gradients(outputs: Sequence[Output], key: Array) -> list[Output]:
+def _sample_gradients(outputs: Sequence[Output], key: Array) -> list[Output]:
     """Gradient of the cross-entropy against one label an image, drawn from the model's own output."""
     logits = jnp.concatenate([output.logits for output in outputs])
     labels = jax.random.categorical(key, logits)
-    return given_gradients(outputs, jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1]))
+    return split_logit_gradient(outputs, jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1]))
 
 
-def given_gradients(outputs: Sequence[Output], logit_gradient: Float[Array, "images classes"]) -> list[Output]:
+def split_logit_gradient(outputs: Sequence[Output], logit_gradient: Float[Array, "images classes"]) -> list[Output]:
     """A gradient with respect to the logits, cut into the chunks of the outputs."""
     ends = np.cumsum([len(output.logits) for output in outputs])
     parts = jnp.split(jnp.asarray(logit_gradient), ends[:-1])

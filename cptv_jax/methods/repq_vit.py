@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
+from cptv_jax.calibration.first_pass import find_reparameterizable, first_images, initialize, reparameterize
 from cptv_jax.calibration.percentile import fit_weight
 from cptv_jax.options import options
 from cptv_jax.quantized.model import Model, QuantizedModel
@@ -44,7 +44,7 @@ def quantize(
     total = len(model.architecture.stage_names)
     done = iter(range(1, total + 1))
     images = first_images(batches, options.images)
-    channel_wise = reparameterized(model, recipe)
+    channel_wise = find_reparameterizable(model, recipe)
     quantizers = initialize(model, images, recipe, channel_wise, True, lambda: on_progress(next(done), total))
     return finish(model, recipe, quantizers, options)
 
@@ -53,7 +53,7 @@ def finish(
     model: Model, recipe: Recipe, quantizers: Mapping[str, Quantizer], options: RepqVitOptions
 ) -> QuantizedModel:
     """Reparameterizes what `initialize` left: the second of RepQ-ViT's two steps."""
-    pairs = reparameterized(model, recipe)
+    pairs = find_reparameterizable(model, recipe)
     model, changed = reparameterize(model, quantizers, pairs, options.round_zero_point)
     # The published code runs its calibration once more here, in which only these are not yet initialized.
     weights = {weight_site(layer): layer for readers in pairs.values() for layer in readers}

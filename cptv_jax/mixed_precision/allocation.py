@@ -111,7 +111,7 @@ def allocate(losses: Mapping[str, np.ndarray], costs: Costs, budget: float) -> G
         genes[site] = wider
 
 
-def exchanged(genes: Genes, costs: Costs, budget: float, rng: np.random.Generator, sites: int) -> Genes:
+def exchange_widths(genes: Genes, costs: Costs, budget: float, rng: np.random.Generator, sites: int) -> Genes:
     """Genes with some sites one choice narrower and others, as many as then fit, one wider: a mutation."""
     child = dict(genes)
     names = list(rng.permutation(list(child)))
@@ -154,7 +154,7 @@ def evolve_genes(
     for _ in range(generations):
         parent = best
         for _ in range(children):
-            child = exchanged(parent, costs, budget, rng, sites=int(rng.integers(1, 4)))
+            child = exchange_widths(parent, costs, budget, rng, sites=int(rng.integers(1, 4)))
             if child != parent:  # at the least budget nothing can be exchanged
                 value = loss_of(child)
                 if value < loss:

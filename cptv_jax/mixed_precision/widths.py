@@ -155,7 +155,7 @@ def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str,
             yield product.multiplications, operands
 
 
-def read_by_products(model: Model, recipe: Recipe) -> tuple[str, ...]:
+def find_product_sites(model: Model, recipe: Recipe) -> tuple[str, ...]:
     """The sites of a recipe that products read: weights and activations."""
     found = _quantized_products(QuantizedModel(model, recipe, {}))
     return tuple(dict.fromkeys(site for _, operands in found for site in operands))

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cptv_jax.calibration.error_feedback import adjust_by_input, ridge
-from cptv_jax.calibration.moments import Batch, Moments, extended, layers_of, moments_by_stage
+from cptv_jax.calibration.moments import Batch, Moments, append_bias, layers_of, moments_by_stage
 from cptv_jax.calibration.observers import fit, update
 from cptv_jax.interpreters import effective_weight, quantize_weight
 from cptv_jax.quantized.layers import stage_sites
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import BiasCorrected, Free, Quantizer, Uniform, innermost, spread
+from cptv_jax.quantizers import BiasCorrected, Free, Quantizer, Uniform, spread, unwrap
 from cptv_jax.recipe.sites import Site
 from cptv_jax.search.proposals.base import Scales
 
@@ -126,7 +126,7 @@ class _Grid(NamedTuple):
 
 
 def _grid_of(quantizer: Quantizer, kernel: Float[Array, "inputs outputs"]) -> _Grid:
-    grid = innermost(quantizer)
+    grid = unwrap(quantizer)
     parts = (grid.scale, grid.zero_point, grid.low, grid.high)
     return _Grid(*(np.asarray(spread(jnp.asarray(part), kernel), np.float64) for part in parts))
 
@@ -148,7 +148,7 @@ def _rounded_anew(model: QuantizedModel, weight: Site, moments: Moments) -> dict
     level = np.trace(moment) / len(moment)
     # Weights that on quantized inputs come closest to the float outputs, which roundings then stay close to. The bias
     # that belongs to them is not taken: with it, models generalize no better (docs/results.md, "What did not help").
-    inputs = len(extended(layer))
+    inputs = len(append_bias(layer))
     wanted = kernel + ridge(gram[:inputs, :inputs], cross[:inputs], max(_RIDGE * level, _TINY))[: len(kernel)]
     felt = moment
     if isinstance(quantizer, BiasCorrected):  # a channel's errors sum to nothing: what its inputs share does not count

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cptv_jax.interpreters import quantize_weight
 from cptv_jax.quantized.layers import Path, arrays_at, replace_arrays
-from cptv_jax.quantizers import Free, Quantizer, innermost, rounded_product
+from cptv_jax.quantizers import Free, Quantizer, rounded_product, unwrap
 from cptv_jax.recipe.spec import SiteSpec
 
 Candidate = dict[str, Free]
@@ -58,7 +58,7 @@ class MovableBias(NamedTuple):
     start: Float[Array, " outputs"]
     unit: Float[Array, " outputs"]
 
-    def moved(self, steps: Float[Array, " outputs"]) -> Float[Array, " outputs"]:
+    def move(self, steps: Float[Array, " outputs"]) -> Float[Array, " outputs"]:
         return self.start + rounded_product(steps, self.unit)
 
 
@@ -97,7 +97,7 @@ class StageParts:
         lacking = [
             site
             for site in self.searched
-            if site in self.layers and getattr(innermost(self.quantizers[site]), "rounding", None) is None
+            if site in self.layers and getattr(unwrap(self.quantizers[site]), "rounding", None) is None
         ]
         made = {s: self.quantizers[s].with_rounding(jnp.zeros(jnp.shape(self.kernel(s)))) for s in lacking}
         return replace(self, quantizers={**self.quantizers, **made})
@@ -135,7 +135,7 @@ class Binding:
         paths = dict(self.layers)
         for site, free in candidate.items():
             if free.bias is not None:
-                weights = replace_arrays(weights, paths[site], {"bias": state["biases"][site].moved(free.bias)})
+                weights = replace_arrays(weights, paths[site], {"bias": state["biases"][site].move(free.bias)})
             quantizers[site] = quantizers[site].with_free(free)
             if site in state["searched"]:
                 quantized[site] = quantize_weight(quantizers[site], *state["searched"][site])
@@ -151,6 +151,6 @@ def place_candidate(parts: StageParts, candidate: Mapping[str, Free]) -> tuple[P
             bias = parts.bias(site)
             if bias is None:
                 raise ValueError(f"the layer of {site} has no bias to move")
-            weights = replace_arrays(weights, parts.layers[site], {"bias": bias.moved(free.bias)})
+            weights = replace_arrays(weights, parts.layers[site], {"bias": bias.move(free.bias)})
         quantizers[site] = quantizers[site].with_free(free)
     return weights, quantizers

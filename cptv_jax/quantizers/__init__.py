@@ -1,6 +1,6 @@
 """Quantizers: pure maps between values and integer codes, each a pytree of its parameters."""
 
-from cptv_jax.quantizers.base import Quantizer, ScaledQuantizer, WrappedQuantizer, innermost
+from cptv_jax.quantizers.base import Quantizer, ScaledQuantizer, WrappedQuantizer, unwrap
 from cptv_jax.quantizers.bias_correction import BiasCorrected, Moments, moments
 from cptv_jax.quantizers.dual_uniform import DualUniform
 from cptv_jax.quantizers.focusing import Focusing
@@ -36,7 +36,6 @@ __all__ = [
     "free_from_plain",
     "free_to_plain",
     "grid",
-    "innermost",
     "moments",
     "move_candidate",
     "name_of_quantizer",
@@ -47,4 +46,5 @@ __all__ = [
     "straight_through",
     "true_divide",
     "twin_softmax",
+    "unwrap",
 ]

@@ -144,6 +144,6 @@ class WrappedQuantizer:
         return self.base.free_units()
 
 
-def innermost(quantizer: Quantizer) -> Any:
+def unwrap(quantizer: Quantizer) -> Any:
     """The quantizer without what was put around it: bias correction, a low-rank term."""
-    return innermost(quantizer.base) if isinstance(quantizer, WrappedQuantizer) else quantizer
+    return unwrap(quantizer.base) if isinstance(quantizer, WrappedQuantizer) else quantizer

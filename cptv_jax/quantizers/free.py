@@ -60,7 +60,7 @@ class Free:
         """The same values with every field but the named ones fixed."""
         return replace(self, **{name: None for name in self.names if name not in names})
 
-    def moved(self, steps: "Free") -> "Free":
+    def move(self, steps: "Free") -> "Free":
         """These values after a step.
 
         Args:
@@ -87,7 +87,7 @@ class Free:
 
 
 def move_candidate(candidate: dict[str, Free], steps: dict[str, Free]) -> dict[str, Free]:
-    """A stage's candidate after a step, see `Free.moved`.
+    """A stage's candidate after a step, see `Free.move`.
 
     Args:
         candidate: By the sites' local names.
@@ -96,16 +96,16 @@ def move_candidate(candidate: dict[str, Free], steps: dict[str, Free]) -> dict[s
     Returns:
         The moved candidate.
     """
-    return {site: free.moved(steps[site]) for site, free in candidate.items()}
+    return {site: free.move(steps[site]) for site, free in candidate.items()}
 
 
 def free_to_plain(tree: PyTree) -> PyTree:
     """A tree with plain dictionaries in place of each Free, such as a file can hold. Inverse: `free_from_plain`."""
 
-    def plain(node: Any) -> Any:
+    def to_plain(node: Any) -> Any:
         return {_MARK: node.to_arrays()} if isinstance(node, Free) else node
 
-    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, Free))
+    return jax.tree.map(to_plain, tree, is_leaf=lambda node: isinstance(node, Free))
 
 
 def free_from_plain(tree: PyTree) -> PyTree:

@@ -77,7 +77,7 @@ class RankSearch(LowRank):
         inputs, outputs = self.down.shape[0], self.up.shape[1]
         return self.penalty * jnp.sum(self.gates) * (inputs + outputs) / (inputs * outputs)
 
-    def chosen(self) -> LowRank:
+    def choose(self) -> LowRank:
         """The quantizer with the preferred rank alone; of equals, the largest."""
         preferred = len(self.ranks) - 1 - jnp.argmax(self.preference[::-1])
         kept = jnp.arange(self.down.shape[1]) < self.ranks[preferred]

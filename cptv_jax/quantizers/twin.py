@@ -11,7 +11,7 @@ from cptv_jax.quantizers.rounding import true_divide
 from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
-def _rounded(positions: Array, low: Array | float, high: Array | float) -> Array:
+def _round_and_clip(positions: Array, low: Array | float, high: Array | float) -> Array:
     """Rounded and clipped, with straight-through derivatives as Uniform has them."""
     return straight_through(jnp.clip(jnp.round(positions), low, high), clip_through(positions, low, high))
 
@@ -37,8 +37,8 @@ class TwinSoftmax(ScaledQuantizer):
     overlap: Float[Array, ""]
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        fine = _rounded(true_divide(values, self.scale), 0.0, self.levels)
-        coarse = _rounded(true_divide(values, self.scale * self.ratio), 0.0, self.levels)
+        fine = _round_and_clip(true_divide(values, self.scale), 0.0, self.levels)
+        coarse = _round_and_clip(true_divide(values, self.scale * self.ratio), 0.0, self.levels)
         above = (values > self.levels * self.scale) & (coarse * self.ratio >= self.levels * (1.0 - self.overlap))
         return jnp.where(above, coarse + self.levels + 1.0, fine)
 
@@ -74,7 +74,7 @@ class TwinGelu(ScaledQuantizer):
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
         step = jnp.where(values < 0, self.negative_scale, self.scale)
-        return _rounded(values / step, self.low, self.high)
+        return _round_and_clip(values / step, self.low, self.high)
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
         return codes * jnp.where(codes < 0, self.negative_scale, self.scale)

@@ -110,7 +110,7 @@ class FractionalUniform(WrappedQuantizer):
     def zero_point(self) -> Float[Array, "..."]:
         return self.base.zero_point
 
-    def integral(self) -> OffsetUniform:
+    def round_zero_point(self) -> OffsetUniform:
         """The quantizer with its zero point rounded to a code."""
         grid = self.base
         return replace(grid, zero_point=jnp.clip(jnp.round(grid.zero_point), grid.low, grid.high))

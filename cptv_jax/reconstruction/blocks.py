@@ -22,11 +22,11 @@ from cptv_jax.reconstruction.config import NO_RECONSTRUCTION, ReconstructionConf
 from cptv_jax.reconstruction.importance import output_importance
 from cptv_jax.reconstruction.training import (
     bind_learned,
-    integral,
-    learnable_stage,
-    optimizer_of,
+    make_learnable,
+    make_optimizer,
     price,
     relative_error,
+    round_zero_point,
     train_step_program,
 )
 from cptv_jax.runtime.arithmetics import gradient_arithmetic
@@ -48,50 +48,50 @@ class Examples:
 
     def take(self, rows: Any, mesh: Mesh) -> Tensor:
         """Those of some images, divided among the devices."""
-        return Tensor(_divided(mesh, self.stored[rows]), *place(mesh, (self.scale, self.zero)))
+        return Tensor(_divide(mesh, self.stored[rows]), *place(mesh, (self.scale, self.zero)))
 
 
-def _divided(mesh: Mesh, images: np.ndarray) -> PyTree:
+def _divide(mesh: Mesh, images: np.ndarray) -> PyTree:
     """Images on the devices: divided where they make equal parts, else all of them on each."""
     return place(mesh, images, None if len(images) % mesh.shape[DATA] else DATA)
 
 
-def _on_host(tree: PyTree) -> PyTree:
+def _fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(np.asarray, tree)
 
 
-def _chunks(count: int, size: int) -> list[slice]:
+def _split_rows(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _outputs(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Examples:
+def _run_stage(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Examples:
     """A stage's outputs, so many images at a time."""
     state = place(mesh, stage.state)
     parts = [
-        _on_host(apply_stage(stage.function, state, inputs.take(rows, mesh)))
-        for rows in _chunks(len(inputs.stored), size)
+        _fetch(apply_stage(stage.function, state, inputs.take(rows, mesh)))
+        for rows in _split_rows(len(inputs.stored), size)
     ]
     if isinstance(parts[0], Tensor):
         return Examples(np.concatenate([part.stored for part in parts]), parts[0].scale, parts[0].zero)
     return Examples(np.concatenate([array_of(part) for part in parts]))
 
 
-def _errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int, mesh: Mesh) -> np.ndarray:
+def _measure_errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int, mesh: Mesh) -> np.ndarray:
     """Squared error and squared target of every image, [images, 2]."""
     parts = [
-        np.stack(_relative_errors(outputs.take(rows, mesh).values, _divided(mesh, targets[rows]), importance), -1)
-        for rows in _chunks(len(targets), size)
+        np.stack(_relative_errors(outputs.take(rows, mesh).values, _divide(mesh, targets[rows]), importance), -1)
+        for rows in _split_rows(len(targets), size)
     ]
     return np.concatenate(parts).astype(np.float64)
 
 
-def _relative(errors: np.ndarray) -> float:
+def _pool_errors(errors: np.ndarray) -> float:
     """Relative squared error over all images."""
     error, power = errors.sum(0)
     return float(error / power)
 
 
-def _batches(easiest_first: np.ndarray, config: ReconstructionConfig, key: Array) -> Iterator[np.ndarray]:
+def _draw_batches(easiest_first: np.ndarray, config: ReconstructionConfig, key: Array) -> Iterator[np.ndarray]:
     """Image indices of every step, drawn without replacement from the images that are easy enough by then."""
     assert config.steps is not None and config.easy_first is not None
     count, rng = len(easiest_first), np.random.default_rng(np.asarray(jax.random.key_data(key)))
@@ -111,7 +111,7 @@ def reconstruct(
     on_stage: Callable[[int, QuantizedModel, float, float], None] = lambda index, model, before, after: None,
     start: int = 0,
 ) -> QuantizedModel:
-    """The model with every stage's learned parameters (see training.learnable_stage) that lower its output's error.
+    """The model with every stage's learned parameters (see training.make_learnable) that lower its output's error.
 
     teacher: the float model, as the base method got it. images: normalised calibration images, float32 [images, height,
     width, channels], of which the first `config.images` are used.
@@ -128,25 +128,25 @@ def reconstruct(
     steps = config.steps
     assert steps is not None
     images = images[: config.images]
-    model = replace(model, quantizers={site: integral(quantizer) for site, quantizer in model.quantizers.items()})
+    model = replace(model, quantizers={site: round_zero_point(each) for site, each in model.quantizers.items()})
     targets = floats = inputs = Examples(images)
     float_stages = teacher.stages()
     label_key = jax.random.fold_in(key, len(float_stages))  # stages fold in their indices
     importance = output_importance(teacher, images, config.batch, label_key) if config.importance == "fisher" else {}
     for index, float_stage in enumerate(float_stages):
         name = float_stage.name
-        floats, targets = targets, _outputs(float_stage, targets, config.batch, mesh)
+        floats, targets = targets, _run_stage(float_stage, targets, config.batch, mesh)
         stage = model.stage(name, Simulated(arithmetic))
         weighting = place(mesh, importance.get(name, jnp.ones(())))
-        outputs = _outputs(stage, inputs, config.batch, mesh)
+        outputs = _run_stage(stage, inputs, config.batch, mesh)
         if index >= start:
-            errors = _errors(outputs, targets.stored, weighting, config.batch, mesh)
-            before = _relative(errors) + float(price(stage.state["quantizers"]))
-            function, bind, learnable, parameters = learnable_stage(model, name, config, arithmetic)
+            errors = _measure_errors(outputs, targets.stored, weighting, config.batch, mesh)
+            before = _pool_errors(errors) + float(price(stage.state["quantizers"]))
+            function, bind, learnable, parameters = make_learnable(model, name, config, arithmetic)
             learnable, parameters = place(mesh, learnable), place(mesh, parameters)
-            optimizer_state = place(mesh, optimizer_of(config).init(parameters))
+            optimizer_state = place(mesh, make_optimizer(config).init(parameters))
             order_key, mixing_key = jax.random.split(jax.random.fold_in(key, index))
-            for step, rows in enumerate(_batches(np.argsort(errors[:, 0], kind="stable"), config, order_key)):
+            for step, rows in enumerate(_draw_batches(np.argsort(errors[:, 0], kind="stable"), config, order_key)):
                 parameters, optimizer_state = train_step_program()(
                     function,
                     bind,
@@ -155,17 +155,17 @@ def reconstruct(
                     parameters,
                     optimizer_state,
                     inputs.take(rows, mesh),
-                    _divided(mesh, floats.stored[rows]),
-                    _divided(mesh, targets.stored[rows]),
+                    _divide(mesh, floats.stored[rows]),
+                    _divide(mesh, targets.stored[rows]),
                     weighting,
                     place(mesh, jax.random.fold_in(mixing_key, step)),
                 )
                 on_progress(index * steps + step + 1, len(float_stages) * steps)
-            state = _on_host(_bind_learned(bind, learnable, parameters))
+            state = _fetch(_bind_learned(bind, learnable, parameters))
             learned = model.with_parts(name, state["weights"], state["quantizers"])
             learned_stage = learned.stage(name, Simulated(arithmetic))
-            learned_outputs = _outputs(learned_stage, inputs, config.batch, mesh)
-            after = _relative(_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
+            learned_outputs = _run_stage(learned_stage, inputs, config.batch, mesh)
+            after = _pool_errors(_measure_errors(learned_outputs, targets.stored, weighting, config.batch, mesh))
             after += float(price(learned_stage.state["quantizers"]))
             if after < before:
                 model, outputs = learned, learned_outputs

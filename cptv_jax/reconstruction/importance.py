@@ -14,7 +14,7 @@ from cptv_jax.runtime.stages import StageFunction
 
 
 @partial(jax.jit, static_argnums=0)
-def _pulled_back(function: StageFunction, state: PyTree, x: Tensor, gradient: Array) -> Array:
+def _pull_back(function: StageFunction, state: PyTree, x: Tensor, gradient: Array) -> Array:
     """The gradient by a stage's input values from that by its output values."""
     _, pullback = jax.vjp(lambda values: array_of(function(state, Tensor(values))), x.values)
     return pullback(gradient)[0]
@@ -36,6 +36,6 @@ def output_importance(teacher: Model, images: np.ndarray, chunk: int, key: Array
         labels = jax.random.categorical(jax.random.fold_in(key, number), logits)
         gradient = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])
         for stage, previous, x in zip(stages[:0:-1], stages[-2::-1], inputs[-2:0:-1], strict=True):
-            gradient = _pulled_back(stage.function, stage.state, x, gradient)
+            gradient = _pull_back(stage.function, stage.state, x, gradient)
             totals[previous.name] = totals.get(previous.name, 0.0) + jnp.sum(gradient**2, 0)
     return {name: jnp.where(jnp.mean(total) > 0, total / jnp.mean(total), 1.0) for name, total in totals.items()}

@@ -49,12 +49,12 @@ class Learnable:
     units: PyTree
 
 
-def integral(quantizer: Quantizer) -> Quantizer:
+def round_zero_point(quantizer: Quantizer) -> Quantizer:
     """The quantizer with an integral zero point, which reconstruction works on (RepQ-ViT leaves fractional ones)."""
-    return quantizer.integral() if isinstance(quantizer, FractionalUniform) else quantizer
+    return quantizer.round_zero_point() if isinstance(quantizer, FractionalUniform) else quantizer
 
 
-def _learned_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
+def _choose_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
     """The fields of Free that are learned of a site; where there are power-of-two factors, the zero point stays too."""
     rates = {
         "scale": config.scale_rate,
@@ -98,7 +98,7 @@ def _floats(
     return quantized, plain
 
 
-def learnable_stage(
+def make_learnable(
     model: QuantizedModel, name: str, config: ReconstructionConfig, arithmetic: ArithmeticName | None = None
 ) -> tuple[ModelStageFunction, Binding, Learnable, PyTree]:
     """What training needs of one stage.
@@ -124,7 +124,7 @@ def learnable_stage(
     candidate = {
         site: learned
         for site, free in stage.candidate.items()
-        if (learned := free.only(*_learned_fields(parts.specs[site], config))).names
+        if (learned := free.only(*_choose_fields(parts.specs[site], config))).names
     }
     quantizers, biases = stage.state["quantizers"], stage.state["biases"]
     sites = {site: _units_of(quantizers[site], free, biases.get(site)) for site, free in candidate.items()}
@@ -146,19 +146,19 @@ def bind_learned(bind: Binding, learnable: Learnable, parameters: PyTree) -> PyT
     Args:
         bind: The differentiable stage's.
         learnable: The stage before.
-        parameters: Steps, see `Free.moved`; those of kernels and float arrays are added.
+        parameters: Steps, see `Free.move`; those of kernels and float arrays are added.
 
     Returns:
         A state whose "weights" and "quantizers" are those of an ordinary quantized model.
     """
     added = {**parameters["kernels"], **parameters["weights"]}
 
-    def moved(path: tuple[Any, ...], array: Array) -> Array:
+    def add_step(path: tuple[Any, ...], array: Array) -> Array:
         step = added.get(jax.tree_util.keystr(path))
         return array if step is None else array + step
 
     state = learnable.state
-    weights = jax.tree_util.tree_map_with_path(moved, state["weights"])
+    weights = jax.tree_util.tree_map_with_path(add_step, state["weights"])
     return bind({**state, "weights": weights}, move_candidate(learnable.candidate, parameters["sites"]))
 
 
@@ -181,7 +181,7 @@ def _labels(parameters: PyTree) -> PyTree:
     }
 
 
-def optimizer_of(config: ReconstructionConfig) -> optax.GradientTransformation:
+def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
     """Adam with a cosine schedule to zero and a rate for each group of parameters."""
     assert config.steps is not None
     rates = {
@@ -212,7 +212,7 @@ def price(quantizers: Mapping[str, Quantizer]) -> Float[Array, ""]:
     return sum((quantizer.price for quantizer in searched), jnp.zeros(()))
 
 
-def mixed(x: Tensor, other: Float[Array, "..."], probability: float, key: Array) -> Tensor:
+def mix_inputs(x: Tensor, other: Float[Array, "..."], probability: float, key: Array) -> Tensor:
     """x with elements replaced, each with a probability, by those of the float model (QDrop, Wei et al. 2022)."""
     steps = other if x.scale is None else other / x.scale
     return Tensor(jnp.where(jax.random.bernoulli(key, probability, x.shape), steps, x.steps), x.scale)
@@ -233,7 +233,7 @@ def _train_step(
 ) -> tuple[PyTree, PyTree]:
     """One step on one batch: the new parameters and optimizer state."""
     if config.float_input:
-        x = mixed(x, x_float, config.float_input, key)
+        x = mix_inputs(x, x_float, config.float_input, key)
 
     def loss_of(parameters: PyTree) -> Array:
         learned = bind_learned(bind, learnable, parameters)
@@ -241,7 +241,7 @@ def _train_step(
         return error / power + price(learned["quantizers"])
 
     gradients = jax.grad(loss_of)(parameters)
-    updates, optimizer_state = optimizer_of(config).update(gradients, optimizer_state)
+    updates, optimizer_state = make_optimizer(config).update(gradients, optimizer_state)
     # Adam's updates are of the size of the rate, whatever a parameter is measured in.
     updates = jax.tree.map(lambda update, unit: update * unit, updates, learnable.units)
     return optax.apply_updates(parameters, updates), optimizer_state

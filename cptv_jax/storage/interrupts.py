@@ -8,7 +8,7 @@ from types import FrameType
 
 
 @contextmanager
-def interrupts_deferred() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """Holds a SIGINT back until the block has ended, and then has it handled as if it came then.
 
     Outside the main thread, which no signal ever interrupts, and where SIGINT is ignored, it changes nothing.

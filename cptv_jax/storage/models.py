@@ -33,9 +33,9 @@ def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _tuples(value: Any) -> Any:
+def _to_tuples(value: Any) -> Any:
     """JSON's lists as the tuples that configurations are made of."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture:
@@ -47,7 +47,7 @@ def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture
         )
     try:
         config, preprocessing = (
-            {key: _tuples(value) for key, value in data[part].items()} for part in ("config", "preprocessing")
+            {key: _to_tuples(value) for key, value in data[part].items()} for part in ("config", "preprocessing")
         )
         return Architecture(
             data["name"], FAMILIES[family], FAMILIES[family].config(**config), Preprocessing(**preprocessing)
@@ -65,7 +65,7 @@ def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _recipe_from_json(data: Mapping[str, Any], architecture: Architecture) -> Recipe:
-    values = {key: _tuples(value) for key, value in data.items()}
+    values = {key: _to_tuples(value) for key, value in data.items()}
     specs = {site: SiteSpec(**spec) for site, spec in data["sites"].items()}
     return Recipe(**{**values, "sites": specs, "places": dict(site_table(architecture))})
 

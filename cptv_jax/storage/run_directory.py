@@ -65,7 +65,7 @@ class RunDirectory:
         if (path / "base").exists():
             self.drop_reconstruction()
         else:
-            self._drop(self._numbered("reconstruction")[:-1])
+            self._drop(self._list_numbered("reconstruction")[:-1])
 
     def _refuse_other_versions(self, begun: Mapping[str, Any]) -> None:
         """An unfinished run goes on with the versions that it began with, or its result would be neither's."""
@@ -82,24 +82,24 @@ class RunDirectory:
 
     def base(self) -> QuantizedModel | None:
         """The base method's model, if it was finished."""
-        return self._quantized("base")
+        return self._load_quantized("base")
 
     def final(self) -> QuantizedModel | None:
         """The final model, if the run got so far."""
-        return self._quantized("model")
+        return self._load_quantized("model")
 
     def save_reconstruction(self, done: int, model: QuantizedModel) -> None:
         """Keeps the model whose first `done` stages are reconstructed, then drops earlier ones."""
-        earlier = self._numbered("reconstruction")
+        earlier = self._list_numbered("reconstruction")
         save_model(self.path / "reconstruction" / f"{done:06d}", model)
         self._drop(earlier)
 
     def reconstruction(self) -> tuple[int, QuantizedModel] | None:
         """How many stages are reconstructed, and the model so far, if the base method was finished."""
-        saved = self._numbered("reconstruction")
+        saved = self._list_numbered("reconstruction")
         if not saved:
             return None
-        model = self._quantized(f"reconstruction/{saved[-1].name}")
+        model = self._load_quantized(f"reconstruction/{saved[-1].name}")
         assert model is not None
         return int(saved[-1].name), model
 
@@ -107,7 +107,7 @@ class RunDirectory:
         if (self.path / "reconstruction").exists():
             shutil.rmtree(self.path / "reconstruction")
 
-    def _quantized(self, name: str) -> QuantizedModel | None:
+    def _load_quantized(self, name: str) -> QuantizedModel | None:
         if not (self.path / name).exists():
             return None
         model = load_model(str(self.path / name))
@@ -132,7 +132,7 @@ class RunDirectory:
     def save_results(self, results: Mapping[str, Any]) -> None:
         write_atomically(self.path / "results.json", json.dumps(results, indent=1))
 
-    def _numbered(self, folder: str) -> list[Path]:
+    def _list_numbered(self, folder: str) -> list[Path]:
         return sorted(self.path.glob(f"{folder}/[0-9]*"))
 
     def _drop(self, paths: list[Path]) -> None:

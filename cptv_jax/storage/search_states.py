@@ -109,7 +109,7 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    raise _damaged(path, "damaged", folder)
+    raise _damage_error(path, "damaged", folder)
 
 
 def _read_part(folder: Path, wanted: str) -> list[np.ndarray]:
@@ -118,13 +118,13 @@ def _read_part(folder: Path, wanted: str) -> list[np.ndarray]:
         with np.load(path, allow_pickle=False) as opened:
             arrays = [opened[str(i)] for i in range(len(opened.files))]
     except FileNotFoundError:
-        raise _damaged(path, "missing", folder) from None
+        raise _damage_error(path, "missing", folder) from None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-        raise _damaged(path, "damaged", folder) from None
+        raise _damage_error(path, "damaged", folder) from None
     if digest(arrays) != wanted:
-        raise _damaged(path, "damaged", folder)
+        raise _damage_error(path, "damaged", folder)
     return arrays
 
 
-def _damaged(path: Path, state: str, folder: Path) -> InputError:
+def _damage_error(path: Path, state: str, folder: Path) -> InputError:
     return InputError(f"{path} is {state}; remove {folder}, and the same command begins the search again")

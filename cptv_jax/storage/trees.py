@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from cptv_jax.errors import InputError
 from cptv_jax.storage.files import digest_files, refuse_undecodable, write_atomically
-from cptv_jax.storage.interrupts import interrupts_deferred
+from cptv_jax.storage.interrupts import defer_interrupts
 
 FORMAT = "cptv-jax checkpoint"
 VERSION = 1
@@ -45,7 +45,7 @@ def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     _refuse_full_disk(path, sum(array.nbytes for array in jax.tree.leaves(arrays)))
     try:
         # An interrupt that unwound Orbax halfway would leave threads behind that print tracebacks as the process ends.
-        with interrupts_deferred(), ocp.PyTreeCheckpointer() as checkpointer:
+        with defer_interrupts(), ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save((temporary / _ARRAYS).absolute(), arrays)
         description = {
             "format": FORMAT,
@@ -120,7 +120,7 @@ def restore_tree(path: Path) -> tuple[PyTree, dict[str, Any]]:
             raise InputError(f"{path / _ARRAYS / name} is {state}; import or quantize again")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata["tree"])
     try:
-        with interrupts_deferred(), ocp.PyTreeCheckpointer() as checkpointer:  # as in save_tree
+        with defer_interrupts(), ocp.PyTreeCheckpointer() as checkpointer:  # as in save_tree
             tree = checkpointer.restore((path / _ARRAYS).absolute(), restore_args=as_numpy)
     except Exception as error:  # Orbax raises many types for missing and damaged files
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

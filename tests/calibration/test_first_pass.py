@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden_vit import SMALL, images, recipe_of, small_model
 
-from cptv_jax.calibration.first_pass import first_images, initialize, reparameterize, reparameterized
+from cptv_jax.calibration.first_pass import find_reparameterizable, first_images, initialize, reparameterize
 from cptv_jax.calibration.percentile import fit
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized.model import Model, QuantizedModel
@@ -25,9 +25,9 @@ PAIRS = {
 
 def test_layer_norms_inside_blocks_are_paired_with_what_reads_them(golden: Path) -> None:
     recipe = recipe_of(preset="repq-vit")
-    assert reparameterized(small_model(golden), recipe) == PAIRS
+    assert find_reparameterizable(small_model(golden), recipe) == PAIRS
     left = recipe_of(preset="repq-vit", overrides={"blocks.0.norm1": None, "blocks.1.norm2": {"per_channel": True}})
-    assert set(PAIRS) - set(reparameterized(small_model(golden), left)) == {"blocks.0.norm1", "blocks.1.norm2"}
+    assert set(PAIRS) - set(find_reparameterizable(small_model(golden), left)) == {"blocks.0.norm1", "blocks.1.norm2"}
 
 
 def test_a_layer_norm_of_other_channels_or_read_by_a_matmul_is_left_alone() -> None:

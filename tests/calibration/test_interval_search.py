@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cptv_jax.calibration.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, pick, scaled
+from cptv_jax.calibration.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, pick, scale_by_factors
 from cptv_jax.calibration.layerwise import Layer, Operation, Samples
 from cptv_jax.interpreters.arithmetic import Arithmetic, ArithmeticName
 from cptv_jax.quantizers import Uniform, grid
@@ -46,7 +46,7 @@ def linear_search(
     operation = Operation((jnp.asarray(kernel), jnp.asarray(bias)), jnp.float32(1))
     layer = Layer("layer", ("x", "layer.weight"), operation, samples)
     sides = (uniform(0.4), uniform(weight_scale))
-    operands = tuple(OperandSearch(q, scaled(q, FACTORS), 16) for q in sides)
+    operands = tuple(OperandSearch(q, scale_by_factors(q, FACTORS), 16) for q in sides)
     return LayerSearch(layer, operands, options or LossOptions(metric))  # type: ignore[arg-type]
 
 
@@ -62,7 +62,7 @@ def matmul_search(options: LossOptions) -> LayerSearch:
     ]
     layer = Layer("scores", ("a", "b"), Operation(None, jnp.float32(0.5)), samples)
     q = uniform(np.asarray([0.3, 0.4, 0.5]).reshape(HEADS, 1, 1))
-    operand = OperandSearch(q, scaled(q, FACTORS), 16)
+    operand = OperandSearch(q, scale_by_factors(q, FACTORS), 16)
     return LayerSearch(layer, (operand, operand), options)
 
 
@@ -175,7 +175,7 @@ def test_ties_go_to_the_first_and_no_information_to_the_neutral_candidate() -> N
     assert search.best(1, [None, None]) == search.operands[1].neutral == 16
     twice = uniform(0.4)
     layer = linear_search("l2", np.float32(0.5)).layer  # type: ignore[arg-type]
-    doubled = OperandSearch(twice, scaled(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
+    doubled = OperandSearch(twice, scale_by_factors(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
     assert LayerSearch(layer, (doubled, OperandSearch()), LossOptions("l2")).best(0, [None, None]) == 1
 
 
@@ -223,6 +223,6 @@ def test_the_search_alternates_and_stops_repeating_itself() -> None:
 
 def test_each_group_gets_its_own_candidate() -> None:
     initial = uniform(np.asarray([1.0, 2.0, 3.0]))
-    picked = pick(scaled(initial, np.asarray([1, 10], np.float32)), np.asarray([0, 1, 0]))
+    picked = pick(scale_by_factors(initial, np.asarray([1, 10], np.float32)), np.asarray([0, 1, 0]))
     np.testing.assert_array_equal(picked.scale, [1, 20, 3])
     assert picked.low.shape == () and picked.zero_point.shape == ()  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from interchange_files import Arrays, change_meta, copy_set, rewrite
 
-from cptv_jax.calibration.interval_search import OperandSearch, scaled
+from cptv_jax.calibration.interval_search import OperandSearch, scale_by_factors
 from cptv_jax.compare import Comparison, compare_file, render
 from cptv_jax.compare.ptq4vit import Replay, check_ties, replay
 from cptv_jax.errors import InputError
@@ -97,7 +97,7 @@ class _Table:
     def __init__(self, losses: np.ndarray, metric: str) -> None:
         scale = jnp.ones(losses.shape[1:])
         initial = Uniform(scale, jnp.zeros_like(scale), jnp.float32(-8), jnp.float32(7))
-        self.operands = (OperandSearch(), OperandSearch(initial, scaled(initial, FACTORS)))
+        self.operands = (OperandSearch(), OperandSearch(initial, scale_by_factors(initial, FACTORS)))
         self.layer, self.order, self.options = SimpleNamespace(sites=("x", "w")), [1], SimpleNamespace(metric=metric)
         self._losses = losses
 

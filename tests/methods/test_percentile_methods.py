@@ -21,7 +21,7 @@ from cptv_jax import (
     load_model,
     quantize,
 )
-from cptv_jax.calibration.first_pass import initialize, reparameterize, reparameterized
+from cptv_jax.calibration.first_pass import find_reparameterizable, initialize, reparameterize
 from cptv_jax.calibration.moments import collect_moments, layers_of
 from cptv_jax.calibration.percentile import fit_weight
 from cptv_jax.methods.erq import WEIGHT_PERCENTILES, ErqOptions, penalties
@@ -139,7 +139,7 @@ def test_progress_ends_at_its_total(golden: Path, method: str) -> None:
 def test_erq_brings_every_layer_closer_to_its_float_output_than_rounding_does(golden: Path) -> None:
     final, recipe = made(golden, "erq"), recipe_of(preset="erq", weight_bits=4, activation_bits=4)
     batches = [jnp.asarray(images(golden)[:8]), jnp.asarray(images(golden)[8:16])]
-    pairs = reparameterized(small_model(golden), recipe)
+    pairs = find_reparameterizable(small_model(golden), recipe)
     activations = initialize(small_model(golden), jnp.concatenate(batches), recipe, pairs, weights=False)
     start, changed = reparameterize(small_model(golden), activations, pairs)
     moments = collect_moments(start, batches, layers_of(start, recipe), {**activations, **changed})

@@ -12,7 +12,7 @@ import pytest
 from golden_vit import SMALL, images, small_model
 
 from cptv_jax.errors import InputError
-from cptv_jax.methods.ptq4vit import Ptq4VitOptions, _sampled_gradients, quantize
+from cptv_jax.methods.ptq4vit import Ptq4VitOptions, _sample_gradients, quantize
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized.candidate import Space
@@ -159,8 +159,7 @@ def test_hessian_weights_are_gradients_of_labels_drawn_from_the_output_by_the_ke
     logits = jnp.zeros((8, 10))
     outputs = [Output(jnp.zeros((4, 3)), logits[:4]), Output(jnp.zeros((4, 3)), logits[4:])]
     drawn = [
-        np.concatenate([part.logits for part in _sampled_gradients(outputs, jax.random.key(seed))])
-        for seed in (0, 0, 1)
+        np.concatenate([part.logits for part in _sample_gradients(outputs, jax.random.key(seed))]) for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])

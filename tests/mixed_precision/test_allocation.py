@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptv_jax.errors import InputError
-from cptv_jax.mixed_precision.allocation import Costs, allocate, evolve_genes, exchanged
+from cptv_jax.mixed_precision.allocation import Costs, allocate, evolve_genes, exchange_widths
 
 COSTS = Costs((2, 3, 4), ((1.0, ("a",)), (10.0, ("b",)), (1.0, ("c",))))
 PRODUCTS = Costs((2, 3, 4), ((1.0, ("a", "b")), (5.0, ("b", "b")), (2.0, ("b", "c")), (7.0, ("a",))))
@@ -80,7 +80,7 @@ def test_a_budget_below_the_least_is_refused() -> None:
 @given(st.integers(0, 2**31), st.integers(1, 3), st.sampled_from([COSTS, PRODUCTS]))
 def test_a_mutation_keeps_to_the_budget_and_the_choices(seed: int, sites: int, costs: Costs) -> None:
     parent = {"a": 1, "b": 1, "c": 2}
-    child = exchanged(parent, costs, costs.total(parent), np.random.default_rng(seed), sites)
+    child = exchange_widths(parent, costs, costs.total(parent), np.random.default_rng(seed), sites)
     assert costs.total(child) <= costs.total(parent)
     assert all(0 <= gene <= 2 for gene in child.values())
     assert child != parent

@@ -12,7 +12,7 @@ from tiny_vit import TINY
 from cptv_jax import InputError, Model, RecipeConfig, resolve
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.mixed_precision.allocation import sensitivities
-from cptv_jax.mixed_precision.widths import Widths, loss_of_genes, read_by_products
+from cptv_jax.mixed_precision.widths import Widths, find_product_sites, loss_of_genes
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.runtime.forward import forward
 from cptv_jax.search import Evaluator, Objective
@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_packed_codes(model: Model, widths: Widths) -> No
 def all_widths(model: Model) -> Widths:
     """Weights, and the activations that products read, of a free width."""
     recipe = resolve(RecipeConfig(), sites_of(DEEPER))
-    read = read_by_products(model, recipe)
+    read = find_product_sites(model, recipe)
     models = []
     for bits in BITS:
         config = RecipeConfig(overrides={site: {"bits": bits} for site in read})

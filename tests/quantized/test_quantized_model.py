@@ -15,7 +15,7 @@ from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.execution import Differentiable, Execution, Simulated, Unrounded
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import QUANTIZERS, Free, ScaledQuantizer, innermost, register_quantizer
+from cptv_jax.quantizers import QUANTIZERS, Free, ScaledQuantizer, register_quantizer, unwrap
 from cptv_jax.runtime.forward import forward
 
 QKV = "attn.qkv.weight"
@@ -104,7 +104,7 @@ def test_a_learned_rounding_changes_codes_and_is_kept_with_the_model(model: Quan
     again = load_model(str(tmp_path / "rounded"))
     assert isinstance(again, QuantizedModel)
     np.testing.assert_array_equal(again.quantizers[site].codes(kernel), after)
-    assert getattr(innermost(again.quantizers[f"blocks.1.{QKV}"]), "rounding", None) is None
+    assert getattr(unwrap(again.quantizers[f"blocks.1.{QKV}"]), "rounding", None) is None
 
 
 @pytest.mark.parametrize("execution", [Simulated(), Differentiable(), Unrounded()])

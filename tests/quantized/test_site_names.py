@@ -111,7 +111,7 @@ def test_every_site_is_moved_by_its_own_entry_alone(
     for site, free in candidate.items():
         weight = site in ("fc.weight", "relative_position.bias.weight")
         assert (free.bias is not None) == (free.rounding is not None) == weight, site
-        moved = {site: free.moved(jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.2), free))}
+        moved = {site: free.move(jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.2), free))}
         other = quantized.with_candidates({"stem": moved})
         changed = {
             name

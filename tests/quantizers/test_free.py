@@ -28,10 +28,10 @@ from cptv_jax.quantizers import (
     free_from_plain,
     free_to_plain,
     grid,
-    innermost,
     move_candidate,
     name_of_quantizer,
     register_quantizer,
+    unwrap,
 )
 
 SCALES = jnp.asarray([0.1, 0.03, 0.5], jnp.float32)
@@ -133,8 +133,8 @@ def test_a_learned_rounding_is_offered_in_units_of_two_steps_where_there_is_one(
         with_one = quantizer.with_rounding(rounding)
         np.testing.assert_allclose(with_one.free().rounding, rounding / 2, rtol=1e-6)
         moved = with_one.with_free(Free(rounding=jnp.full((2, 3), 0.2)))
-        np.testing.assert_allclose(innermost(moved).rounding, 0.4, rtol=1e-6)
-        np.testing.assert_array_equal(innermost(moved).zero_point, innermost(quantizer).zero_point)
+        np.testing.assert_allclose(unwrap(moved).rounding, 0.4, rtol=1e-6)
+        np.testing.assert_array_equal(unwrap(moved).zero_point, unwrap(quantizer).zero_point)
 
 
 def test_a_weight_of_two_grids_has_no_learned_rounding() -> None:

@@ -62,11 +62,11 @@ def test_gates_are_the_probabilities_of_larger_ranks() -> None:
 
 def test_the_preferred_rank_is_kept_and_the_rest_is_zero() -> None:
     quantizer = searched([0.0, 3.0, 0.0])
-    chosen = quantizer.chosen()
+    chosen = quantizer.choose()
     assert type(chosen) is LowRank and chosen.rank == 2
     np.testing.assert_array_equal(chosen.down[:, :2], quantizer.factors[0][:, :2])
     assert not np.any(chosen.down[:, 2:]) and not np.any(chosen.up[2:])
-    assert searched([0.0, 0.0, 0.0]).chosen().rank == 4  # nothing was learned: the largest
+    assert searched([0.0, 0.0, 0.0]).choose().rank == 4  # nothing was learned: the largest
     # Zeros on both sides have no gradient, so they stay.
     gradients = jax.grad(lambda q: jnp.sum((X @ q.down @ q.up - 1) ** 2))(chosen)
     assert not np.any(gradients.down[:, 2:]) and not np.any(gradients.up[2:])

@@ -19,14 +19,14 @@ from cptv_jax.methods.registry import METHODS
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import DualUniform, Uniform
-from cptv_jax.reconstruction.blocks import _batches, reconstruct
+from cptv_jax.reconstruction.blocks import _draw_batches, reconstruct
 from cptv_jax.reconstruction.importance import output_importance
 from cptv_jax.reconstruction.training import (
     ReconstructionConfig,
     bind_learned,
-    learnable_stage,
-    mixed,
-    optimizer_of,
+    make_learnable,
+    make_optimizer,
+    mix_inputs,
     train_step_program,
 )
 from cptv_jax.runtime.forward import array_of, forward, stage_inputs
@@ -109,7 +109,7 @@ def test_the_result_is_an_ordinary_quantized_model(golden: Path, tmp_path: Path)
 
 def test_what_is_learned_is_what_the_ordinary_quantizer_makes_of_it(golden: Path) -> None:
     base = base_of(golden, "omse")
-    _, bind, before, parameters = learnable_stage(base, "blocks.0", CONFIG)
+    _, bind, before, parameters = make_learnable(base, "blocks.0", CONFIG)
     rng = np.random.default_rng(0)
     # Steps as large as 30 of the rates' units would be without rates: a third of a code, of a step.
     parameters = jax.tree.map(
@@ -144,7 +144,7 @@ def test_kernels_whose_quantizer_learns_no_rounding_move_by_steps_of_their_chann
         grid.scale, grid.zero_point, 2 * ones, grid.zero_point, jnp.arange(inputs) < 3, grid.low, grid.high
     )
     model = replace(base, quantizers={**base.quantizers, site: dual})
-    _, bind, before, parameters = learnable_stage(model, "blocks.0", CONFIG)
+    _, bind, before, parameters = make_learnable(model, "blocks.0", CONFIG)
     assert before.candidate["mlp.fc1.weight"].rounding is None
     (key,) = parameters["kernels"]
     np.testing.assert_array_equal(before.units["kernels"][key], grid.scale)
@@ -158,7 +158,7 @@ def test_parameters_of_zero_change_no_bit(golden: Path) -> None:
     for name in BASES:
         base = base_of(golden, name)
         for stage in base.model.architecture.stage_names:
-            _, bind, learnable, parameters = learnable_stage(base, stage, CONFIG)
+            _, bind, learnable, parameters = make_learnable(base, stage, CONFIG)
             same = jax.jit(bind_learned, static_argnums=0)(bind, learnable, parameters)
             jax.tree.map(np.testing.assert_array_equal, same, learnable.state)
 
@@ -168,7 +168,7 @@ def test_gradients_pass_integer_layer_norm_and_integer_softmax(golden: Path) -> 
     base = base_of(golden, "log-int-softmax")
     stage = base.stages()[1]
     x = stage_inputs(base.stages()[:1], images(golden)[:8])[-1]
-    function, bind, before, parameters = learnable_stage(base, stage.name, CONFIG)
+    function, bind, before, parameters = make_learnable(base, stage.name, CONFIG)
     exact = stage.function(stage.state, x).values
     ours = array_of(function(before.state, x))
     np.testing.assert_allclose(ours, exact, atol=1e-5)  # not one step of the output, 0.02, is off
@@ -187,7 +187,7 @@ def test_gradients_pass_integer_layer_norm_and_integer_softmax(golden: Path) -> 
 
 def test_power_of_two_factors_stay_such(golden: Path) -> None:
     base = base_of(golden, "fq-vit")
-    _, bind, before, parameters = learnable_stage(base, "blocks.0", CONFIG)
+    _, bind, before, parameters = make_learnable(base, "blocks.0", CONFIG)
     learned_of = parameters["sites"]["residual1"]
     assert learned_of.names == ("scale",) and learned_of.scale.shape == ()
     state = bind_learned(bind, before, jax.tree.map(lambda a: a + 0.3, parameters))
@@ -201,7 +201,7 @@ def test_a_rate_of_zero_leaves_its_parameters_out_alone(golden: Path) -> None:
     base = base_of(golden, "omse")
 
     def learned_with(**rates: float) -> tuple[set[str], set[str]]:
-        _, _, _, parameters = learnable_stage(base, "blocks.0", replace(CONFIG, **rates))  # type: ignore[arg-type]
+        _, _, _, parameters = make_learnable(base, "blocks.0", replace(CONFIG, **rates))  # type: ignore[arg-type]
         assert not parameters["kernels"]
         return {name for free in parameters["sites"].values() for name in free.names}, set(parameters["weights"])
 
@@ -217,11 +217,11 @@ def test_the_first_step_is_each_rate_in_its_unit(golden: Path) -> None:
     """Adam's first step is the rate itself, whatever the gradient: of a zero point in codes, of a rounding in steps."""
     base = base_of(golden, "omse")
     config = replace(CONFIG, steps=1000)
-    function, bind, learnable, parameters = learnable_stage(base, "blocks.0", config)
+    function, bind, learnable, parameters = make_learnable(base, "blocks.0", config)
     x = stage_inputs(base.stages()[:1], images(golden)[:8])[-1]
     target = jnp.zeros(x.shape)
     steps, _ = train_step_program()(
-        function, bind, config, learnable, parameters, optimizer_of(config).init(parameters),
+        function, bind, config, learnable, parameters, make_optimizer(config).init(parameters),
         x, x.values, target + 1.0, jnp.ones(()), KEY,
     )  # fmt: skip
     free, norm = steps["sites"]["mlp.fc1.weight"], np.abs(steps["weights"]["['norm2']['bias']"])
@@ -237,8 +237,8 @@ def test_the_first_step_is_each_rate_in_its_unit(golden: Path) -> None:
 
 
 def test_a_gradient_that_is_no_number_leaves_its_parameter_alone(golden: Path) -> None:
-    _, _, _, parameters = learnable_stage(base_of(golden, "omse"), "embed", CONFIG)
-    optimizer = optimizer_of(CONFIG)
+    _, _, _, parameters = make_learnable(base_of(golden, "omse"), "embed", CONFIG)
+    optimizer = make_optimizer(CONFIG)
     gradients = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), parameters)
     updates, state = optimizer.update(gradients, optimizer.init(parameters))
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(updates))
@@ -322,22 +322,22 @@ def test_constant_images_give_a_finite_model_that_is_no_worse(golden: Path) -> N
 def test_easy_images_come_first_and_all_of_them_in_the_second_half() -> None:
     easiest_first = np.random.default_rng(0).permutation(40)
     config = ReconstructionConfig(steps=20, batch=4, easy_first=0.3)
-    steps = list(_batches(easiest_first, config, KEY))
+    steps = list(_draw_batches(easiest_first, config, KEY))
     rank = np.argsort(easiest_first)  # place of every image in the order
     for step, rows in enumerate(steps[:10]):
         assert len(set(rows)) == 4 and rank[rows].max() < round((0.3 + 0.07 * step) * 40)  # 0.7 in ten steps
     assert rank[np.concatenate(steps[10:])].max() > 35
-    few = list(_batches(easiest_first[:3], config, KEY))
+    few = list(_draw_batches(easiest_first[:3], config, KEY))
     assert all(sorted(rows) == sorted(easiest_first[:3]) for rows in few)
 
 
 def test_a_mixed_input_holds_elements_of_both_in_the_unit_of_its_steps() -> None:
     x = Tensor(jnp.full((4, 500), 2.0), jnp.float32(0.5))
     other = jnp.full((4, 500), 7.0)
-    half = np.asarray(mixed(x, other, 0.5, KEY).steps)
+    half = np.asarray(mix_inputs(x, other, 0.5, KEY).steps)
     assert set(np.unique(half)) == {2.0, 14.0}
     assert 0.45 < np.mean(half == 14.0) < 0.55  # four deviations
-    np.testing.assert_array_equal(mixed(x, other, 1.0, KEY).values, other)
+    np.testing.assert_array_equal(mix_inputs(x, other, 1.0, KEY).values, other)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from cptv_jax.storage.interrupts import interrupts_deferred
+from cptv_jax.storage.interrupts import defer_interrupts
 from cptv_jax.storage.trees import restore_tree, save_tree
 
 
@@ -29,7 +29,7 @@ def interrupt() -> None:
 
 def test_an_interrupt_comes_when_the_block_has_ended() -> None:
     steps = []
-    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         interrupt()
         steps.append("after the signal")
     assert steps == ["after the signal"]
@@ -40,14 +40,14 @@ def test_an_interrupt_comes_when_the_block_has_ended() -> None:
 
 
 def test_without_an_interrupt_the_block_s_own_error_comes_out() -> None:
-    with pytest.raises(ValueError, match="own"), interrupts_deferred():
+    with pytest.raises(ValueError, match="own"), defer_interrupts():
         raise ValueError("own")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ignored_interrupts_stay_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interrupts_deferred():
+    with defer_interrupts():
         interrupt()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
@@ -56,7 +56,7 @@ def test_another_thread_may_enter() -> None:
     entered = []
 
     def enter() -> None:
-        with interrupts_deferred():
+        with defer_interrupts():
             entered.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=enter)
