@@ -19,7 +19,7 @@ from cptv_jax.runtime.mesh import compiler_options
 
 Metric = Literal["hessian", "l2", "cosine"]
 Side = Literal[0, 1]  # which operand of the layer
-Choice = Int[np.ndarray, "*groups"]  # of a candidate for every group, in the shape of the scale
+Choice = Int[np.ndarray, "..."]  # of a candidate for every group, in the shape of the scale
 
 _EPSILON = 1e-8  # smallest product of norms in a cosine
 _BLOCK = 5  # candidates a call, between which hopeless ones are dropped
