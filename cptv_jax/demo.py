@@ -36,16 +36,34 @@ DIGITS_VIT = Architecture(
 _EPOCHS = 40
 _BATCH = 64
 _LEARNING_RATE = 2e-3
-_SHIFT = 3  # pixels, of 32
+_SHIFT = 3  # pixels; images have 32
 
 
 def compute_logits(weights: Weights, images: Float[Array, "batch 32 32 3"]) -> Float[Array, "batch 10"]:
-    """The float forward pass, for training."""
+    """Runs the float forward pass, for training.
+
+    Args:
+        weights: The weights of the demo's model.
+        images: Normalized images, float32 [batch, 32, 32, 3].
+
+    Returns:
+        Logits, float32 [batch, 10].
+    """
     return run_stages(DIGITS_VIT, weights, FloatOperations(), Tensor(images)).logits
 
 
 def train(images: Images, seed: int, epochs: int = _EPOCHS, progress: bool = False) -> Model:
-    """A digits ViT trained with AdamW on labelled images, each shifted at random."""
+    """Trains a digits ViT with AdamW on labelled images, each shifted at random.
+
+    Args:
+        images: The images.
+        seed: Seed of the weights, the order of images and the shifts.
+        epochs: How often each image is seen.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The trained model.
+    """
     labels = jnp.asarray(images.require_labels())
     pixels = jnp.asarray(images.normalize(0, len(images)))
     size = pixels.shape[1:]
@@ -96,12 +114,22 @@ DEMO_CONFIG = QuantizeConfig(
 def run_demo(
     out: Path, config: QuantizeConfig = DEMO_CONFIG, *, epochs: int = _EPOCHS, progress: bool = True
 ) -> Quantization:
-    """Trains (or reloads from an interrupted demo), quantizes, searches, evaluates and reports into `out`.
+    """Trains (or reloads from an interrupted demo), quantizes, searches and evaluates, and writes a report.
 
-    The trained model is kept beside it, as `{out}-model`.
+    Args:
+        out: The folder of the run; the trained model is kept next to it, as `{out}-model`.
+        config: The configuration.
+        epochs: Epochs of training.
+        progress: Whether to show progress bars on stderr.
+
+    Returns:
+        The quantization and its accuracies.
+
+    Raises:
+        InputError: If the folder holds a run without the demo's model, or the model next to it is another.
     """
     checkpoint = out.with_name(f"{out.name}-model")
-    with lock(out):  # what is wrong with it is said before the training, and two demos do not train one model
+    with lock(out):  # a bad folder is reported before the training, and two demos never train one model
         if (out / "run.json").exists() and not checkpoint.exists():
             raise InputError(f"{out} holds a run, but {checkpoint}, the demo's model, is absent; choose another --out")
         if checkpoint.exists():

@@ -17,7 +17,17 @@ from cptv_jax.storage.files import digest
 
 @dataclass(frozen=True)
 class Accuracy:
-    """top1, top5: percent. images: how many were evaluated."""
+    """The accuracy of a model.
+
+    Attributes:
+        top1: Percent of images whose label has the highest logit.
+        top5: Percent of images whose label is among the five highest logits.
+        images: How many images were evaluated.
+
+    Example:
+        >>> print(Accuracy(top1=75.0, top5=93.75, images=16))
+        top-1 75.00 %, top-5 93.75 % on 16 images
+    """
 
     top1: float
     top5: float
@@ -28,7 +38,15 @@ class Accuracy:
 
 
 def check_labels(stages: Sequence[Stage], images: Images) -> None:
-    """Raises InputError for unlabelled images or labels beyond the model's classes. Traces the model, runs nothing."""
+    """Checks that images have labels that the model knows. Traces the model and runs nothing.
+
+    Args:
+        stages: The model's stages.
+        images: The images.
+
+    Raises:
+        InputError: For unlabelled images or labels beyond the model's classes.
+    """
     labels = images.require_labels()
     chunk = jax.ShapeDtypeStruct((1, *images.pixels.shape[1:]), jnp.float32)
     classes = jax.eval_shape(lambda x: forward(stages, x), chunk).logits.shape[1]
@@ -40,8 +58,16 @@ def check_labels(stages: Sequence[Stage], images: Images) -> None:
 
 
 def check_unseen(evaluation: Images, calibration: Images) -> None:
-    """Raises InputError where evaluation images are calibration images too, pixel for pixel: a model that was fitted to
-    an image says nothing about others by it.
+    """Checks that no evaluation image is a calibration image too, pixel for pixel.
+
+    A model's accuracy on an image that it was fitted to says nothing about other images.
+
+    Args:
+        evaluation: The evaluation images.
+        calibration: The calibration images.
+
+    Raises:
+        InputError: If an image is in both.
     """
     fitted = {digest(image) for image in calibration.pixels}
     both = [name for image, name in zip(evaluation.pixels, evaluation.names, strict=True) if digest(image) in fitted]
@@ -53,17 +79,44 @@ def check_unseen(evaluation: Images, calibration: Images) -> None:
 
 
 def logits_of(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> np.ndarray:
-    """Logits [N, classes] of all images, computed in pieces of one shape."""
+    """Computes the logits of all images, in pieces of one shape.
+
+    Args:
+        stages: The model's stages.
+        images: The images.
+        progress: Whether to show a progress bar on stderr.
+        label: The progress bar's label.
+
+    Returns:
+        Logits, float32 [N, classes].
+    """
     with bar(label, len(images), progress) as shown:
         return compute_outputs(stages, images.normalize, len(images), on_progress=shown.update).logits
 
 
 def evaluate(stages: Sequence[Stage], images: Images, progress: bool = False, label: str = "evaluate") -> Accuracy:
-    """Top-1 and top-5 accuracy. Raises InputError for unlabelled images or labels beyond the model's classes."""
+    """Computes a model's top-1 and top-5 accuracy.
+
+    Args:
+        stages: The model's stages.
+        images: Labelled images.
+        progress: Whether to show a progress bar on stderr.
+        label: The progress bar's label.
+
+    Returns:
+        The accuracy.
+
+    Raises:
+        InputError: For unlabelled images or labels beyond the model's classes.
+
+    Example:
+        >>> evaluate(model.stages(), images)
+        Accuracy(top1=75.0, top5=93.75, images=16)
+    """
     check_labels(stages, images)
     labels = images.require_labels()
     logits = logits_of(stages, images, progress, label)
-    # Descending and stable: of equal logits the lower class counts first.
+    # Descending and stable: among equal logits the lower class comes first.
     ranked = np.argsort(-logits, 1, kind="stable")[:, :5]
     hits = ranked == labels[:, None]
     return Accuracy(100 * float(hits[:, 0].mean()), 100 * float(hits.any(1).mean()), len(images))

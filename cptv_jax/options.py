@@ -44,12 +44,12 @@ def _as_tuple(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
-"""A tuple of words that is not empty; a list, and a word alone, count as one."""
+"""A tuple of at least one word; a list or a single word is converted to one."""
 
 Numbers = Annotated[
     tuple[Annotated[int, pydantic.Field(ge=1)], ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)
 ]
-"""A tuple of whole numbers from 1 on that is not empty; a list counts as one."""
+"""A tuple of at least one whole number, each at least 1; a list is converted to one."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
@@ -59,6 +59,12 @@ def options(cls: type[T]) -> type[T]:
     Types are strict (a whole number counts as a number, nothing else is converted), unknown fields are refused, and
     bounds are those of `pydantic.Field`. A docstring below a field is its help on the command line.
 
+    Args:
+        cls: A class with annotated fields, as for `dataclasses.dataclass`.
+
+    Returns:
+        The dataclass, which raises InputError if a field is wrong.
+
     Example:
         >>> @options
         ... class Walk:
@@ -67,12 +73,6 @@ def options(cls: type[T]) -> type[T]:
         >>> Walk(steps=0)
         Traceback (most recent call last):
         cptv_jax.errors.InputError: steps is 0; it must be at least 1
-
-    Args:
-        cls: A class with annotated fields, as for `dataclasses.dataclass`.
-
-    Returns:
-        The dataclass, which raises InputError where a field is wrong.
     """
     built = pydantic.dataclasses.dataclass(cls, frozen=True, config=_CONFIG)
     checked: Callable[..., None] = built.__init__
@@ -88,7 +88,7 @@ def options(cls: type[T]) -> type[T]:
 
 
 class _Inside(ValueError):
-    """What is wrong with options that a tag chose, on its way through the options around them."""
+    """An error in options that a tag chose, on its way through the options around them."""
 
     def __init__(self, cls: type[Any], error: ValidationError) -> None:
         super().__init__(str(error))
@@ -100,19 +100,20 @@ class Tag:
     """Marks a field whose options are of one of several classes.
 
     Attributes:
-        registry: The classes, or what names them as its `options`, by name.
+        registry: By name, the classes, or things that name their class as `options`.
     """
 
     registry: Registry[Any]
 
 
 def one_of(registry: Registry[Any]) -> Any:
-    """The type of a field that holds options of one of several classes, told apart by their name.
+    """Makes the type of a field that holds options of one of several classes, told apart by their name.
 
-    In YAML such a field is a mapping with a `name` beside the fields, or the name alone; in Python it is an instance.
+    In YAML such a field is a mapping with a `name` in addition to the fields, or the name alone; in Python it is an
+    instance.
 
     Args:
-        registry: The classes by name, those that users register included.
+        registry: The classes by name, including those that users register.
 
     Returns:
         An annotation for a field of a class of options.
@@ -136,7 +137,7 @@ def one_of(registry: Registry[Any]) -> Any:
 
 
 def options_of(registered: Any) -> type[Any]:
-    """The class of the options of a registered thing.
+    """Finds the class of the options of a registered thing.
 
     Args:
         registered: A class of options, or something that names one as its `options`.
@@ -166,10 +167,10 @@ def from_mapping(cls: type[T], data: Any, source: str) -> T:
         source: Where the data come from, for messages.
 
     Returns:
-        The options, with defaults where the data are silent.
+        The options, with defaults for the fields that the data lack.
 
     Raises:
-        InputError: For data that are no mapping, an unknown field, or a value of a wrong type or out of bounds.
+        InputError: For data that are not a mapping, an unknown field, or a value of a wrong type or out of bounds.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: the configuration must be a mapping of fields")
@@ -181,7 +182,11 @@ def from_mapping(cls: type[T], data: Any, source: str) -> T:
 
 
 def _check_keys(data: Mapping[Any, Any], source: str, name: str = "") -> None:
-    """Raises InputError for a key that is no text: JSON, which options are read as, would make it text."""
+    """Checks that all keys are text, because JSON, through which options are read, would make them text.
+
+    Raises:
+        InputError: For another key.
+    """
     for key, value in data.items():
         if not isinstance(key, str):
             what = (
@@ -193,10 +198,10 @@ def _check_keys(data: Mapping[Any, Any], source: str, name: str = "") -> None:
 
 
 def to_mapping(value: Any) -> Any:
-    """Options as nested mappings and lists, as YAML and JSON hold them; `from_mapping` reads them back.
+    """Converts options to nested mappings and lists, as YAML and JSON hold them; `from_mapping` reads them back.
 
     Args:
-        value: Options, or what a field of them holds.
+        value: Options, or the value of one of their fields.
 
     Returns:
         Plain data; options that a tag chose have their `name` first.
@@ -211,7 +216,7 @@ def to_mapping(value: Any) -> Any:
 
 
 def _explain(cls: type[Any], error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
-    """The first thing that is wrong, as a sentence that names the field and the remedy."""
+    """Returns a sentence about the first error that names the field and the remedy."""
     found = error.errors(include_url=False)[0]
     path = (*prefix, *_name_path(cls, found["loc"]))
     if found["type"] != "value_error":
@@ -223,7 +228,7 @@ def _explain(cls: type[Any], error: ValidationError, prefix: tuple[str, ...] = (
 
 
 def _name_path(cls: type[Any], location: tuple[int | str, ...]) -> list[str]:
-    """A place of an error as names, also where an argument was given by its position."""
+    """Returns the place of an error as names, even if an argument was given by its position."""
     first = [dataclasses.fields(cls)[part].name if isinstance(part, int) else part for part in location[:1]]
     return [*first, *map(str, location[1:])]
 
@@ -247,7 +252,7 @@ def _word_error(cls: type[Any], found: ErrorDetails, path: tuple[str, ...], pref
 
 
 def _fields_at(cls: type[Any], groups: list[str]) -> list[str]:
-    """Names of the fields of the options that stand at a path of field names within others."""
+    """Returns the names of the fields of the options that stand at a path of field names within others."""
     here: Any = cls
     for group in groups:
         inner = {field.name: field.type for field in dataclasses.fields(here)} if dataclasses.is_dataclass(here) else {}
@@ -257,12 +262,12 @@ def _fields_at(cls: type[Any], groups: list[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
-    """What is known of a field of options.
+    """A field of options.
 
     Attributes:
         name: The field's name.
         annotation: Its type.
-        tag: Where options of several classes can stand: which.
+        tag: If options of several classes can stand there: which classes.
         help: Its docstring, on one line.
     """
 
@@ -274,7 +279,7 @@ class OptionField:
 
 @lru_cache(maxsize=64)
 def fields_of(cls: type[Any]) -> tuple[OptionField, ...]:
-    """The fields of a class of options, in order.
+    """Lists the fields of a class of options, in order.
 
     Args:
         cls: A class made by `options`.
@@ -294,10 +299,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
     Args:
         value: Options.
-        prefix: What their names begin with.
+        prefix: Put before every name.
 
     Returns:
-        The values of all fields; options that a tag chose stand as their name and their fields.
+        The values of all fields; options that a tag chose appear as their name and their fields.
     """
     flat: dict[str, Any] = {}
     for field in fields_of(cast(Any, type(value))):

@@ -9,13 +9,30 @@ from tqdm import tqdm
 
 @contextmanager
 def bar(description: str, total: int, enabled: bool, initial: int = 0) -> Iterator[Any]:
-    """A tqdm bar that counts to `total`; silent when not enabled."""
+    """Shows a tqdm bar on stderr.
+
+    Args:
+        description: Its label.
+        total: The count that it ends at.
+        enabled: False shows nothing.
+        initial: The count that it starts from.
+
+    Yields:
+        The bar; `update(n)` counts.
+    """
     with tqdm(total=total, initial=initial, desc=description, disable=not enabled, dynamic_ncols=True) as shown:
         yield shown
 
 
 def counter(shown: Any) -> Callable[[int, int], None]:
-    """An on_progress(done, total) callback that drives a bar."""
+    """Makes a callback that drives a bar.
+
+    Args:
+        shown: The bar.
+
+    Returns:
+        A function on_progress(done, total), called with the count so far and the count to reach.
+    """
 
     def update(done: int, total: int) -> None:
         shown.total = total

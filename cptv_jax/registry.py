@@ -1,4 +1,4 @@
-"""Registries: what a name in a configuration, a checkpoint or a command stands for."""
+"""Registries: the meanings of names in configurations, checkpoints and commands."""
 
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
@@ -9,13 +9,20 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things of one kind by name; the library's own, and those that a user registers.
+    """Things of one kind by name: the library's own, and those that a user registers.
 
-    A registry is the one thing here that is global and grows: whatever reads a name from a file has to know what the
-    name stands for, also where user code brought it. A name is never given a second meaning.
+    A registry is the only kind of object here that is global and grows: code that reads a name from a file has to know
+    what the name stands for, even if user code defined it. A name is never given a second meaning.
 
     Args:
-        kind: What the things are, for messages ("base method").
+        kind: The kind of things, for messages ("base method").
+
+    Example:
+        >>> colours: Registry[str] = Registry("colour")
+        >>> colours.register("red", "#ff0000")
+        '#ff0000'
+        >>> colours.find("red", field="paint.colour")
+        '#ff0000'
     """
 
     def __init__(self, kind: str) -> None:
@@ -26,25 +33,25 @@ class Registry(Mapping[str, T], Generic[T]):
         """Adds a thing under a name.
 
         Args:
-            name: As configurations and checkpoints write it.
-            thing: What it stands for.
+            name: The name, as configurations and checkpoints write it.
+            thing: The thing that it stands for.
 
         Returns:
             The thing, so that it can be registered where it is defined.
 
         Raises:
-            InputError: Where the name stands for something else already.
+            InputError: If the name already stands for something else.
         """
         if self._known.setdefault(name, thing) is not thing:
             raise InputError(f"there is a {self.kind} '{name}' already; register yours under another name")
         return thing
 
     def find(self, name: object, field: str) -> T:
-        """The thing of a name.
+        """Finds the thing of a name.
 
         Args:
-            name: As it was read.
-            field: Where it was read, for the message ("search.strategy").
+            name: The name, as it was read.
+            field: The place where it was read, for the message ("search.strategy").
 
         Returns:
             The thing.

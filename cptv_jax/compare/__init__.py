@@ -1,4 +1,4 @@
-"""Parity with published PyTorch code: recompute what a recorded file holds, and say how far we are off."""
+"""Parity with published PyTorch code: recomputes the content of a recorded file and reports how far it is off."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +19,7 @@ __all__ = ["Check", "Comparison", "compare_file", "render", "run"]
 
 Compare = Callable[[Recording], list[Check]]
 
-# By kind and reference: what compares such a file. A new reference adds a line.
+# By kind and reference, the function that compares such a file. A new reference adds a line.
 _COMPARE: dict[str, dict[str, Compare]] = {
     "quantized": {
         "evol-q": compare_quantized,
@@ -38,9 +38,16 @@ _NOTES = {
 
 
 def compare_file(path: str | Path) -> Comparison:
-    """Recomputes everything that a file of the interchange format holds and compares.
+    """Recomputes everything that a file of the interchange format holds, and compares.
 
-    Weights and data are looked up beside the file. Raises InputError when the file cannot be compared.
+    Args:
+        path: The file; weights and data are looked up next to it.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        InputError: If the file cannot be compared.
     """
     recording = read_recording(Path(path), {kind: tuple(known) for kind, known in _COMPARE.items()})
     checks = _COMPARE[recording.kind][recording.reference](recording)
@@ -48,7 +55,15 @@ def compare_file(path: str | Path) -> Comparison:
 
 
 def run(paths: Iterable[str | Path], write: Callable[[str], None] = print) -> int:
-    """Compares each file and writes its report; exit code 0, or 1 when any file is beyond tolerance."""
+    """Compares each file and writes its report.
+
+    Args:
+        paths: The files.
+        write: Takes each report.
+
+    Returns:
+        The exit code: 0, or 1 if any file is beyond tolerance.
+    """
     passed = True
     for path in paths:
         comparison = compare_file(path)
@@ -58,7 +73,7 @@ def run(paths: Iterable[str | Path], write: Callable[[str], None] = print) -> in
 
 
 def _describe_run(recording: Recording) -> str:
-    """The run in a line."""
+    """Returns a one-line description of the run that a file records."""
     if recording.kind == "losses":
         return f"{recording.reference}, losses"
     meta = recording.meta

@@ -1,4 +1,4 @@
-"""Checks: what was measured, what is allowed, and the tolerances that parity means."""
+"""Checks: a measured deviation, the allowed one, and the tolerances that define parity."""
 
 import math
 from collections.abc import Iterable
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What parity with the recordings means; each step allows what the ones before it cannot exclude.
+# The tolerances that define parity with the recordings; each step allows what the steps before it cannot exclude.
 PARAMETER_RELATIVE = 1e-4
 PARAMETERS_OFF = 1e-3  # fraction of all values
 WEIGHT_ABSOLUTE = 1e-5
 WEIGHTS_OFF = 1e-3  # fraction of all elements
 BLOCK_OFF = 0.05  # fraction of a block's output
-BLOCK_ABSOLUTE = 1e-3  # where a block's output is not quantized: beyond float noise, below what a flipped code does
+BLOCK_ABSOLUTE = 1e-3  # where a block's output is not quantized: above float noise, below the effect of a flipped code
 FLOOR_FACTOR = 3.0  # times the noise floor
 TOP1_POINTS = 0.7
 LOSS_RELATIVE = 1e-5
 SEARCH_LOSS = 5e-4
-SEARCH_NOISE = 2e-4  # the noise floor of a search's losses: closer ones can be ranked either way
+SEARCH_NOISE = 2e-4  # the noise floor of a search's losses: losses closer than this can be ranked either way
 FLOAT_LOGITS = 1e-4  # the float model has no steps that could flip
 
 
@@ -25,12 +25,16 @@ FLOAT_LOGITS = 1e-4  # the float model has no steps that could flip
 class Check:
     """One comparison of a recorded quantity with ours.
 
-    group, name: what is compared.
-    measured, unit: how far it is off, and in which terms; share: they are fractions.
-    allowed: the largest `measured` that passes; None where a row is reported but judged by its group's sum.
-    largest: the largest deviation of an element.
-    equal: the fraction of equal codes (of parameters: of values within the tolerance); None where there are no codes.
-    remark: anything else that a reader should know.
+    Attributes:
+        group: The step that it belongs to.
+        name: The quantity.
+        measured: How far it is off.
+        allowed: The largest `measured` that passes; None for a row that is reported but judged by its group's sum.
+        unit: The unit of `measured`.
+        largest: The largest deviation of an element.
+        equal: The fraction of equal codes (for parameters: of values within the tolerance); None without codes.
+        remark: Anything else that a reader should know.
+        share: Whether measured and allowed are fractions.
     """
 
     group: str
@@ -45,14 +49,18 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.allowed is None or self.measured <= self.allowed  # NaN fails
+        """Whether the deviation is allowed; NaN never is."""
+        return self.allowed is None or self.measured <= self.allowed
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The noise floor of a reference: what 1 ulp of noise in the weights does to its own outputs, worst of 3 seeds.
+    """The noise floor of a reference: how 1 ulp of noise in the weights changes its own outputs, worst of 3 seeds.
 
-    block_off: fraction of the elements of block outputs that move. logits_mean: mean absolute difference of logits.
+    Attributes:
+        reference: The reference.
+        block_off: Fraction of the elements of block outputs that move.
+        logits_mean: Mean absolute difference of logits.
     """
 
     reference: str
@@ -60,7 +68,7 @@ class Floor:
     logits_mean: float
 
 
-# How far the published code is off itself from one machine to the next: the share of elements of a block's output that
+# How far the published code differs from itself between two machines: the share of elements of a block's output that
 # differ, and the mean difference of logits.
 _FLOORS = {
     "evolq_cfg_w4a8": Floor("evol-q", 0.014, 0.0057),
@@ -76,17 +84,20 @@ _FLOORS = {
 }
 # The weights that the table was measured on (SHA-256 of that model.npz).
 _MEASURED_ON = "ae411c1e17344d298bceb9e190258cf3ecba0d056f2608152cca9ca733855354"
-# Predictions that may differ, of 297 (step 4).
+# How many of 297 predictions may differ (step 4).
 _PREDICTIONS = {"evol-q": 2, "fq-vit": 4, "ptq4vit": 4, "repq-vit": 2, "erq": 4}
 _PREDICTIONS_OF = 297
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What one file may deviate by, where that depends on the reference.
+    """The deviations that one file may have, where they depend on the reference.
 
-    block_off: fraction of a block's output. logits_mean: mean absolute difference; 0 where the reference's own reruns
-    agreed (their disturbed weights round to the same codes), see `logits_checks`. predictions: of 297.
+    Attributes:
+        block_off: Fraction of a block's output.
+        logits_mean: Mean absolute difference of logits; 0 where the reference's own reruns agreed (their disturbed
+            weights round to the same codes), see `logits_checks`.
+        predictions: Predictions that may differ, out of 297.
     """
 
     block_off: float
@@ -94,18 +105,41 @@ class Tolerances:
     predictions: int
 
     def predictions_of(self, images: int) -> int:
-        """How many predictions of so many test images may differ."""
+        """Computes how many predictions may differ.
+
+        Args:
+            images: The number of test images.
+
+        Returns:
+            The number of predictions, in proportion, rounded up.
+        """
         return math.ceil(self.predictions * images / _PREDICTIONS_OF)
 
     def top1_points_of(self, images: int) -> float:
-        """How far top-1 may be off; with few test images one image is more than 0.7 points."""
+        """Computes how far top-1 may be off; with few test images one image is more than 0.7 points.
+
+        Args:
+            images: The number of test images.
+
+        Returns:
+            Percentage points.
+        """
         return max(TOP1_POINTS, 100.0 / images)
 
 
 def find_tolerances(reference: str, stem: str, weights_sha256: str) -> Tolerances:
-    """Tolerances of a file: from its own row of the noise floor, else from the worst row of its reference.
+    """Finds the tolerances of a file: from its own row of the noise floor, else from the worst row of its reference.
 
-    A search that is replayed from its recorded choices (PTQ4ViT's) has no floor at its blocks: noise changes choices.
+    A search that is replayed from its recorded choices (PTQ4ViT's) has no floor at its blocks, because noise changes
+    choices.
+
+    Args:
+        reference: The reference.
+        stem: The file's name without its extension.
+        weights_sha256: Digest of the file of weights; a row of the floor holds only for the weights it was measured on.
+
+    Returns:
+        The tolerances.
     """
     known = _FLOORS.get(stem) if weights_sha256 == _MEASURED_ON else None
     rows = [row for row in _FLOORS.values() if row.reference == reference] if known is None else [known]
@@ -118,32 +152,68 @@ def find_tolerances(reference: str, stem: str, weights_sha256: str) -> Tolerance
 
 
 def max_abs(difference: np.ndarray) -> float:
-    """The largest absolute value; NaN where any is."""
+    """Computes the largest absolute value.
+
+    Args:
+        difference: Numbers of any shape.
+
+    Returns:
+        The largest magnitude; NaN if any element is, 0 for an empty array.
+    """
     return float(np.max(np.abs(difference))) if difference.size else 0.0
 
 
 def relative_deviation(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
-    """|ours - recorded| / |recorded|, element by element; 0 where both are equal, zeros included."""
+    """Computes |ours - recorded| / |recorded|, element by element.
+
+    Args:
+        ours: Numbers.
+        recorded: Numbers of the same shape.
+
+    Returns:
+        Float64 of that shape; 0 where both are equal, zeros included.
+    """
     ours, recorded = np.asarray(ours, np.float64), np.asarray(recorded, np.float64)
     return np.where(ours == recorded, 0.0, np.abs(ours - recorded) / np.maximum(np.abs(recorded), 1e-12))
 
 
 def exceeds(deviation: np.ndarray, tolerance: float) -> np.ndarray:
-    """Which elements deviate by more than the tolerance; a NaN does."""
+    """Finds the elements that deviate by more than the tolerance.
+
+    Args:
+        deviation: Signed or absolute deviations.
+        tolerance: The largest magnitude that is within tolerance.
+
+    Returns:
+        Booleans of the same shape; True for NaN.
+    """
     return ~(np.abs(deviation) <= tolerance)
 
 
 def fraction(which: np.ndarray) -> float:
-    """The fraction of True."""
+    """Computes the fraction of elements that are True.
+
+    Args:
+        which: Booleans of any shape.
+
+    Returns:
+        From 0 to 1; 0 for an empty array.
+    """
     return float(np.mean(which)) if which.size else 0.0
 
 
 def parameter_checks(
     group: str, arrays: Iterable[tuple[str, np.ndarray, np.ndarray]], allowed: float | None = PARAMETERS_OFF
 ) -> list[Check]:
-    """Step 1 for (name, ours, recorded) of quantizer parameters: one row each, and their sum as the verdict.
+    """Compares quantizer parameters (step 1): one row per array, and their sum as the verdict.
 
-    allowed: the fraction of all values that may be off; None leaves the sum without a verdict.
+    Args:
+        group: The rows' group.
+        arrays: (name, ours, recorded) of each array.
+        allowed: The fraction of all values that may be off; None leaves the sum without a verdict.
+
+    Returns:
+        The rows, and the row "all".
     """
     rows, deviations = [], []
     for name, ours, recorded in arrays:
@@ -161,7 +231,15 @@ def parameter_checks(
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of ours and the recorded one. step: of a code, where it has codes. tolerance: absolute."""
+    """A weight of ours and the recorded one.
+
+    Attributes:
+        name: Its name in the report.
+        ours: Our values.
+        recorded: The recorded values, in the same layout.
+        step: The step of a code, if it has codes.
+        tolerance: The allowed absolute deviation.
+    """
 
     name: str
     ours: np.ndarray
@@ -171,7 +249,15 @@ class Weight:
 
 
 def weight_checks(group: str, weights: Iterable[Weight]) -> list[Check]:
-    """Step 2 for several weights: one row each, their sum as the verdict."""
+    """Compares weights (step 2): one row per weight, and their sum as the verdict.
+
+    Args:
+        group: The rows' group.
+        weights: The weights.
+
+    Returns:
+        The rows, and the row "all".
+    """
     rows, deviations, which, same = [], [], [], []
     for weight in weights:
         deviation = weight.ours - weight.recorded
@@ -200,10 +286,22 @@ def logits_checks(
     top1: float | None = None,
     equal: float | None = None,
 ) -> list[Check]:
-    """Step 4 for logits [images, classes]: mean difference, predictions, and top-1 (percent) where it is recorded.
+    """Compares logits (step 4): mean difference, predictions, and top-1 if it is recorded.
 
     Against a noise floor of exactly 0 no mean is judged, since float rounding still flips a code in some image, which
     moves all logits of that image. All but BLOCK_OFF of the images must then agree as float logits do.
+
+    Args:
+        group: The rows' group.
+        ours: Our logits [images, classes].
+        recorded: The recorded logits, of the same shape.
+        limits: The file's tolerances.
+        labels: The images' labels [images]; None compares no top-1.
+        top1: The recorded top-1, in percent; None compares no top-1.
+        equal: The fraction of equal codes, for the report.
+
+    Returns:
+        The rows.
     """
     images = len(recorded)
     difference = ours - recorded
@@ -229,7 +327,7 @@ def logits_checks(
         )
     if labels is not None and top1 is not None:
         right = float(np.mean(np.argmax(ours, -1) == labels)) * 100
-        # Recorded as float32: compared in whole images.
+        # The recorded percentage is a float32, so the comparison is in whole images.
         points = float(np.abs(np.round(right * images / 100) - np.round(float(top1) * images / 100))) * 100 / images
         remark = f"recorded {float(top1):.2f}%, ours {right:.2f}%"
         checks.append(Check(group, "top-1", points, limits.top1_points_of(images), "points", remark=remark))

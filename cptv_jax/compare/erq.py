@@ -35,7 +35,17 @@ _LARGEST_NOISE = 1e-3  # absolute, of weights after a correction; the recordings
 
 
 def compare_erq(recording: Recording) -> list[Check]:
-    """All checks of one file. Raises InputError for a missing array."""
+    """Compares a recording of ERQ.
+
+    Args:
+        recording: The recording.
+
+    Returns:
+        All checks of the file.
+
+    Raises:
+        InputError: For a missing or misshapen array.
+    """
     recording.meta.choice("variant", ("expanded",))
     subject = prepare(recording, lambda meta, architecture: read_recipe(meta, architecture, "erq"))
     for key in ("fp_logits", "q_logits", "q_top1", "block_in/0"):
@@ -80,7 +90,14 @@ def compare_erq(recording: Recording) -> list[Check]:
 
 
 def _first_images(recording: Recording, subject: Subject) -> jnp.ndarray:
-    """The images that activations are initialized on."""
+    """Selects the images that activations are initialized on.
+
+    Returns:
+        The images, float32 [batch, height, width, channels].
+
+    Raises:
+        InputError: If meta's range begins before the calibration images.
+    """
     images = np.concatenate(subject.calibration)
     used = recording.meta.index_range("calibration.images", 2**31, "calibration images")
     first = recording.meta.index_range("calibration.activation_init", used.stop, "images that calibrate")
@@ -90,8 +107,12 @@ def _first_images(recording: Recording, subject: Subject) -> jnp.ndarray:
 
 
 def _inverse_noise(moments: Moments, penalty: float) -> float:
-    """How far the reference's float32 inverse may lie from ours in float64: condition number times rounding, with a
-    bound that no condition excuses.
+    """Bounds how far the reference's float32 inverse may lie from ours in float64.
+
+    The bound is the condition number times rounding, with a limit that no condition excuses.
+
+    Returns:
+        An absolute deviation of weights.
     """
     gram = np.asarray(moments.gram, np.float64) + penalty * np.eye(len(moments.gram))
     correction = np.linalg.solve(gram, np.asarray(moments.cross, np.float64)[: len(gram)])
@@ -100,7 +121,7 @@ def _inverse_noise(moments: Moments, penalty: float) -> float:
 
 
 def _outlier_checks(recording: Recording, model: QuantizedModel, architecture: Architecture) -> list[Check]:
-    """Which inputs have the outliers' grid: all the same."""
+    """Returns the checks that the same inputs of dual uniform weights have the outliers' grid."""
     names = quantizer_names(architecture)
     return [
         _outlier_check(recording, f"param/{names[site]}/unique_top_indices", quantizer)

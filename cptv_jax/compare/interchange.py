@@ -34,7 +34,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Meta:
-    """The fields of `meta`, read by dotted name ("calibration.batch"). Every error names the file and the field."""
+    """The fields of `meta`, read by dotted name ("calibration.batch"). Every error names the file and the field.
+
+    Attributes:
+        path: The file.
+        fields: The nested fields.
+    """
 
     path: Path
     fields: Mapping[str, Any]
@@ -48,7 +53,19 @@ class Meta:
         return value
 
     def integer(self, name: str, least: int = 1, most: int | None = None) -> int:
-        """A whole number within bounds."""
+        """Reads a whole number within bounds.
+
+        Args:
+            name: The field.
+            least: The smallest that is allowed.
+            most: The largest that is allowed; None allows any.
+
+        Returns:
+            The number.
+
+        Raises:
+            InputError: If the field is missing, not a whole number, or out of bounds.
+        """
         value = self._get(name)
         # JSON written from NumPy or JavaScript may say 4.0.
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -59,28 +76,69 @@ class Meta:
         return int(value)
 
     def number(self, name: str) -> float:
-        """A positive number."""
+        """Reads a positive number.
+
+        Args:
+            name: The field.
+
+        Returns:
+            The number.
+
+        Raises:
+            InputError: If the field is missing or not a positive finite number.
+        """
         value = self._get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be a positive number")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """True or false."""
+        """Reads true or false.
+
+        Args:
+            name: The field.
+
+        Returns:
+            The truth value.
+
+        Raises:
+            InputError: If the field is missing or neither.
+        """
         value = self._get(name)
         if not isinstance(value, bool):
             raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be true or false")
         return value
 
     def choice(self, name: str, known: Sequence[str]) -> str:
-        """One of the known words."""
+        """Reads one of several known words.
+
+        Args:
+            name: The field.
+            known: The words.
+
+        Returns:
+            The word.
+
+        Raises:
+            InputError: If the field is missing or another word.
+        """
         value = self._get(name)
         if value not in known:
             raise InputError(f"{self.path}: meta.{name} is {value!r}; supported: {', '.join(known)}")
         return str(value)
 
     def neighbour(self, name: str) -> Path:
-        """The file that the field names, beside this one. Raises InputError when it is not there."""
+        """Finds the file that a field names, in the folder of this one.
+
+        Args:
+            name: The field.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            InputError: If the field is missing or not a name, or the file does not exist.
+        """
         value = self._get(name)
         if not isinstance(value, str) or not value:
             raise InputError(f"{self.path}: meta.{name} is {value!r}, but must be the name of a file beside it")
@@ -90,7 +148,19 @@ class Meta:
         return path
 
     def index_range(self, name: str, count: int, what: str) -> range:
-        """A half-open range [first, past the last] within `count` things."""
+        """Reads a half-open range [first, past the last] of positions.
+
+        Args:
+            name: The field.
+            count: How many things there are.
+            what: Their name in messages.
+
+        Returns:
+            The range, not empty.
+
+        Raises:
+            InputError: If the field is missing, not such a range, or ends beyond the count.
+        """
         value = self._get(name)
         ints = isinstance(value, list) and len(value) == 2 and all(type(bound) is int for bound in value)
         if not ints or not 0 <= value[0] < value[1]:
@@ -102,7 +172,12 @@ class Meta:
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """Named arrays of one file, read with checks of shape and type."""
+    """Named arrays of one file, read with checks of shape and type.
+
+    Attributes:
+        path: The file.
+        arrays: The arrays by key.
+    """
 
     path: Path
     arrays: Mapping[str, np.ndarray]
@@ -111,24 +186,63 @@ class ArrayFile:
         return key in self.arrays
 
     def under(self, prefix: str) -> list[str]:
-        """The names directly under a prefix, such as ["0", "1"] for "evo/", in the file's order."""
+        """Lists the names directly under a prefix, such as ["0", "1"] for "evo/".
+
+        Args:
+            prefix: The prefix, with its slash.
+
+        Returns:
+            The names, in the file's order.
+        """
         return list(dict.fromkeys(k.removeprefix(prefix).split("/")[0] for k in self.arrays if k.startswith(prefix)))
 
     def block_indices(self, prefix: str, depth: int) -> list[int]:
-        """The blocks with arrays directly under a prefix such as "block_out/", in order."""
+        """Lists the blocks with arrays directly under a prefix such as "block_out/".
+
+        Args:
+            prefix: The prefix, with its slash.
+            depth: The model's number of blocks.
+
+        Returns:
+            Positions of blocks, in ascending order.
+
+        Raises:
+            InputError: For a name that is not a block of the model.
+        """
         names = self.under(prefix)
         if not all(name.isdecimal() and int(name) < depth for name in names):
             raise InputError(f"{self.path}: '{prefix}' holds a block that a model of depth {depth} lacks")
         return sorted(int(name) for name in names)
 
     def raw(self, key: str) -> np.ndarray:
-        """An array of any shape and type."""
+        """Reads an array of any shape and type.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            The array.
+
+        Raises:
+            InputError: If there is none, with the nearest keys.
+        """
         if key not in self.arrays:
             raise InputError(f"{self.path} lacks the array '{key}'{did_you_mean(key, self.arrays, limit=3)}")
         return self.arrays[key]
 
     def array(self, key: str, *shape: int | None) -> np.ndarray:
-        """Numbers of the given shape (None: any size), floating or integer as they are."""
+        """Reads numbers of a given shape, floating or integer as they are.
+
+        Args:
+            key: The array's key.
+            *shape: The length of each axis; None allows any.
+
+        Returns:
+            The array.
+
+        Raises:
+            InputError: If the array is missing, not of numbers, or of another shape.
+        """
         found = self.raw(key)
         if found.dtype.kind not in "fiu":
             raise InputError(f"{self.path}: array '{key}' is {found.dtype}, but must hold numbers")
@@ -141,7 +255,19 @@ class ArrayFile:
         return found
 
     def integers(self, key: str, *shape: int | None, below: int | None = None) -> np.ndarray:
-        """Whole numbers from 0, `below` a bound, of the given shape."""
+        """Reads whole numbers from 0 on, of a given shape.
+
+        Args:
+            key: The array's key.
+            *shape: The length of each axis; None allows any.
+            below: All numbers must be smaller; None sets no bound.
+
+        Returns:
+            The array.
+
+        Raises:
+            InputError: If the array is missing, of another shape or type, or out of bounds.
+        """
         found = self.array(key, *shape)
         if found.dtype.kind == "f" or (
             found.size and (found.min() < 0 or (below is not None and found.max() >= below))
@@ -151,21 +277,52 @@ class ArrayFile:
         return found
 
     def scalar(self, key: str) -> float:
-        """A single number."""
+        """Reads a single number.
+
+        Args:
+            key: The array's key.
+
+        Returns:
+            The number.
+
+        Raises:
+            InputError: If the array is missing or anything else.
+        """
         found = self.raw(key)
         if found.size != 1:
             raise InputError(f"{self.path}: array '{key}' has shape {found.shape}, but must be a single number")
         return float(self.array(key, *found.shape).reshape(()))
 
     def text(self, key: str) -> str:
-        """A single string."""
+        """Reads a single string.
+
+        Args:
+            key: The array's key.
+
+        Returns:
+            The string.
+
+        Raises:
+            InputError: If the array is missing or anything else.
+        """
         found = self.raw(key)
         if found.dtype.kind != "U" or found.size != 1:
             raise InputError(f"{self.path}: array '{key}' must be a single string")
         return str(found.reshape(()))
 
     def flat(self, key: str, size: int) -> np.ndarray:
-        """Numbers in any shape of `size` elements, flattened (the references keep broadcast shapes)."""
+        """Reads numbers in any shape, flattened (the references keep broadcast shapes).
+
+        Args:
+            key: The array's key.
+            size: How many numbers it must hold.
+
+        Returns:
+            The numbers [size].
+
+        Raises:
+            InputError: If the array is missing, not of numbers, or of another size.
+        """
         found = self.raw(key)
         if found.size != size:
             raise InputError(f"{self.path}: array '{key}' has {found.size} values {found.shape}, but needs {size}")
@@ -174,7 +331,13 @@ class ArrayFile:
 
 @dataclass(frozen=True)
 class Recording(ArrayFile):
-    """A result file: what a reference's run left, and `meta`, which says how to repeat it."""
+    """A result file: the results of a reference's run, and `meta`, which says how to repeat it.
+
+    Attributes:
+        meta: The fields of `meta`.
+        kind: The kind of result ("quantized", "search", "losses").
+        reference: The published code that produced it ("evol-q").
+    """
 
     meta: Meta
     kind: str
@@ -182,9 +345,17 @@ class Recording(ArrayFile):
 
 
 def read_recording(path: Path, references: Mapping[str, Sequence[str]]) -> Recording:
-    """Reads a result file. Raises InputError for another format, version, kind or reference.
+    """Reads a result file.
 
-    references: by kind, those that can be compared.
+    Args:
+        path: The file.
+        references: By kind, the references that can be compared.
+
+    Returns:
+        The recording.
+
+    Raises:
+        InputError: For another format, version, kind or reference.
     """
     arrays = read_arrays(path)
     if "meta" not in arrays:

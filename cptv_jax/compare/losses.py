@@ -36,7 +36,17 @@ _CONTRASTIVE = re.compile(r"contrastive_T(\d+(?:\.\d+)?)")
 
 
 def compare_losses(recording: Recording) -> list[Check]:
-    """Every loss of every pair, `{group}/{pair}/{loss}`. Raises InputError for a pair with no contrastive one."""
+    """Compares every loss of every pair of logits, `{group}/{pair}/{loss}`.
+
+    Args:
+        recording: The recording.
+
+    Returns:
+        One check per loss.
+
+    Raises:
+        InputError: If there are no pairs, or a pair has no contrastive loss.
+    """
     pairs = [key.removesuffix("/q") for key in recording.arrays if key.endswith("/q")]
     if not pairs:
         raise InputError(f"{recording.path} holds no pairs '.../q' and '.../k' to compute losses of")

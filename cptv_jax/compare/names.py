@@ -11,7 +11,7 @@ _AROUND_BLOCKS = {
     "head.fc.weight": "head",
     "head.fc": "act_out",
 }
-# A quantizer stands behind the operation whose output it rounds: their block's qact1 is our norm1.
+# Their quantizer follows the operation whose output it rounds: a block's qact1 is our norm1.
 _IN_BLOCK = {
     "norm1": "qact1",
     "attn.qkv.weight": "attn.qkv",
@@ -32,16 +32,37 @@ _IN_BLOCK = {
 
 
 def modules_by_site(depth: int) -> dict[str, str]:
-    """The reference's module for every site of a ViT with `depth` blocks, weights and activations alike."""
+    """Maps every site of a ViT to the reference's module, weights and activations alike.
+
+    Args:
+        depth: The number of blocks.
+
+    Returns:
+        By site, the module's name.
+    """
     blocks = {f"blocks.{i}.{site}": f"blocks.{i}.{module}" for i in range(depth) for site, module in _IN_BLOCK.items()}
     return {**_AROUND_BLOCKS, **blocks}
 
 
 def sites_by_module(depth: int) -> dict[str, str]:
-    """The inverse of `modules_by_site`."""
+    """Maps the reference's modules to our sites; the inverse of `modules_by_site`.
+
+    Args:
+        depth: The number of blocks.
+
+    Returns:
+        By module, the site's name.
+    """
     return {module: site for site, module in modules_by_site(depth).items()}
 
 
 def output_site(stage: str) -> str:
-    """The site that the tokens leave a stage through, relative to the stage: embed and the blocks."""
+    """Names the site through which the tokens leave a stage: embed and the blocks.
+
+    Args:
+        stage: The stage's name.
+
+    Returns:
+        The site's name relative to the stage.
+    """
     return "sum" if stage == "embed" else "residual2"

@@ -29,11 +29,11 @@ GRADIENTS = "0 gradients, from the recorded gradient of the logits"
 INITIAL = "1 initial intervals"
 SEARCH = "1 search, each step from the recorded choices before it"
 
-GRADIENT_RELATIVE = 1e-4  # of the largest of the layer
-# Two candidates whose recorded similarities are so close, relative to the similarity, are the same to float32 sums over
-# all images with single codes flipped.
+GRADIENT_RELATIVE = 1e-4  # relative to the layer's largest gradient
+# Candidates whose recorded similarities are this close, relative to the similarity, cannot be told apart by float32
+# sums over all images with single codes flipped.
 _TIES = {"hessian": 1e-3, "l2": 1e-3, "cosine": 1e-6}
-_TIED = 0.01  # of the choices that may be ties: the recordings have one in some hundreds
+_TIED = 0.01  # the share of choices that may be ties: the recordings have one in some hundreds
 _PRESETS = {"ptq4vit": "ptq4vit", "base": "base-ptq"}
 _INTERVALS = {"input": "a_interval", "weight": "w_interval", "A": "A_interval", "B": "B_interval"}
 
@@ -46,7 +46,7 @@ def _recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
 
 
 def _search_of(meta: Meta) -> Search:
-    """The search in meta, with the published form of the softmax quantizer."""
+    """Returns the search in meta, with the published form of the softmax quantizer."""
     options = Ptq4VitOptions(
         metric=meta.choice("metric", tuple(_TIES)),  # type: ignore[arg-type]
         alpha=meta.number("search.alpha"),
@@ -59,7 +59,17 @@ def _search_of(meta: Meta) -> Search:
 
 
 def compare_ptq4vit(recording: Recording) -> list[Check]:
-    """All checks of one file. Raises InputError for a missing array."""
+    """Compares a recording of PTQ4ViT or of its baseline.
+
+    Args:
+        recording: The recording.
+
+    Returns:
+        All checks of the file.
+
+    Raises:
+        InputError: For a missing or misshapen array, or one of an unknown module.
+    """
     subject = prepare(recording, _recipe_of)
     search = _search_of(recording.meta)
     for key in ("fp_logits", "q_logits", "q_top1", "block_in/0"):
@@ -113,10 +123,14 @@ def _check_gradient(recording: Recording, key: str, layer: Layer) -> Check:
 
 @dataclass(frozen=True)
 class Replay:
-    """One layer's search beside the recorded one.
+    """One layer's search next to the recorded one.
 
-    initial, quantizers: by site. check: of all choices, `count` of which `tied` are ties; None where no similarities
-    are recorded.
+    Attributes:
+        initial: By site, the initial quantizer.
+        quantizers: By site, the final quantizer.
+        check: The check of all choices; None if no similarities are recorded.
+        count: The number of choices.
+        tied: How many of them are ties.
     """
 
     initial: dict[str, Quantizer]
@@ -127,10 +141,19 @@ class Replay:
 
 
 def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) -> Replay:
-    """Every step of a layer's search from the recorded choices before it.
+    """Repeats every step of a layer's search, each from the recorded choices before it.
 
     A choice that differs from the recorded one passes as a tie where the recorded similarities of both are as close as
-    float noise makes them; the recorded one is then taken, so that what follows can be compared.
+    float noise makes them; the recorded choice is then taken, so that the following steps can be compared.
+
+    Args:
+        recording: The recording.
+        module: The reference's name of the layer.
+        search: The layer's search.
+        rounds: Its rounds.
+
+    Returns:
+        The initial and final quantizers, and the check.
     """
     sites = search.layer.sites
     initial = {
@@ -140,7 +163,7 @@ def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) 
         fitted = search.search(rounds)
         return Replay(initial, {site: q for site, q in zip(sites, fitted, strict=True) if q is not None})
 
-    path: list[Choice | None] = [None, None]  # the recorded choices
+    path: list[Choice | None] = [None, None]  # recorded choices
     final: list[Choice | None] = [None, None]
     tables: dict[tuple[Side, bytes], np.ndarray] = {}
     wrong = tied = count = 0
@@ -180,7 +203,14 @@ def replay(recording: Recording, module: str, search: LayerSearch, rounds: int) 
 
 
 def check_ties(replays: Sequence[Replay]) -> list[Check]:
-    """That no more choices pass as ties than float noise makes; nothing where no similarities are recorded."""
+    """Checks that no more choices pass as ties than float noise makes.
+
+    Args:
+        replays: The replays of all layers.
+
+    Returns:
+        One check; none where no similarities are recorded.
+    """
     count, tied = sum(done.count for done in replays), sum(done.tied for done in replays)
     return [Check(SEARCH, "ties", float(tied), max(1.0, _TIED * count), f"of {count} choices")] if count else []
 
@@ -188,7 +218,11 @@ def check_ties(replays: Sequence[Replay]) -> list[Check]:
 def _intervals(
     recording: Recording, prefix: str, quantizers: dict[str, Quantizer], operands: dict[str, Operand]
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Key, our and the recorded values of every interval under `{prefix}/`, and of what twin quantizers have beside."""
+    """Lists every interval under `{prefix}/`, and the further parameters of twin quantizers.
+
+    Returns:
+        Key, our and the recorded values.
+    """
     found = []
     for site, quantizer in quantizers.items():
         module = f"{prefix}/{operands[site].module}"

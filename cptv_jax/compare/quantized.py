@@ -27,7 +27,17 @@ DEQUANTIZED = "4 logits with quantizers off, integer functions on"
 
 
 def compare_quantized(recording: Recording) -> list[Check]:
-    """All checks of one file."""
+    """Compares a recording of a model quantized by FQ-ViT or Evol-Q.
+
+    Args:
+        recording: The recording.
+
+    Returns:
+        All checks of the file.
+
+    Raises:
+        InputError: For a missing or misshapen array.
+    """
     subject = prepare(recording)
     _require_keys(recording, subject)
     stages = subject.quantized.stages()
@@ -60,10 +70,22 @@ def _require_keys(recording: Recording, subject: Subject) -> None:
 def parameter_checks(
     recording: Recording, prefix: str, quantizers: Mapping[str, Quantizer], depth: int, partial: bool = False
 ) -> list[Check]:
-    """Scales and zero points under `{prefix}/{module}/`: one row each, and their sum as the verdict (step 1).
+    """Compares scales and zero points under `{prefix}/{module}/` (step 1): one row each, and their sum as the verdict.
 
-    partial: the recording may hold some of the modules only. A log2 quantizer has no parameters.
-    Raises InputError for a recorded module that the recipe lacks, or the reverse.
+    A log2 quantizer has no parameters.
+
+    Args:
+        recording: The recording.
+        prefix: The prefix of its arrays.
+        quantizers: Our quantizers by site.
+        depth: The model's number of blocks.
+        partial: Whether the recording may lack some of the modules.
+
+    Returns:
+        The rows, and the row "all".
+
+    Raises:
+        InputError: For a recorded module that the recipe lacks, or the reverse.
     """
     modules = modules_by_site(depth)
     wanted = {modules[site]: quantizer for site, quantizer in quantizers.items() if not isinstance(quantizer, Log2)}
@@ -85,7 +107,7 @@ def parameter_checks(
         assert isinstance(uniform, Uniform)
         for name, value in (("scale", uniform.scale), ("zero_point", uniform.zero_point)):
             key = f"{prefix}/{module}/{name}"
-            # A zero point that all channels share is recorded once or once a channel.
+            # A zero point that all channels share is recorded once, or once per channel.
             size = recording.raw(key).size if name == "zero_point" and np.size(value) == 1 else np.size(value)
             theirs = recording.flat(key, size)
             arrays.append((key, np.broadcast_to(np.ravel(value), theirs.shape), theirs))
@@ -94,7 +116,7 @@ def parameter_checks(
 
 @jax.jit
 def _effective_weight(quantizer: Quantizer, kernel: Array) -> tuple[Array, Array]:
-    """The weight that the matmul uses [inputs, outputs], and by how much a step of the code moves it [outputs]."""
+    """Returns the matmul's weight [inputs, outputs], and how far a step of the code moves it [outputs]."""
     weight = quantize_weight(quantizer, kernel)
     if weight.gain is None:
         return effective_weight(weight), spread(quantizer.scale, kernel)
@@ -109,9 +131,15 @@ def _on_grid(quantizer: Quantizer, values: Array) -> Tensor:
 
 
 def weight_checks(recording: Recording, subject: Subject, modules: Mapping[str, str]) -> list[Check]:
-    """Step 2: the weights that the matmuls use, bias correction included, in the reference's layout.
+    """Compares the weights that the matmuls use, bias correction included, in the reference's layout (step 2).
 
-    modules: the reference's name of each weight's layer, by our site.
+    Args:
+        recording: The recording.
+        subject: The recomputed model.
+        modules: By site of a weight, the reference's name of its layer.
+
+    Returns:
+        The rows, and the row "all".
     """
     entries = {entry.key: entry for entry in key_table(subject.model.architecture)}
     weights = []
@@ -129,7 +157,15 @@ def weight_checks(recording: Recording, subject: Subject, modules: Mapping[str, 
 
 
 def block_checks(recording: Recording, subject: Subject) -> list[Check]:
-    """Step 3: every block on the input that the reference's own block had."""
+    """Compares every block, run on the input that the reference's own block had (step 3).
+
+    Args:
+        recording: The recording.
+        subject: The recomputed model.
+
+    Returns:
+        One row per recorded block.
+    """
     stages = subject.quantized.stages(Simulated(all_tokens=True))
     found = []
     tokens, width = subject.config.num_tokens, subject.config.width
@@ -142,7 +178,7 @@ def block_checks(recording: Recording, subject: Subject) -> list[Check]:
         x = Tensor(jnp.asarray(recorded, jnp.float32))
         quantizer = before.state["quantizers"].get(output_site(before.name))
         if quantizer is not None:
-            # The recorded input is dequantized: its integer steps come back through the quantizer that made it.
+            # The recorded input is dequantized; the quantizer that made it recovers its integer steps.
             x = _on_grid(quantizer, x.steps)
         deviation = np.asarray(apply_stage(stage.function, stage.state, x).values) - theirs
         quantizer = stage.state["quantizers"].get(output_site(stage.name))

@@ -1,4 +1,4 @@
-"""What recordings of RepQ-ViT and of ERQ have in common: names, parameters, rewritten layers."""
+"""The parts that recordings of RepQ-ViT and of ERQ have in common: names, parameters, rewritten layers."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,25 +16,49 @@ from cptv_jax.quantizers import DualUniform, FractionalUniform, LogSqrt2, Offset
 from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.recipe.spec import MAX_BITS, MIN_BITS, Recipe
 
-# What the references call the quantizer of an operand.
+# The references' name for the quantizer of an operand.
 _QUANTIZER = {"weight": "weight_quantizer", "input": "input_quantizer", "A": "quantizer_A", "B": "quantizer_B"}
 
 
 def quantizer_names(architecture: Architecture) -> dict[str, str]:
-    """The references' module of every quantizer, by our site."""
+    """Maps every site to the references' module of its quantizer.
+
+    Args:
+        architecture: The model's architecture.
+
+    Returns:
+        By site, the module's name.
+    """
     operands = operands_by_site(architecture)
     return {site: f"{operand.module}.{_QUANTIZER[operand.role]}" for site, operand in operands.items()}
 
 
 def weight_names(architecture: Architecture) -> dict[str, str]:
-    """The references' layer of every weight, by our site."""
+    """Maps every weight's site to the references' layer.
+
+    Args:
+        architecture: The model's architecture.
+
+    Returns:
+        By site, the layer's name.
+    """
     return {
         site: operand.module for site, operand in operands_by_site(architecture).items() if operand.role == "weight"
     }
 
 
 def read_recipe(meta: Meta, architecture: Architecture, preset: str, image_bits: str | None = None) -> Recipe:
-    """The recipe of a preset at the widths in meta. image_bits: the field with the image's width, if any."""
+    """Builds the recipe of a preset at the widths in meta.
+
+    Args:
+        meta: The recording's meta.
+        architecture: The model's architecture.
+        preset: The preset.
+        image_bits: The field with the image's width; None keeps the preset's width.
+
+    Returns:
+        The recipe.
+    """
     widths = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations")}
     image = architecture.family.image_site
     overrides = {} if image_bits is None else {image: {"bits": meta.integer(image_bits, MIN_BITS, MAX_BITS)}}
@@ -45,7 +69,7 @@ def read_recipe(meta: Meta, architecture: Architecture, preset: str, image_bits:
 
 
 def _parameters(quantizer: Quantizer) -> dict[str, np.ndarray]:
-    """A quantizer's parameters under the references' names."""
+    """Returns a quantizer's parameters under the references' names."""
     if isinstance(quantizer, LogSqrt2):
         return {"delta": np.asarray(quantizer.scale)}
     if isinstance(quantizer, DualUniform):
@@ -62,9 +86,19 @@ def _parameters(quantizer: Quantizer) -> dict[str, np.ndarray]:
 def parameter_arrays(
     recording: Recording, prefix: str, quantizers: Mapping[str, Quantizer], architecture: Architecture
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Key, our and the recorded values of every quantizer parameter under `{prefix}/`.
+    """Collects every quantizer parameter under `{prefix}/`.
 
-    Raises InputError for a missing array, and for a recorded quantizer that the recipe lacks.
+    Args:
+        recording: The recording.
+        prefix: The prefix of its arrays.
+        quantizers: Our quantizers by site.
+        architecture: The model's architecture.
+
+    Returns:
+        Key, our and the recorded values of each parameter.
+
+    Raises:
+        InputError: For a missing array, and for a recorded quantizer that the recipe lacks.
     """
     names = {site: f"{prefix}/{name}" for site, name in quantizer_names(architecture).items()}
     known = {names[site] for site in quantizers}
@@ -88,9 +122,20 @@ def layer_checks(
     model: Model,
     tolerances: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Check]:
-    """Step 2 for the rewritten weights and biases under `{prefix}/{module}/`, of linear layers and LayerNorms.
+    """Compares rewritten weights and biases of linear layers and LayerNorms under `{prefix}/{module}/` (step 2).
 
-    tolerances: by our layer, where they are not the usual one. Raises InputError for a layer that the model lacks.
+    Args:
+        recording: The recording.
+        group: The rows' group.
+        prefix: The prefix of its arrays.
+        model: Our model with the rewritten layers.
+        tolerances: By our layer, absolute tolerances that differ from the usual one.
+
+    Returns:
+        The rows, and the row "all".
+
+    Raises:
+        InputError: For a layer that the model lacks, and if nothing is recorded under the prefix.
     """
     modules = modules_by_layer(model.architecture)
     layers = {module: layer for layer, module in modules.items()}

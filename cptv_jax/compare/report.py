@@ -7,9 +7,13 @@ from cptv_jax.compare.checks import Check
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of one file.
+    """The result of comparing one file.
 
-    title: the run that the file records, in a line. checks: in the order of the steps. notes: what was not compared.
+    Attributes:
+        path: The file.
+        title: A one-line description of the run that it records.
+        checks: The checks, in the order of the steps.
+        notes: The parts of the file that were not compared.
     """
 
     path: str
@@ -19,11 +23,19 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
 
 def render(comparison: Comparison) -> str:
-    """The comparison as text: a block of rows for each step, then the verdict line."""
+    """Renders a comparison as text: a block of rows for each step, then the verdict line.
+
+    Args:
+        comparison: The comparison.
+
+    Returns:
+        Several lines.
+    """
     lines = [f"{comparison.path}: {comparison.title}"]
     group = ""
     for check in comparison.checks:

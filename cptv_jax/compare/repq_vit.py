@@ -29,7 +29,17 @@ def _recipe_of(meta: Meta, architecture: Architecture) -> Recipe:
 
 
 def compare_repq_vit(recording: Recording) -> list[Check]:
-    """All checks of one file. Raises InputError for a missing array."""
+    """Compares a recording of RepQ-ViT.
+
+    Args:
+        recording: The recording.
+
+    Returns:
+        All checks of the file.
+
+    Raises:
+        InputError: For a missing or misshapen array.
+    """
     subject = prepare(recording, _recipe_of)
     for key in ("fp_logits", "q_logits", "q_top1", "block_in/0", "reparam_fp_logits"):
         recording.raw(key)
@@ -61,7 +71,7 @@ def compare_repq_vit(recording: Recording) -> list[Check]:
 
 
 def _recorded_inputs(recording: Recording, subject: Subject) -> dict[str, PyTree]:
-    """What reached the blocks during the recorded first pass, by stage."""
+    """Returns the inputs of the blocks during the recorded first pass, by stage."""
     shape = (len(subject.calibration[0]), subject.config.num_tokens, subject.config.width)
     found: dict[str, PyTree] = {}
     for index in recording.block_indices("calib_block_in/", subject.config.depth):
@@ -71,12 +81,12 @@ def _recorded_inputs(recording: Recording, subject: Subject) -> dict[str, PyTree
 
 
 def _excuse_spread(free: list[Check]) -> list[Check]:
-    """The checks of a first pass that is not what the comparison goes on from.
+    """Returns the checks of a first pass that the comparison does not continue from.
 
-    One unit in the last place can flip a code or a percentile, which changes what every later quantizer sees, and one
-    channel's scale enters all of a LayerNorm's. Where the blocks on their recorded inputs are nearer to the recording
-    than the pass as a whole, the comparison goes on from them; where a flip spread beyond the tolerance, they alone
-    are judged.
+    One unit in the last place can flip a code or a percentile, which changes the input of every later quantizer, and
+    one channel's scale enters the scales of a whole LayerNorm. Where the blocks on their recorded inputs are nearer to
+    the recording than the pass as a whole, the comparison continues from them; where a flip spread beyond the
+    tolerance, only they are judged.
     """
     if free[-1].passed:
         return free

@@ -23,38 +23,54 @@ from cptv_jax.search.objective import Objective
 from cptv_jax.search.strategies.evol_q import Draws, EvolQ
 
 TARGETS = "teacher and start"
-# The published search moves the scales of these two, in this order.
+# The sites whose scales the published search moves, in this order.
 _SEARCHED = ("attn.qkv.weight", "attn.proj.weight")
-_SAME = 0.1  # of a mutation's half-width: two vectors closer than this are the same candidate
-_EXACT = 1e-9  # replayed and recorded losses of a population are the same numbers
+_SAME = 0.1  # in half-widths of a mutation: two vectors closer than this are the same candidate
+_EXACT = 1e-9  # replayed and recorded losses of a population are the same numbers, up to this
 
 Flat = Float[np.ndarray, "*members scales"]
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a flat vector of scales divides among the sites of one stage. sizes: by site, relative, in order."""
+    """How a flat vector of scales divides among the sites of one stage.
+
+    Attributes:
+        stage: The stage's position.
+        sizes: By site relative to the stage, its number of scales, in order.
+    """
 
     stage: int
     sizes: Mapping[str, int]
 
     @property
     def total(self) -> int:
+        """The length of the flat vector."""
         return sum(self.sizes.values())
 
     def split(self, flat: Flat) -> dict[str, Free]:
-        """The scales by site, as a candidate or a population."""
+        """Returns the scales by site, as a candidate or a population."""
         bounds = np.cumsum(list(self.sizes.values()))[:-1]
         parts = zip(self.sizes, np.split(flat, bounds, axis=-1), strict=True)
         return {site: Free(part) for site, part in parts}
 
     def join(self, candidate: Mapping[str, Free]) -> Flat:
-        """The inverse of `split`."""
+        """Returns the flat vector of a candidate or a population; the inverse of `split`."""
         return np.concatenate([np.asarray(candidate[site].scale) for site in self.sizes], -1)
 
 
 def compare_search(recording: Recording) -> list[Check]:
-    """All checks of one file."""
+    """Compares a recording of the published evolution, replayed with its recorded draws.
+
+    Args:
+        recording: The recording.
+
+    Returns:
+        All checks of the file.
+
+    Raises:
+        InputError: For a missing or misshapen array.
+    """
     meta = recording.meta
     subject = prepare(recording)
     names = recording.under("evo/")
@@ -104,7 +120,14 @@ def _mean_check(group: str, name: str, difference: np.ndarray, subject: Subject)
 
 
 def _layout(recording: Recording, subject: Subject, evaluator: Evaluator, group: str) -> _Layout:
-    """From the recorded module, and from `order` and `indices` where they are recorded. InputError if they misfit."""
+    """Reads the layout from the recorded module, and from `order` and `indices` if they are recorded.
+
+    Returns:
+        The layout.
+
+    Raises:
+        InputError: If these do not fit the model.
+    """
     module = recording.text(f"{group}/module")
     blocks = {f"blocks.{i}.attn": i + 1 for i in range(subject.config.depth)}
     if module not in blocks:
@@ -133,7 +156,7 @@ def _loss_check(group: str, name: str, ours: float, recorded: float) -> Check:
 
 
 def _candidate_checks(recording: Recording, subject: Subject, evaluator: Evaluator, group: str) -> list[Check]:
-    """Losses of the given candidates at one block, each put into the calibrated model."""
+    """Returns the checks of given candidates' losses at one block, each put into the calibrated model."""
     layout = _layout(recording, subject, evaluator, group)
     candidates = recording.array(f"{group}/candidates", None, layout.total)
     recorded = recording.array(f"{group}/losses", len(candidates))
@@ -157,11 +180,11 @@ def _candidate_checks(recording: Recording, subject: Subject, evaluator: Evaluat
 
 @dataclass(frozen=True)
 class _Replay:
-    """One block's evolution with the recorded draws. Accepts the winner at the end.
+    """One block's evolution with the recorded draws, which accepts the winner at the end.
 
-    The strategy is told the recorded losses, so that it must come to the recorded parents and survivors exactly; ours
-    are held against them one by one, and must rank the population alike. Losses closer than the noise floor can be
-    ranked by no implementation: there the replay goes on along the recorded path.
+    The strategy is told the recorded losses, so that it must find the recorded parents and survivors exactly; ours are
+    compared with them one by one, and must rank the population alike. No implementation can rank losses closer than the
+    noise floor: there the replay continues along the recorded path.
     """
 
     recording: Recording
@@ -171,6 +194,11 @@ class _Replay:
     group: str
 
     def checks(self) -> list[Check]:
+        """Replays the evolution.
+
+        Returns:
+            All checks of the block.
+        """
         recording, strategy, group = self.recording, self.strategy, self.group
         layout = _layout(recording, self.subject, self.evaluator, group)
         cycles, count = strategy.rounds, layout.total
@@ -196,7 +224,7 @@ class _Replay:
                 self._check_ranking(cycle, state.losses - before_losses[cycle], state.losses, members, evaluated, ours)
             )
             draws = Draws(samples[cycle], layout.split(perturbations[cycle]))
-            # The recorded parent is known by its child: parent + perturbation is what was evaluated next.
+            # The recorded parent is known by its child: the next vector evaluated was parent + perturbation.
             child = strategy.mutate(state, draws)
             evaluated.append(layout.join(child)[0])
             remark = f"member {strategy.parent(state, draws)}"
@@ -226,14 +254,22 @@ class _Replay:
         evaluated: list[np.ndarray],
         ours: list[float],
     ) -> Check:
-        """Whether our losses rank the population as the recorded ones do.
+        """Checks whether our losses rank the population as the recorded ones do.
 
-        misfit: replayed minus recorded losses of the population. losses, members: the population before the cycle.
-        evaluated, ours: every vector so far and our loss of it.
+        Args:
+            cycle: The cycle's number.
+            misfit: Replayed minus recorded losses of the population.
+            losses: Losses of the population before the cycle.
+            members: The population before the cycle, one vector of scales each.
+            evaluated: Every vector so far.
+            ours: Our loss of each of those vectors.
+
+        Returns:
+            The check.
         """
         distance = np.max(np.abs(members[:, None] - np.stack(evaluated)[None]), -1)
         own = np.asarray(ours)[np.argmin(distance, -1)]
-        # The population stands in ascending order of recorded losses: an inversion is a later member with a lower loss.
+        # The population is in ascending order of recorded losses: an inversion is a later member with a lower loss.
         inverted = np.triu(own[:, None] > own[None, :])
         gaps = np.where(inverted, losses[None, :] - losses[:, None], 0.0)
         worst = float(np.max(gaps)) if not checks.exceeds(misfit, _EXACT).any() else float("inf")
@@ -242,7 +278,7 @@ class _Replay:
         return Check(self.group, f"cycle {cycle}: ranking", worst, checks.SEARCH_NOISE, unit, remark=remark)
 
     def _check_same(self, name: str, ours: Flat, recorded: Flat, remark: str = "") -> Check:
-        """Whether vectors of scales are the same candidates: two different ones are a whole mutation apart."""
+        """Returns the check that vectors of scales are the same candidates. Different ones are a mutation apart."""
         difference = ours - recorded
         members = np.any(
             checks.exceeds(difference, _SAME * (self.strategy.step or 0.0)).reshape(-1, difference.shape[-1]), -1

@@ -1,4 +1,4 @@
-"""The subject of a comparison: model, recipe and data of a recording, computed anew from the set's files."""
+"""The subject of a comparison: model, recipe and data of a recording, recomputed from the set's files."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -37,16 +37,22 @@ from cptv_jax.runtime.stages import Output, Stage
 Quantize = Callable[[Model, Sequence[Array], Recipe], QuantizedModel]
 Images = Float[np.ndarray, "batch height width channels"]
 _PUBLISHED_OBSERVERS = ("minmax", "ema", "percentile", "omse")
-_DEEPEST = 1000  # blocks; beyond it meta is surely damaged
-_FORWARD_IMAGES = 512  # at once; results do not depend on it
+_DEEPEST = 1000  # blocks; a larger number means that meta is damaged
+_FORWARD_IMAGES = 512  # images at once; results do not depend on it
 
 
 @dataclass(frozen=True)
 class Subject:
     """Everything that a recording's meta asks to be recomputed.
 
-    calibration: batches of images in order, the last perhaps smaller. limits: the file's tolerances.
-    quantize: makes the quantized model from the float one, the batches and the recipe, as the reference does.
+    Attributes:
+        quantize: Makes the quantized model from the float model, the batches and the recipe, as the reference does.
+        model: The float model.
+        recipe: The recipe.
+        calibration: Batches of images [batch, height, width, channels] in order, the last perhaps smaller.
+        test_images: [images, height, width, channels].
+        test_labels: [images].
+        limits: The file's tolerances.
     """
 
     quantize: Quantize
@@ -59,33 +65,67 @@ class Subject:
 
     @cached_property
     def quantized(self) -> QuantizedModel:
-        """The model calibrated as the recording's was; the first use takes most of a comparison's time."""
+        """The model, calibrated as the recording's was; the first use takes most of a comparison's time."""
         return self.quantize(self.model, [jnp.asarray(batch) for batch in self.calibration], self.recipe)
 
     @property
     def config(self) -> ViTConfig:
+        """The sizes of the model."""
         config: ViTConfig = self.model.architecture.config
         return config
 
     def logits(self, stages: tuple[Stage, ...] | list[Stage]) -> Float[np.ndarray, "images classes"]:
-        """Logits of the test images."""
+        """Computes the logits of the test images.
+
+        Args:
+            stages: The stages of a model.
+
+        Returns:
+            Logits, float32 [images, classes].
+        """
         parts = range(0, len(self.test_images), _FORWARD_IMAGES)
         return np.concatenate(
             [np.asarray(forward(stages, self.test_images[i : i + _FORWARD_IMAGES]).logits) for i in parts]
         )
 
     def targets(self, stages: tuple[Stage, ...]) -> list[Output]:
-        """Outputs for every calibration batch."""
+        """Computes the outputs for every calibration batch.
+
+        Args:
+            stages: The stages of a model.
+
+        Returns:
+            One output per batch.
+        """
         return [forward(stages, batch) for batch in self.calibration]
 
     def recorded_logits(self, recording: Recording, key: str) -> Float[np.ndarray, "images classes"]:
-        """Logits of the test images from a recording."""
+        """Reads the logits of the test images from a recording.
+
+        Args:
+            recording: The recording.
+            key: The array's key.
+
+        Returns:
+            Logits [images, classes].
+        """
         return recording.array(key, len(self.test_images), self.config.num_classes)
 
     def quantized_logit_checks(
         self, recording: Recording, group: str, stages: tuple[Stage, ...] | list[Stage], key: str, top1: str
     ) -> list[Check]:
-        """Step 4 for the logits under `key`, with the percentage under `top1`."""
+        """Compares the logits of a quantized model (step 4).
+
+        Args:
+            recording: The recording.
+            group: The rows' group.
+            stages: The stages of our model.
+            key: The key of the recorded logits.
+            top1: The key of the recorded top-1, in percent.
+
+        Returns:
+            The rows.
+        """
         ours, recorded = self.logits(stages), self.recorded_logits(recording, key)
         quantizer = stages[-1].state["quantizers"].get("fc")
         step = 1.0 if quantizer is None else np.asarray(quantizer.scale)
@@ -93,14 +133,31 @@ class Subject:
         return logits_checks(group, ours, recorded, self.limits, self.test_labels, recording.scalar(top1), equal)
 
     def float_checks(self, recording: Recording) -> list[Check]:
-        """The float model's logits, which have no steps that could flip."""
+        """Compares the float model's logits, which have no steps that could flip.
+
+        Args:
+            recording: The recording.
+
+        Returns:
+            One row.
+        """
         difference = self.logits(self.model.stages()) - self.recorded_logits(recording, "fp_logits")
         name = "fp_logits"
         return [Check("float model", name, max_abs(difference), FLOAT_LOGITS, "absolute", max_abs(difference))]
 
 
 def architecture_of(meta: Meta) -> Architecture:
-    """The architecture that meta.model describes. Raises InputError for sizes that make no ViT."""
+    """Builds the architecture that meta.model describes.
+
+    Args:
+        meta: The recording's meta.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        InputError: For sizes that do not make a ViT.
+    """
     meta.choice("model.family", ("vit",))
     meta.choice("model.gelu", ("erf",))
     channels = meta.integer("model.in_chans")
@@ -122,13 +179,24 @@ def architecture_of(meta: Meta) -> Architecture:
         raise InputError(
             f"{meta.path}: meta.model.img_size {config.image_size} does not divide by patch_size {config.patch_size}"
         )
-    # The images are already normalised; only the number of channels matters here.
+    # The images are already normalized; only the number of channels matters here.
     flat = Preprocessing(config.image_size, mean=(0.5,) * channels, std=(0.5,) * channels)
     return Architecture("the model in meta", VIT, config, flat)
 
 
 def read_recipe(meta: Meta, architecture: Architecture) -> Recipe:
-    """The recipe that meta's options describe."""
+    """Builds the recipe that meta's options describe.
+
+    Args:
+        meta: The recording's meta.
+        architecture: The model's architecture.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: For an unknown option, or one that the reference does not have.
+    """
     bits = {name: meta.integer(f"bits.{name}", MIN_BITS, MAX_BITS) for name in ("weights", "activations", "softmax")}
     meta.choice("calibration.score_batch", ("last",))
     weight_observer = meta.choice("observer.weights", _PUBLISHED_OBSERVERS)
@@ -149,19 +217,35 @@ def read_recipe(meta: Meta, architecture: Architecture) -> Recipe:
         quantize_input=meta.flag("quantize_input"),
     )
     recipe = resolve(config, sites_of(architecture))
-    # A recipe of ours has integer LayerNorms only behind power-of-two factors; a recording may say otherwise.
+    # Our recipes have integer LayerNorms only with power-of-two factors; a recording may have them without.
     return dataclasses.replace(recipe, integer_layer_norm=meta.flag("integer_layer_norm"))
 
 
 def read_model(meta: Meta) -> Model:
-    """The float model in the file of weights that meta names."""
+    """Reads the float model from the file of weights that meta names.
+
+    Args:
+        meta: The recording's meta.
+
+    Returns:
+        The model.
+    """
     file = read_weights(str(meta.neighbour("weights")))
     architecture = architecture_of(meta)
     return Model(architecture, from_timm(file.tensors, architecture, file.source), file.source, file.sha256)
 
 
 def calibrate_model(model: Model, batches: Sequence[Array], recipe: Recipe) -> QuantizedModel:
-    """The base of Evol-Q and FQ-ViT."""
+    """Calibrates a model, as the published code of Evol-Q and FQ-ViT does before any search.
+
+    Args:
+        model: The float model.
+        batches: Calibration images [batch, height, width, channels].
+        recipe: The recipe.
+
+    Returns:
+        The quantized model.
+    """
     return QuantizedModel(model, recipe, calibrate(model, batches, recipe))
 
 
@@ -172,8 +256,16 @@ def prepare(
 ) -> Subject:
     """Reads the set's weights and data.
 
-    recipe_of: the recipe that the reference's meta describes. quantize: see Subject.
-    Raises InputError when a file or key is missing, or shapes and ranges do not fit.
+    Args:
+        recording: The recording.
+        recipe_of: Builds the recipe that the reference's meta describes.
+        quantize: See Subject.
+
+    Returns:
+        The subject.
+
+    Raises:
+        InputError: If a file or key is missing, or shapes and ranges do not fit.
     """
     meta = recording.meta
     model = read_model(meta)

@@ -1,4 +1,4 @@
-"""Names of the references that quantize timm's own modules: PTQ4ViT, RepQ-ViT, ERQ."""
+"""Names in the references that quantize timm's own modules: PTQ4ViT, RepQ-ViT, ERQ."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +12,9 @@ from cptv_jax.recipe.sites import full_name, weight_site
 class Operand:
     """One quantized operand of a module.
 
-    module: timm's name, or `blocks.0.attn.matmul1` (query with key) and `.matmul2` (softmax with value).
-    role: of a linear layer or convolution its weight or its input; of a matmul operand A or B.
+    Attributes:
+        module: timm's name, or `blocks.0.attn.matmul1` (query with key) and `.matmul2` (softmax with value).
+        role: "weight" or "input" of a linear layer or convolution, "A" or "B" of a matmul.
     """
 
     module: str
@@ -34,7 +35,14 @@ _READ_IN_BLOCK = {
 
 
 def operands_by_site(architecture: Architecture) -> dict[str, Operand]:
-    """The reference's operand for every site of a ViT that a matmul-only recipe can quantize."""
+    """Maps every site of a ViT that a matmul-only recipe can quantize to the reference's operand.
+
+    Args:
+        architecture: The model's architecture.
+
+    Returns:
+        By site, the operand.
+    """
     found = {"embed.input": Operand("patch_embed.proj", "input"), "head.norm": Operand("head", "input")}
     for i in range(architecture.config.depth):
         for site, operand in _READ_IN_BLOCK.items():
@@ -47,6 +55,13 @@ def operands_by_site(architecture: Architecture) -> dict[str, Operand]:
 
 
 def modules_by_layer(architecture: Architecture) -> dict[str, str]:
-    """timm's module for every linear layer and LayerNorm, by the site that `Model.layer` takes."""
+    """Maps every linear layer and LayerNorm to timm's module.
+
+    Args:
+        architecture: The model's architecture.
+
+    Returns:
+        By our layer (the name that `Model.layer` takes), the module's name.
+    """
     table = key_table(architecture)
     return {full_name(entry.stage, ".".join(entry.path[:-1])): entry.key.rpartition(".")[0] for entry in table}

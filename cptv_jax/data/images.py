@@ -170,7 +170,7 @@ def _check_fits(shape: tuple[int, ...], preprocessing: Preprocessing) -> None:
 def _check_labels(labels: Any, count: int) -> npt.NDArray[np.int32]:
     array = np.asarray(labels)
     if array.shape != (count,):
-        raise InputError(f"labels have shape {array.shape} for {count} images; pass one integer an image, [{count}].")
+        raise InputError(f"labels have shape {array.shape} for {count} images; pass one integer per image, [{count}].")
     if array.dtype.kind not in "iu":
         raise InputError(f"labels have dtype {array.dtype}; pass integer class indices.")
     bad = np.flatnonzero((array < 0) | (array > np.iinfo(np.int32).max))

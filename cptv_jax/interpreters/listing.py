@@ -71,13 +71,13 @@ def list_sites(forward: Callable[..., Any], stage: str, *inputs: Any) -> tuple[t
     Args:
         forward: The stage, called as forward(operations, *inputs); it is traced, not run.
         stage: The stage's name.
-        *inputs: What the stage reads; shapes are enough.
+        *inputs: The stage's inputs; shapes are enough.
 
     Returns:
-        The sites, in the order they are reached, and the abstract output of the stage.
+        The sites, in the order that the stage reaches them, and the stage's abstract output.
 
     Raises:
-        InputError: Where two operations have one site.
+        InputError: If two operations have the same site.
     """
     listing = _Listing(stage)
     output = jax.eval_shape(lambda *args: forward(listing, *args), *inputs)

@@ -156,7 +156,7 @@ def sites_of(architecture: Architecture) -> tuple[Site, ...]:
         found.extend(sites)
     if family.image_site and family.image_site not in {site.name for site in found}:
         raise InputError(
-            f"family {family.name}: image_site is '{family.image_site}', which is no site of {architecture.name}"
+            f"family {family.name}: image_site is '{family.image_site}', which is not a site of {architecture.name}"
             f"{did_you_mean(family.image_site, [site.name for site in found])}"
         )
     return tuple(replace(site, kind="image") if site.name == family.image_site else site for site in found)

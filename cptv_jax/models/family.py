@@ -26,7 +26,7 @@ class StagedModule(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: its code, and what the library has to know of it.
+    """A kind of model: its code, and everything that the library needs to know about it.
 
     A user's own family needs nothing from inside the package: modules that call `Operations`, a configuration, and
     this record. `register_family` lets saved models find it again.

@@ -247,7 +247,7 @@ class VisionTransformer(nnx.Module):
         self.config = config
         self.embed = Embed(config, rngs=rngs)
         for i in range(config.depth):
-            # The head reads the class token (and the distillation token) alone.
+            # The head reads only the class token (and the distillation token).
             read = config.num_prefix_tokens if i == config.depth - 1 else None
             setattr(self, f"block{i}", Block(config, read=read, rngs=rngs))
         self.head = Head(config, rngs=rngs)

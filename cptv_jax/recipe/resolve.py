@@ -32,7 +32,7 @@ class RecipeConfig:
     """
 
     preset: str | None = None
-    """A published recipe, which fixes what kinds of site are quantized and how; null means the base method's own."""
+    """A published recipe: the kinds of site that are quantized, and how; null means the base method's own."""
     weight_bits: int = Field(default=8, ge=MIN_BITS, le=MAX_BITS)
     """Width of weights."""
     activation_bits: int = Field(default=8, ge=MIN_BITS, le=MAX_BITS)
@@ -50,7 +50,7 @@ class RecipeConfig:
     low_rank: bool | None = None
     """Add a float term of low rank to each weight (aiqvit)."""
     power_of_two_factor: bool | None = None
-    """Give the channels of what LayerNorms read and write scales that differ by powers of two."""
+    """Give the channels of LayerNorms' inputs and outputs scales that differ by powers of two."""
     integer_layer_norm: bool | None = None
     """Compute LayerNorm in integers; it needs the power-of-two factors."""
     log_int_softmax: bool | None = None
@@ -241,7 +241,7 @@ def _check(name: str, spec: SiteSpec, site: Site) -> None:
     if spec.per_channel + (spec.parts > 1) + spec.per_head > 1:
         raise InputError(f"{name}: per_channel, parts and per_head exclude each other; set one of them")
     if spec.parts > 1 and spec.bias_correction:
-        raise InputError(f"{name}: bias_correction needs one scale a channel or tensor; set parts: 1")
+        raise InputError(f"{name}: bias_correction needs one scale per channel or tensor; set parts: 1")
     if (spec.parts > 1 or spec.per_head) and not observer.grouped:
         raise InputError(f"{name}: observer '{spec.observer}' knows neither parts nor per_head; set observer: method")
     if quantizer.method_only and spec.observer != "method":

@@ -146,7 +146,7 @@ class Recipe:
         for name in self.sites:
             if name not in self.places:
                 raise InputError(
-                    f"recipe {self.name} quantizes {name}, which is no site of its places"
+                    f"recipe {self.name} quantizes {name}, which is not a site of its places"
                     f"{did_you_mean(name, self.places)}; give it the architecture's sites (site_table)"
                 )
 

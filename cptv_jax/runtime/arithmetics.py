@@ -51,7 +51,7 @@ def supported_arithmetics() -> tuple[ArithmeticName, ...]:
     Returns:
         Their names. The call may stand in a function that JAX traces.
     """
-    with jax.ensure_compile_time_eval():  # else the first question, asked under a trace, would be answered by tracers
+    with jax.ensure_compile_time_eval():  # otherwise a first call under a trace would measure tracers
         return _measure_supported()
 
 
@@ -89,7 +89,7 @@ def fastest_arithmetic() -> ArithmeticName:
 def _measure_fastest() -> ArithmeticName:
     programs = {name: _make_race_program(name) for name in supported_arithmetics()}
     seconds = dict.fromkeys(programs, np.inf)
-    for _ in range(_RACE_ROUNDS):  # in turn, and the best of each counts, so that other work decides nothing
+    for _ in range(_RACE_ROUNDS):  # they take turns and the best time counts, so that other work decides nothing
         for name, run in programs.items():
             start = time.perf_counter()
             run()

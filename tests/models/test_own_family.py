@@ -262,7 +262,11 @@ class TwiceNamedStem(MisnamedStem):
             r"stage stem has no kernel at 'projection', the site of a linear layer; known: proj; name the site after",
         ),
         (TwiceNamedStem, "", "two operations of stage stem have the site 'sum'"),
-        (Stem, "stem.imag", r"image_site is 'stem\.imag', which is no site of mixer_small; did you mean 'stem\.image'"),
+        (
+            Stem,
+            "stem.imag",
+            r"image_site is 'stem\.imag', which is not a site of mixer_small; did you mean 'stem\.image'",
+        ),
     ],
 )
 def test_mistakes_in_a_family_are_named(stem: type[Stem], image_site: str, message: str) -> None:
