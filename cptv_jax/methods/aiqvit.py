@@ -87,11 +87,7 @@ def fit_focusing(
     high = jnp.float32(2**bits - 1)
 
     def interval(index: Array) -> Focusing:
-        """Makes the quantizer in which each head has the interval with its index, [heads].
-
-        Returns:
-            The quantizer.
-        """
+        """Returns the quantizer in which each head has the interval with its index, [heads]."""
         start = jnp.take_along_axis(starts, (index // len(_ENDS))[None], 0)[0]
         end = largest * jnp.asarray(_ENDS)[index % len(_ENDS)]
         scale = jnp.maximum((end - start) / high, jnp.finfo(jnp.float32).eps)
@@ -117,7 +113,7 @@ def fit_low_rank(quantizer: Uniform, kernel: Float[Array, "inputs outputs"], ran
     Args:
         quantizer: The weight's quantizer.
         kernel: The float weight.
-        rank: The rank of the term, or more than the weight's, which then limits it.
+        rank: The rank of the term, which is limited by the weight's.
 
     Returns:
         The quantizer with the term.
