@@ -1,1 +1,1 @@
-"""What base methods measure on calibration images."""
+"""Measurements on calibration images, and the quantizers that base methods fit from them."""

@@ -23,7 +23,15 @@ Batch = Float[Array, "batch height width channels"]
 
 
 def first_images(batches: Sequence[Batch], count: int) -> Float[Array, "count height width channels"]:
-    """The first `count` images of all batches (all of them where there are fewer)."""
+    """Concatenates the first images of a sequence of batches.
+
+    Args:
+        batches: The images in batches.
+        count: How many images to take.
+
+    Returns:
+        The first `count` images, or all of them where there are fewer.
+    """
     taken, missing = [], count
     for batch in batches:
         taken.append(batch[:missing])
@@ -34,17 +42,17 @@ def first_images(batches: Sequence[Batch], count: int) -> Float[Array, "count he
 
 
 def find_reparameterizable(model: Model, recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """Finds the LayerNorms to be reparameterized.
+    """Finds the LayerNorms that can be reparameterized.
 
-    These are the LayerNorms before the last stage (both codes leave the head's alone) that the recipe quantizes per
-    tensor and whose readers have a bias to take up the shift.
+    These are the LayerNorms before the last stage (both published codes leave the head's alone) that the recipe
+    quantizes per tensor and whose readers have a bias to take up the shift.
 
     Args:
         model: The float model.
         recipe: What is quantized, and how.
 
     Returns:
-        By LayerNorm, the linear layers that read it.
+        The linear layers that read each LayerNorm, by the LayerNorm's name.
     """
     found = {}
     table = site_table(model.architecture)
@@ -58,7 +66,11 @@ def find_reparameterizable(model: Model, recipe: Recipe) -> dict[str, tuple[str,
 
 @dataclass(frozen=True)
 class _Initialize:
-    """Visits a stage with the interpreter Initializing. specs: by site, relative to the stage."""
+    """Visits a stage with the interpreter Initializing.
+
+    Attributes:
+        specs: The specifications of the stage's sites, by the site's local name.
+    """
 
     specs: tuple[tuple[str, SiteSpec], ...]
 
@@ -87,7 +99,7 @@ def initialize(
         channel_wise: Sites that get a scale for each channel whatever the recipe says.
         weights: Whether weights are quantized too, or stay in float.
         on_stage: Called after every stage.
-        inputs: By stage, what to feed it instead of the output of the stage before it (for comparisons with
+        inputs: What to feed a stage instead of the output of the stage before it, by stage (for comparisons with
             recordings).
 
     Returns:
@@ -113,13 +125,20 @@ def reparameterize(
     pairs: Mapping[str, Sequence[str]],
     round_zero_point: bool = False,
 ) -> tuple[Model, dict[str, Quantizer]]:
-    """Channel-wise quantizers behind LayerNorms become layer-wise ones (RepQ-ViT, "Scale Reparam for LayerNorm
-    Activations"): the LayerNorm's affine scales and shifts each channel to the common grid, and the layers that
-    read it undo that.
+    """Turns channel-wise quantizers after LayerNorms into layer-wise ones.
 
-    pairs: by LayerNorm, the layers that read it. round_zero_point: round the mean of the zero points, for integer
-    deployment; the published code leaves it fractional.
-    Returns the rewritten model and the LayerNorms' new quantizers. In float the new model computes what the old did.
+    RepQ-ViT, "Scale Reparam for LayerNorm Activations": the LayerNorm's affine parameters scale and shift each channel
+    to the common grid, and the layers that read it undo that. In float the new model computes the same as the old one.
+
+    Args:
+        model: The float model.
+        quantizers: The quantizers by site; those of the LayerNorms are channel-wise.
+        pairs: The layers that read each LayerNorm, by the LayerNorm's name.
+        round_zero_point: Whether to round the mean of the zero points, for integer deployment; the published code
+            leaves it fractional.
+
+    Returns:
+        The rewritten model, and the LayerNorms' new quantizers by site.
     """
     layers: dict[str, dict[str, Array]] = {}
     changed: dict[str, Quantizer] = {}

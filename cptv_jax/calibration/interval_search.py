@@ -19,24 +19,26 @@ from cptv_jax.runtime.mesh import compiler_options
 
 Metric = Literal["hessian", "l2", "cosine"]
 Side = Literal[0, 1]  # which operand of the layer
-Choice = Int[np.ndarray, "..."]  # of a candidate for every group, in the shape of the scale
+Choice = Int[np.ndarray, "..."]  # index of a candidate for every group, in the shape of the scale
 
 _EPSILON = 1e-8  # smallest product of norms in a cosine
-_BLOCK = 5  # candidates a call, between which hopeless ones are dropped
-_SLACK = 1e-5  # relative; float32 sums of some thousand squares
+_BLOCK = 5  # candidates per call; hopeless ones are dropped between calls
+_SLACK = 1e-5  # relative rounding error of float32 sums of a few thousand squares
 
 
 def _squares(output: Array, samples: Samples) -> Array:
+    """Returns squared errors of the output."""
     return (output - samples.output) ** 2
 
 
 def _weighted_squares(output: Array, samples: Samples) -> Array:
+    """Returns squared errors of the output, weighted with squared gradients."""
     assert samples.gradient is not None
     return (samples.gradient * (output - samples.output)) ** 2
 
 
 def _group(values: Float[Array, "images ... channels"], shape: tuple[int, ...]) -> Float[Array, "images rows *groups"]:
-    """Values with the groups that a scale of this shape stands for apart: [images, rows, *groups, members]."""
+    """Returns values [images, rows, *groups, members], with the groups that a scale of this shape stands for apart."""
     images = values.shape[0]
     if len(shape) == 3:  # (heads, 1, 1)
         return jnp.moveaxis(values, 1, 2).reshape(images, values.shape[2], *shape, -1)
@@ -48,7 +50,7 @@ def _group(values: Float[Array, "images ... channels"], shape: tuple[int, ...]) 
 
 
 def _loss(metric: Metric, output: Array, samples: Samples, shape: tuple[int, ...]) -> Float[Array, "*groups"]:
-    """Mean over the members of every group of an image, summed over the images."""
+    """Returns losses: the mean over the members of every group of an image, summed over the images."""
     if metric == "cosine":
         ours, theirs = _group(output, shape), _group(samples.output, shape)
         norms = jnp.sqrt(jnp.sum(ours**2, -1)) * jnp.sqrt(jnp.sum(theirs**2, -1))
@@ -59,6 +61,7 @@ def _loss(metric: Metric, output: Array, samples: Samples, shape: tuple[int, ...
 
 
 def _operand(quantizer: Quantizer | None, values: Array) -> Tensor:
+    """Returns an operand as the quantized model has it; without a quantizer, in float."""
     return FakeQuant({} if quantizer is None else {"operand": quantizer}).tensor("operand", Tensor(values))
 
 
@@ -69,7 +72,15 @@ def _output(
     a: Tensor | None,
     arithmetic: Arithmetic,
 ) -> Array:
-    """The operation's output with quantized operands, computed as in the quantized model. a: operand 0, if known."""
+    """Returns the operation's output with quantized operands, computed as in the quantized model.
+
+    Args:
+        operation: The linear layer or matmul.
+        quantizers: Of both operands.
+        samples: What the operation reads.
+        a: The quantized operand 0, where it is known already.
+        arithmetic: How codes are multiplied.
+    """
     a = _operand(quantizers[0], samples.operands[0]) if a is None else a
     if operation.weight is None:
         b = _operand(quantizers[1], samples.operands[1])
@@ -80,7 +91,14 @@ def _output(
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What a compiled program of losses is made for; see LayerSearch."""
+    """What a compiled program of losses is made for.
+
+    Attributes:
+        metric: "hessian" weighs squared errors of the layer's output with squared gradients, "l2" does not, "cosine" is
+            one minus the cosine of each token's output with its float output.
+        at_once: How many candidates are evaluated together under vmap; more take more memory.
+        arithmetic: How codes are multiplied, which changes no result.
+    """
 
     metric: Metric
     at_once: int = 1
@@ -95,6 +113,7 @@ def _losses(
     other: Quantizer | None,
     samples: Samples,
 ) -> Float[Array, "candidates *groups"]:
+    """Returns the losses of candidates for the operand `side`, with `other` as the other operand's quantizer."""
     shape = candidates.scale.shape[1:]
     shared = _operand(other, samples.operands[0]) if side == 1 else None
 
@@ -108,22 +127,46 @@ def _losses(
 
 @cache
 def _program() -> Any:
+    """Returns `_losses`, compiled once for all layers that compute alike."""
     return jax.jit(_losses, static_argnums=(0, 1), compiler_options=compiler_options())
 
 
 def stack(candidates: Sequence[Quantizer]) -> Quantizer:
-    """Quantizers of equal shapes as one with a leading axis."""
+    """Stacks quantizers of equal shapes.
+
+    Args:
+        candidates: The quantizers.
+
+    Returns:
+        One quantizer whose arrays have a leading axis of candidates.
+    """
     stacked: Quantizer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
     return stacked
 
 
 def scale_by_factors(initial: Quantizer, factors: Float[np.ndarray, " candidates"]) -> Quantizer:
-    """The initial quantizer with its scale times each of the factors, stacked."""
+    """Makes candidates from an initial quantizer by scaling its scale.
+
+    Args:
+        initial: The initial quantizer.
+        factors: What its scale is multiplied with, for each candidate.
+
+    Returns:
+        The candidates, stacked.
+    """
     return stack([initial.with_scale(initial.scale * factor) for factor in factors])
 
 
 def pick(candidates: Quantizer, choice: Choice) -> Quantizer:
-    """For every group the scale of the candidate that `choice` (of the scale's shape) names."""
+    """Picks a candidate for every group of a scale.
+
+    Args:
+        candidates: Stacked quantizers, see `stack`.
+        choice: Index of the candidate for every group, of the scale's shape.
+
+    Returns:
+        The quantizer that has each group's scale from the chosen candidate.
+    """
 
     def choose(leaf: Array) -> Array:
         if choice.ndim and leaf.shape[1:] == choice.shape:
@@ -138,9 +181,11 @@ def pick(candidates: Quantizer, choice: Choice) -> Quantizer:
 class OperandSearch:
     """What there is to choose for one operand.
 
-    initial: its quantizer at first; None: the operand is not quantized. candidates: stacked; None: nothing to choose.
-    neutral: the candidate to take where all are equally good, as for a tensor whose errors have no weight.
-    alone: the other operand stays unquantized while this one's candidates are compared.
+    Attributes:
+        initial: Its quantizer at first; None means that the operand is not quantized.
+        candidates: Stacked quantizers; None means that there is nothing to choose.
+        neutral: The candidate to take where all are equally good, as for a tensor whose errors have no weight.
+        alone: The other operand stays unquantized while this one's candidates are compared.
     """
 
     initial: Quantizer | None = None
@@ -149,18 +194,22 @@ class OperandSearch:
     alone: bool = False
 
     def quantizer(self, choice: Choice | None) -> Quantizer | None:
-        """The chosen quantizer; None stands for the initial one."""
+        """Returns the chosen quantizer.
+
+        Args:
+            choice: The chosen candidate for every group; None stands for the initial quantizer.
+        """
         return self.initial if choice is None or self.candidates is None else pick(self.candidates, choice)
 
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """The alternating search over a layer's operands.
+    """The alternating search over a layer's operands (PTQ4ViT, algorithm 1).
 
-    operands: by side.
-    options: metric "hessian" weighs squared errors of the layer's output with squared gradients, "l2" does not,
-        "cosine" is one minus the cosine of each token's output with its float output; at_once: candidates under vmap
-        together, of which more take more memory; arithmetic: how codes are multiplied, which changes no result.
+    Attributes:
+        layer: The layer and its samples.
+        operands: What there is to choose for each operand, by side.
+        options: How losses are measured and computed.
     """
 
     layer: Layer
@@ -174,17 +223,32 @@ class LayerSearch:
         return [side for side in order if self.operands[side].candidates is not None]
 
     def losses(self, side: Side, choices: Sequence[Choice | None]) -> Float[np.ndarray, "candidates *groups"]:
-        """Losses of all candidates of one operand, float64, with the other one as `choices` say."""
+        """Computes the losses of all candidates of one operand.
+
+        Args:
+            side: The operand.
+            choices: The present choices for both operands; the other operand is quantized as its choice says.
+
+        Returns:
+            The losses, float64.
+        """
         candidates, run = self._runner(side, choices)
         count = candidates.scale.shape[0]
         return np.sum([run(np.arange(count), chunk) for chunk in self.layer.samples], 0)
 
     def best(self, side: Side, choices: Sequence[Choice | None]) -> Choice:
-        """The first candidate with the least loss, for every group: the first minimum of `losses`.
+        """Finds the candidate with the least loss for every group: the first minimum of `losses`.
 
-        After the first chunk of images the best candidate so far is run to the end. One whose loss exceeds that total,
-        by more than the rounding of sums that XLA orders by a candidate's place in its block, can only grow, so it is
-        dropped without running on further chunks.
+        After the first chunk of images the best candidate so far is run to the end. A candidate whose loss exceeds that
+        total, by more than the rounding of sums that XLA orders by a candidate's place in its block, can only get
+        worse, so it is dropped without running on further chunks.
+
+        Args:
+            side: The operand.
+            choices: The present choices for both operands; the other operand is quantized as its choice says.
+
+        Returns:
+            The index of the best candidate for every group; the operand's neutral one where all are equally good.
         """
         candidates, run = self._runner(side, choices)
         samples = self.layer.samples
@@ -201,9 +265,15 @@ class LayerSearch:
         return np.where(np.ptp(totals, 0) == 0, self.operands[side].neutral, best)
 
     def search(self, rounds: int) -> tuple[Quantizer | None, Quantizer | None]:
-        """The quantizers of both operands after so many rounds, weights before activations, operand a before b.
+        """Chooses quantizers for both operands in turns: weights before activations, operand a before b.
 
         A step whose circumstances are those of an earlier round is not repeated: it would choose alike.
+
+        Args:
+            rounds: Turns over both operands.
+
+        Returns:
+            The quantizers of both operands; None for an operand that is not quantized.
         """
         choices: list[Choice | None] = [None, None]
         seen: dict[Side, bytes] = {}
@@ -220,7 +290,7 @@ class LayerSearch:
     def _runner(
         self, side: Side, choices: Sequence[Choice | None]
     ) -> tuple[Quantizer, Callable[[Int[np.ndarray, " some"], Samples], Float[np.ndarray, "some *groups"]]]:
-        """One operand's candidates, and the function that gives the losses of some of them on a chunk, in float64."""
+        """Returns one operand's candidates, and a function that computes float64 losses of some of them on a chunk."""
         operand, other_side = self.operands[side], 1 - side
         assert operand.candidates is not None
         candidates: Quantizer = jax.tree.map(np.asarray, operand.candidates)

@@ -1,6 +1,6 @@
-"""What single linear layers and matmuls read, produce and matter for, in the float model, layer by layer.
+"""What single linear layers and matmuls of the float model read and produce, and how much it matters, layer by layer.
 
-All tokens count, also those in the last block that nothing reads: published methods calibrate on them.
+All tokens count, including those in the last block that nothing reads: published methods calibrate on them.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -24,10 +24,10 @@ class Samples:
     """One operation's arrays for some images.
 
     Attributes:
-        operands: Of a linear layer its input [images, ..., inputs], of a matmul both operands [images, heads, rows,
-            inner] and [images, heads, inner, columns].
+        operands: The input [images, ..., inputs] of a linear layer; both operands [images, heads, rows, inner] and
+            [images, heads, inner, columns] of a matmul.
         output: What it produced.
-        gradient: Of the loss with respect to the output, or None.
+        gradient: Gradient of the loss with respect to the output, or None.
     """
 
     operands: tuple[Float[Array, "..."], ...]
@@ -38,11 +38,11 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operation:
-    """A linear layer, output = x @ kernel + bias, or (kernel None) a matmul, output = factor * a @ b.
+    """A linear layer, output = x @ kernel + bias, or (weight None) a matmul, output = factor * a @ b.
 
     Attributes:
-        weight: Of a linear layer, its kernel [inputs, outputs] and its bias [outputs] or None.
-        factor: Of a matmul.
+        weight: Kernel [inputs, outputs] of a linear layer, and its bias [outputs] or None.
+        factor: Factor of a matmul.
     """
 
     weight: tuple[Float[Array, "inputs outputs"], Float[Array, " outputs"] | None] | None
@@ -51,13 +51,13 @@ class Operation:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer or matmul of the float model with all that happened at it.
+    """A linear layer or matmul of the float model with everything that happened at it.
 
     Attributes:
-        name: Such as blocks.0.attn.qkv.
-        sites: Of its two operands: input and weight, or both inputs.
+        name: The name in the model, such as "blocks.0.attn.qkv".
+        sites: The sites of its two operands: input and weight, or both inputs.
         operation: What it computes.
-        samples: What happened at it, chunk by chunk of images.
+        samples: What happened at it, one entry for each chunk of images.
     """
 
     name: str
@@ -67,11 +67,12 @@ class Layer:
 
     @property
     def is_linear(self) -> bool:
+        """Whether it is a linear layer, not a matmul."""
         return self.operation.weight is not None
 
 
 def _operand_sites(site: Site) -> tuple[str, str]:
-    """The sites of both operands of a weight's or a matmul's operation."""
+    """Returns the sites of both operands of a weight's or a matmul's operation."""
     a, b = (*site.reads, site.name) if site.role == "weight" else site.reads
     return a, b
 
@@ -114,14 +115,14 @@ class _PullBack:
 def float_stage_inputs(
     model: Model, chunks: Sequence[Float[Array, "images height width channels"]]
 ) -> tuple[dict[str, list[PyTree]], list[Output]]:
-    """Runs the float model on chunks of images. What it returns is all that stays in memory.
+    """Runs the float model on chunks of images. Only what it returns stays in memory.
 
     Args:
         model: The float model.
         chunks: Normalised calibration images.
 
     Returns:
-        By stage its input for every chunk, and the model's output for every chunk.
+        The inputs of every stage, one for each chunk, by stage; and the model's output for every chunk.
     """
     stages = model.architecture.stage_names
     inputs: dict[str, list[PyTree]] = {stage: [] for stage in stages}
@@ -143,7 +144,7 @@ def operations(model: Model, quantized: Collection[str]) -> list[Site]:
         quantized: Names of quantized sites.
 
     Returns:
-        The sites of their weights (of linear layers) and of their results (of matmuls).
+        The sites of their weights (for linear layers) and of their results (for matmuls).
     """
     found = [site for site in sites_of(model.architecture) if site.kind in ("weight", "matmul")]
     return [site for site in found if any(operand in quantized for operand in _operand_sites(site))]
@@ -152,15 +153,15 @@ def operations(model: Model, quantized: Collection[str]) -> list[Site]:
 def layers(
     model: Model, inputs: dict[str, list[PyTree]], gradients: Sequence[Output] | None, quantized: Collection[str]
 ) -> Iterator[Layer]:
-    """Goes through the linear layers and matmuls of `operations`, in the float model, last stage first.
+    """Iterates over the linear layers and matmuls of `operations`, in the float model, last stage first.
 
     One of them is in memory at a time.
 
     Args:
         model: The float model.
-        inputs: What `float_stage_inputs` returned; a stage's are dropped once it is done.
-        gradients: Of a loss with respect to the model's output, for every chunk; they are propagated back stage by
-            stage, recomputing each from its input. None: the samples have no gradients.
+        inputs: What `float_stage_inputs` returned; a stage's inputs are dropped once it is done.
+        gradients: Gradients of a loss with respect to the model's output, for every chunk; they are propagated back
+            stage by stage, recomputing each from its input. None: the samples have no gradients.
         quantized: Names of quantized sites.
 
     Yields:

@@ -1,5 +1,8 @@
-"""Second moments of what linear layers read, from which rounding that makes up for its own error follows in closed form
-(ERQ, arXiv 2407.06794; GPTQ, arXiv 2210.17323)."""
+"""Second moments of what linear layers read.
+
+Rounding that compensates for its own error follows from them in closed form (ERQ, arXiv 2407.06794; GPTQ, arXiv
+2210.17323).
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +30,9 @@ class Layer:
     Attributes:
         site: The site of its weight.
         inputs: Length of a row that its weight multiplies.
-        channels: Channels of an input that is an image (the layer is then a convolution, which reads patches of it),
-            else the inputs.
-        per_image: It reads one row for each image, not one for each token.
+        channels: Channels of an input that is an image (the layer is then a convolution, which reads patches of it);
+            for other layers, the number of inputs.
+        per_image: It reads one row per image, not one per token.
     """
 
     site: Site
@@ -50,15 +53,18 @@ class Layer:
 
     @property
     def convolution(self) -> bool:
+        """Whether it is a convolution."""
         return self.inputs != self.channels
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows a = (quantized input, 1) of a layer and its residual r = float output - layer(quantized input).
+    """Sums over rows a = (quantized input, 1) of a layer and its residuals r = float output - layer(quantized input).
 
-    gram: sum of a a^T, whose last entry is the number of rows. cross: sum of a r^T.
+    Attributes:
+        gram: Sum of a a^T, whose last entry is the number of rows.
+        cross: Sum of a r^T.
     """
 
     gram: Float[Array, "extended extended"]
@@ -87,8 +93,9 @@ def layers_of(model: Model, recipe: Recipe) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class _CollectMoments:
-    """Visits a stage and sums up moments of some of its layers. Its arrays are the layers' parameters and, where their
-    inputs are quantized, the inputs' quantizers, by layer; layers are named relative to the stage.
+    """Visits a stage and sums up moments of some of its layers, named relative to the stage.
+
+    Its arrays are the layers' parameters and, where their inputs are quantized, the inputs' quantizers, by layer.
     """
 
     layers: tuple[str, ...]
@@ -116,7 +123,7 @@ class _CollectMoments:
 def _make_visits(
     model: Model, layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
 ) -> tuple[dict[str, _CollectMoments], dict[str, PyTree]]:
-    """By stage, the visit that collects the moments of its layers, and its arrays."""
+    """Returns the visit that collects the moments of a stage's layers, and its arrays, each by stage."""
     visits, arrays = {}, {}
     for stage in model.architecture.stage_names:
         inside = {layer.site.layer: layer for layer in layers if layer.site.stage == stage}
@@ -128,13 +135,21 @@ def _make_visits(
 
 
 def _add(sums: dict[str, Moments], stage: str, new: Mapping[str, Moments]) -> None:
+    """Adds a stage's moments to the sums, in place."""
     for local, moments in new.items():
         name = full_name(stage, local)
         sums[name] = jax.tree.map(jnp.add, sums[name], moments) if name in sums else moments
 
 
 def append_bias(parameters: Mapping[str, Array]) -> Float[Array, "extended outputs"]:
-    """Kernel and, where there is one, bias: the weight of an input that is always 1."""
+    """Appends a layer's bias, where there is one, to its kernel: it is the weight of an input that is always 1.
+
+    Args:
+        parameters: The layer's kernel [inputs, outputs], and perhaps its bias [outputs].
+
+    Returns:
+        The kernel with the bias as its last row, or the kernel alone.
+    """
     if "bias" not in parameters:
         return parameters["kernel"]
     return jnp.concatenate([parameters["kernel"], parameters["bias"][None]])
@@ -155,7 +170,7 @@ def collect_moments(
         model: The float model.
         batches: Normalised calibration images.
         layers: The layers.
-        quantizers: Of the layers' inputs, by site; an input without one stays in float.
+        quantizers: Quantizers of the layers' inputs, by site; an input without one stays in float.
         on_stage: Called after every stage of every batch.
 
     Returns:
@@ -173,7 +188,7 @@ def collect_moments(
 def moments_by_stage(
     model: Model, batches: Iterable[Batch], layers: Sequence[Layer], quantizers: Mapping[str, Quantizer]
 ) -> Iterator[dict[str, Moments]]:
-    """Does what `collect_moments` does, one stage after the other.
+    """Collects the same moments as `collect_moments`, one stage after the other.
 
     The inputs of one stage for all batches are in memory at a time, and that stage's moments.
 
@@ -181,7 +196,7 @@ def moments_by_stage(
         model: The float model.
         batches: Normalised calibration images.
         layers: The layers.
-        quantizers: Of the layers' inputs, by site; an input without one stays in float.
+        quantizers: Quantizers of the layers' inputs, by site; an input without one stays in float.
 
     Yields:
         The moments of a stage's layers, by layer.

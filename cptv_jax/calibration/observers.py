@@ -1,8 +1,8 @@
 """Calibration statistics, and the quantizer parameters that follow from them.
 
-Two open tables decide what the statistics-based methods (fq-vit, omse) do at a site: STATISTICS, by the site's
-observer, says how a range is kept and how a uniform grid follows from it; FITS, by the site's quantizer, says which
-quantizer is made of the range. A user's own quantizer joins with `register_fit`, an observer with `register_observer`.
+Two open tables decide how the statistics-based methods (fq-vit, omse) treat a site. STATISTICS, by the site's observer,
+says how a range is kept and how a uniform grid follows from it. FITS, by the site's quantizer, says which quantizer is
+made of the range. Users add their own quantizers with `register_fit` and observers with `register_observer`.
 
 A new quantizer for attention maps takes a class and a function:
 
@@ -37,8 +37,8 @@ class Range:
     """Running minimum and maximum of a site: () per tensor, (channels,) per channel.
 
     Attributes:
-        minimum: The smallest value, or what the observer takes for it.
-        maximum: The largest value, or what the observer takes for it.
+        minimum: The smallest value, or the observer's estimate of it.
+        maximum: The largest value, or the observer's estimate of it.
     """
 
     minimum: Float[Array, "..."]
@@ -46,25 +46,37 @@ class Range:
 
 
 def _measure_extremes(x: Float[Array, "..."], spec: SiteSpec) -> Range:
+    """Returns the smallest and the largest value."""
     axes = tuple(range(x.ndim - 1)) if spec.per_channel else None
     return Range(jnp.min(x, axes), jnp.max(x, axes))
 
 
 def _measure_quantiles(x: Float[Array, "..."], spec: SiteSpec) -> Range:
+    """Returns the quantiles at 1 - 0.99999 and at 0.99999 of the whole tensor."""
     flat = x.reshape(-1)
     return Range(jnp.quantile(flat, 1.0 - _PERCENTILE), jnp.quantile(flat, _PERCENTILE))
 
 
 def _widen(old: Range, new: Range) -> Range:
+    """Returns the range that covers both."""
     return Range(jnp.minimum(old.minimum, new.minimum), jnp.maximum(old.maximum, new.maximum))
 
 
 def _move_towards(old: Range, new: Range) -> Range:
+    """Returns the exponential moving average."""
     return jax.tree.map(lambda a, b: a + _EMA_MOMENTUM * (b - a), old, new)
 
 
 def uniform_from_range(found: Range, spec: SiteSpec) -> Uniform:
-    """Scale and zero point that spread the integer grid over a range (FQ-ViT, equations 2 and 3)."""
+    """Spreads the integer grid over a range (FQ-ViT, equations 2 and 3).
+
+    Args:
+        found: The range.
+        spec: The site's specification: bits, signed, symmetric.
+
+    Returns:
+        The uniform quantizer, whose scale and zero point have the shape of the range.
+    """
     low, high = (jnp.float32(bound) for bound in grid(spec.bits, spec.signed))
     if spec.symmetric:
         largest = jnp.maximum(-found.minimum, found.maximum)
@@ -80,17 +92,19 @@ def _fit_range(found: Range, x: Array, spec: SiteSpec) -> Uniform:
 
 
 def _squared_errors(x: Float[Array, "... channels"], quantizer: Uniform) -> Float[Array, "rows channels"]:
+    """Returns a quantizer's squared errors on x."""
     return ((quantizer.values(quantizer.codes(x)) - x) ** 2).reshape(-1, x.shape[-1])
 
 
 def _mean(x: Float[Array, "rows columns"], axis: int) -> Float[Array, "..."]:
-    # As a product with ones: XLA's CPU backend then vectorizes what is reduced, three times as fast as a reduction.
+    """Returns the mean along an axis."""
+    # As a product with ones, which XLA's CPU backend vectorizes: three times as fast as a reduction.
     ones = jnp.ones(x.shape[axis], x.dtype)
     return jnp.tensordot(x, ones, (axis, 0), precision=jax.lax.Precision.HIGHEST) / x.shape[axis]
 
 
 def _fit_omse(found: Range, x: Array, spec: SiteSpec) -> Uniform:
-    """The range shrunk by the factor, of 90, with the least squared error on x (OMSE; one factor for all channels)."""
+    """Returns the range shrunk by the factor, of 90, with the least squared error on x (OMSE; one for all channels)."""
 
     def shrink(index: Array) -> Range:
         # The published factors are Python doubles rounded to float32; a float32 product differs in the last place.
@@ -105,7 +119,7 @@ def _fit_omse(found: Range, x: Array, spec: SiteSpec) -> Uniform:
 
 
 def _fit_power_of_two_factor(found: Range, x: Array, spec: SiteSpec) -> Uniform:
-    """One scale times 2^k for each channel, k from 0 to 3 by squared error (FQ-ViT, section 3.2, equation 7).
+    """Returns one scale times 2^k for each channel, k from 0 to 3 by squared error (FQ-ViT, section 3.2, equation 7).
 
     The zero point follows from the largest scale and the overall minimum and serves all four, as published.
     """
@@ -122,9 +136,9 @@ class Statistic:
     """What an observer keeps of the calibration batches, and the uniform grid that follows from it.
 
     Attributes:
-        measure: From one batch's tensor and the specification to its range.
-        merge: From the range so far and a new batch's to the range from then on.
-        fit: From the range over all batches, the last batch's tensor and the specification to the grid.
+        measure: Returns the range of one batch, from its tensor and the specification.
+        merge: Returns the range from then on, from the range so far and that of a new batch.
+        fit: Returns the grid, from the range over all batches, the last batch's tensor and the specification.
     """
 
     measure: Callable[[Array, SiteSpec], Range] = _measure_extremes
@@ -152,9 +166,14 @@ def register_observer(name: str, statistic: Statistic, per_channel: bool | None 
         The statistic.
 
     Raises:
-        InputError: Where the name is another observer's.
+        InputError: The name belongs to another observer.
+
+    Example:
+        >>> def half_range(x, spec):
+        ...     return Range(jnp.min(x) / 2, jnp.max(x) / 2)
+        >>> register_observer("half", Statistic(measure=half_range), per_channel=False)
     """
-    if name not in STATISTICS:  # a second registration is for the registry of statistics to refuse
+    if name not in STATISTICS:  # the registry of statistics refuses a second registration
         OBSERVERS.register(name, ObserverRules(per_channel))
     return STATISTICS.register(name, statistic)
 
@@ -165,15 +184,21 @@ def register_fit(name: str, fit: Fit, attention_only: bool = False) -> Fit:
     Args:
         name: What recipes call the quantizer.
         fit: Makes the quantizer of a site.
-        attention_only: Its levels are those of values from 0 to 1, so recipes may ask for it at attention maps alone.
+        attention_only: The quantizer's levels are those of values from 0 to 1, so recipes may ask for it at attention
+            maps only.
 
     Returns:
         The function.
 
     Raises:
-        InputError: Where the name is another quantizer's.
+        InputError: The name belongs to another quantizer.
+
+    Example:
+        >>> def fit_cube_root(spec, found, x):
+        ...     return CubeRoot(found.maximum, jnp.float32(2.0**spec.bits - 1))
+        >>> register_fit("cube-root", fit_cube_root, attention_only=True)
     """
-    if name not in FITS:  # a second registration is for the registry of fits to refuse
+    if name not in FITS:  # the registry of fits refuses a second registration
         QUANTIZERS.register(name, QuantizerRules(attention_only))
     return FITS.register(name, fit)
 
@@ -218,7 +243,7 @@ def fit(spec: SiteSpec, found: Range, x: Float[Array, "..."]) -> Quantizer:
     Args:
         spec: The site's specification.
         found: The range over all batches.
-        x: The last calibration batch's tensor: the published observers score candidates on that one alone.
+        x: The last calibration batch's tensor; the published observers score candidates on it alone.
 
     Returns:
         The quantizer.

@@ -12,24 +12,24 @@ from jaxtyping import Array, Bool, Float
 from cptv_jax.quantizers import DualUniform, LogSqrt2, OffsetUniform, Quantizer, true_divide
 from cptv_jax.recipe.spec import SiteSpec
 
-# Both codes try these on activations, RepQ-ViT on weights too.
+# Both published codes try these on activations, RepQ-ViT on weights too.
 PERCENTILES = (0.999, 0.9999, 0.99999)
 
 _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).eps)
-_LARGEST_TORCH_QUANTILE = 16_000_000  # torch.quantile takes no more; the published code then falls back to NumPy
+_LARGEST_TORCH_QUANTILE = 16_000_000  # the limit of torch.quantile, beyond which the published code falls back to NumPy
 
 
 def _rank(quantile: float, count: int) -> float:
-    """Where a quantile lies among `count` sorted values; in float32, as torch computes it."""
+    """Returns where a quantile lies among `count` sorted values; in float32, as torch computes it."""
     if count > _LARGEST_TORCH_QUANTILE:
         return quantile * (count - 1)
     return float(np.float32(quantile) * np.float32(count - 1))
 
 
 def _order_statistics(x: Float[Array, "rows count"], places: list[int]) -> Float[Array, "places rows"]:
-    """The values that stand at these places of each row once it is sorted."""
+    """Returns the values at these places of each row once it is sorted."""
 
-    def on_host(x: Array) -> Array:  # XLA's CPU sort takes ten times as long as all else in a calibration
+    def on_host(x: Array) -> Array:  # XLA's CPU sort takes ten times as long as everything else in a calibration
         result = jax.ShapeDtypeStruct((len(places), x.shape[0]), x.dtype)
         return jax.pure_callback(lambda x: np.partition(np.asarray(x), places, -1)[:, places].T, result, x)
 
@@ -37,7 +37,15 @@ def _order_statistics(x: Float[Array, "rows count"], places: list[int]) -> Float
 
 
 def quantiles(x: Float[Array, "rows count"], shares: Sequence[float]) -> Float[Array, "quantiles rows"]:
-    """Quantiles of each row, linearly interpolated as torch.quantile does."""
+    """Computes quantiles of each row, linearly interpolated as torch.quantile does.
+
+    Args:
+        x: The rows.
+        shares: The quantiles to compute, from 0 to 1.
+
+    Returns:
+        The quantiles.
+    """
     ranks = [_rank(share, x.shape[-1]) for share in shares]
     ends = _order_statistics(x, [math.floor(rank) for rank in ranks] + [math.ceil(rank) for rank in ranks])
     low, high = ends[: len(ranks)], ends[len(ranks) :]
@@ -48,7 +56,10 @@ def quantiles(x: Float[Array, "rows count"], shares: Sequence[float]) -> Float[A
 
 
 def _mean_squares(errors: Float[Array, "rows count"]) -> Float[Array, " rows"]:
-    """Mean of squares along each row, summed in two steps: one long float32 sum would lose what decides near ties."""
+    """Returns the mean of squares along each row.
+
+    It is summed in two steps: one long float32 sum would lose the digits that decide near ties.
+    """
     rows, count = errors.shape
     side = max(1, int(count**0.5))
     padded = jnp.pad(errors**2, ((0, 0), (0, -count % side)))
@@ -56,17 +67,21 @@ def _mean_squares(errors: Float[Array, "rows count"]) -> Float[Array, " rows"]:
 
 
 def _pick_least(scores: Float[Array, "candidates rows"], candidates: Float[Array, "candidates rows"]) -> Array:
+    """Returns the candidate with the least score for each row."""
     return jnp.take_along_axis(candidates, jnp.argmin(scores, 0)[None], 0)[0]
 
 
 def _search_uniform(
     x: Float[Array, "rows count"], bits: int, percentiles: Sequence[float]
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
-    """Scale and zero point of each row: of the clipping ranges, the one with the least squared error.
+    """Searches the clipping range with the least squared error for each row.
 
-    The rule for degenerate rows: a range without extent is no candidate; where none is left the whole range is taken,
+    The rule for degenerate rows: a range without extent is no candidate. Where none is left the whole range is taken,
     and a constant row's range is widened to include zero, so that its scale is |v| / (2^bits - 1) and its value is
     represented exactly. A row of zeros gets the smallest scale that is used, 2^-23.
+
+    Returns:
+        Scale and zero point of each row.
     """
     levels = 2.0**bits - 1
     ends = quantiles(x, [*percentiles, *(1.0 - percentile for percentile in percentiles)])
@@ -96,7 +111,7 @@ def _search_uniform(
 
 
 def _search_log_sqrt2(x: Float[Array, "..."], bits: int, percentiles: Sequence[float]) -> LogSqrt2:
-    """The largest value that has a code of its own, by squared error."""
+    """Returns the quantizer whose largest value with a code of its own has the least squared error."""
     flat, high = x.reshape(1, -1), jnp.float32(2.0**bits - 1)
 
     def score(scale: Array) -> Array:
@@ -110,6 +125,7 @@ def _search_log_sqrt2(x: Float[Array, "..."], bits: int, percentiles: Sequence[f
 
 
 def _search(x: Float[Array, "..."], spec: SiteSpec, percentiles: Sequence[float]) -> OffsetUniform:
+    """Returns the uniform quantizer of a tensor, per channel or per tensor."""
     rows = x.reshape(-1, x.shape[-1]).T if spec.per_channel else x.reshape(1, -1)
     scale, zero_point = _search_uniform(rows, spec.bits, percentiles)
     if not spec.per_channel:
@@ -118,7 +134,16 @@ def _search(x: Float[Array, "..."], spec: SiteSpec, percentiles: Sequence[float]
 
 
 def fit(spec: SiteSpec, x: Float[Array, "..."], percentiles: Sequence[float] = PERCENTILES) -> Quantizer:
-    """The quantizer of a tensor whose last axis is the channels: uniform or log-sqrt2, as the specification says."""
+    """Fits the quantizer of a tensor by percentile search.
+
+    Args:
+        spec: The site's specification: quantizer (uniform or log-sqrt2), bits, granularity.
+        x: The tensor, whose last axis is the channels.
+        percentiles: The upper ends of the clipping ranges that are tried, as shares; the lower ends lie symmetrically.
+
+    Returns:
+        The quantizer.
+    """
     if spec.quantizer == "log-sqrt2":
         return _search_log_sqrt2(x, spec.bits, percentiles)
     return _search(x, spec, percentiles)
@@ -130,16 +155,23 @@ def _fit_weight(spec: SiteSpec, kernel: Float[Array, "inputs outputs"], percenti
 
 
 def outlier_inputs(kernel: Float[Array, "inputs outputs"]) -> Bool[np.ndarray, " inputs"]:
-    """The inputs with the most outliers, at most outputs // 20 of them (ERQ, dual uniform quantization).
+    """Finds the inputs with the most outliers, at most outputs // 20 of them (ERQ, dual uniform quantization).
 
-    An outlier lies beyond the 99th percentile of its output channel's positive weights or the 1st of its negative ones.
-    Equal counts: the input whose outlier comes in an earlier output channel, then the earlier input.
+    An outlier lies beyond the 99th percentile of its output channel's positive weights or the 1st percentile of its
+    negative ones. Among inputs with equal counts, the input whose first outlier is in an earlier output channel comes
+    first, then the earlier input.
+
+    Args:
+        kernel: The weight.
+
+    Returns:
+        Whether each input is one of them.
     """
     weight = np.asarray(kernel)
     inputs, outputs = weight.shape
     rank = np.argsort(np.argsort(weight, 0, kind="stable"), 0, kind="stable")
     negative, positive = np.sum(weight < 0, 0), np.sum(weight > 0, 0)
-    # In whole numbers: a percentile falls on a value or between two, and only what lies beyond counts.
+    # In whole numbers: a percentile falls on a value or between two, and only values beyond it count.
     above = (weight > 0) & (100 * (rank - (inputs - positive)) > 99 * (positive - 1))
     below = (weight < 0) & (100 * rank < negative - 1)
     outlier = above | below
@@ -154,7 +186,16 @@ def outlier_inputs(kernel: Float[Array, "inputs outputs"]) -> Bool[np.ndarray, "
 def fit_weight(
     spec: SiteSpec, kernel: Float[Array, "inputs outputs"], percentiles: tuple[float, ...] = PERCENTILES
 ) -> Quantizer:
-    """The quantizer of a weight: uniform or dual-uniform, as the specification says."""
+    """Fits the quantizer of a weight by percentile search.
+
+    Args:
+        spec: The weight's specification: quantizer (uniform or dual-uniform), bits, granularity.
+        kernel: The weight.
+        percentiles: See `fit`.
+
+    Returns:
+        The quantizer.
+    """
     if spec.quantizer != "dual-uniform":
         return _fit_weight(spec, kernel, percentiles)
     is_outlier = outlier_inputs(kernel)

@@ -38,8 +38,8 @@ def calibrate(
 ) -> dict[str, Quantizer]:
     """Fits a quantizer for every site of a recipe, in a float forward pass over calibration images.
 
-    Ranges come from all batches; scores (OMSE, power-of-two factor) from the last one alone, as FQ-ViT and Evol-Q do.
-    One batch and one stage are in memory at a time.
+    Ranges come from all batches; scores (OMSE, power-of-two factor) come from the last one alone, as in FQ-ViT and
+    Evol-Q. One batch and one stage are in memory at a time.
 
     Args:
         model: The float model.
@@ -51,12 +51,12 @@ def calibrate(
         The quantizers by site, in the recipe's order.
 
     Raises:
-        InputError: For an observer that is no statistic, or a quantizer that no fit makes of one.
+        InputError: An observer keeps no statistic, or no fit makes a quantizer from one.
     """
     for name, spec in recipe.sites.items():
         if spec.observer not in observers.STATISTICS or spec.quantizer not in observers.FITS:
             raise InputError(
-                f"{name}: statistics set no {spec.quantizer} quantizer by the observer {spec.observer}; set observer "
+                f"{name}: the observer {spec.observer} cannot set a {spec.quantizer} quantizer here; set observer "
                 f"to {' or '.join(observers.STATISTICS)} and quantizer to {' or '.join(observers.FITS)}"
             )
     stages = model.architecture.stage_names

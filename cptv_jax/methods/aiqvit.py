@@ -1,6 +1,6 @@
 """AIQViT (arXiv 2502.04628): low-rank compensation of quantized weights, and a quantizer that focuses on an interval.
 
-There is no public code. What the paper leaves open is chosen here, and measured against other choices in
+There is no public code. Where the paper leaves something open, it is chosen here, and measured against other choices in
 docs/results.md, "AIQViT's constants":
 
 * Quantizers start as RepQ-ViT's: percentile search and reparameterized LayerNorms, with integral zero points.
@@ -8,12 +8,12 @@ docs/results.md, "AIQViT's constants":
   decomposition), and may have one of `ranks` columns.
 * Ranks are chosen by a short block reconstruction in which every layer mixes all its candidates by a softmax of learned
   preferences, on one level: terms and preferences, and nothing else, learn from the same images. `penalty` makes a
-  term's size a part of the loss, as more columns never fit worse. The preferred candidate stays, with what it has
-  learned.
-* Every head's attention map has an interval of its own. It starts as the one, of a grid, with the least squared error
-  of the map's product with the values.
-* Then follows block reconstruction, easy images first: reconstruction/blocks.py, with the defaults that
-  methods/registry.py gives this method.
+  term's size a part of the loss, as more columns never fit worse. The preferred candidate stays, with the values that
+  it has learned.
+* Every head's attention map has an interval of its own. It starts as the interval, from a grid, with the least squared
+  error of the map's product with the values.
+* Block reconstruction follows, easy images first: reconstruction/blocks.py, with the defaults that methods/registry.py
+  gives this method.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,22 +39,22 @@ from cptv_jax.recipe.spec import Recipe
 from cptv_jax.reconstruction.blocks import reconstruct
 from cptv_jax.reconstruction.config import ReconstructionConfig
 
-_ENDS = tuple(2.0 ** (-k / 2) for k in range(13))  # parts of the largest value, tried as an interval's upper end
+_ENDS = tuple(2.0 ** (-k / 2) for k in range(13))  # fractions of the largest value, tried as an interval's upper end
 _STARTS = (0.0, 0.1, 0.2, 0.3, 0.5)  # quantiles, tried as its lower end
 
 
 @options
 class AiqvitOptions:
-    """AIQViT: low-rank terms beside quantized weights, and a quantizer that focuses on an interval of attention."""
+    """AIQViT: low-rank terms added to quantized weights, and a quantizer that focuses on an interval of attention."""
 
     name: ClassVar[str] = "aiqvit"
     images: int = Field(default=32, ge=1)
-    """How many calibration images, the first ones, quantizers are fitted on; memory holds what one stage computes for
+    """How many calibration images, the first ones, quantizers are fitted on; memory holds the tensors of one stage for
     all of them."""
     search_images: int = Field(default=128, ge=1)
     """How many calibration images ranks are chosen on."""
     search_steps: int = Field(default=30, ge=0)
-    """Optimizer steps per stage to choose ranks in; 0 gives every layer the largest."""
+    """Optimizer steps per stage for choosing ranks; 0 gives every layer the largest."""
     ranks: Numbers = (2, 4, 8, 16)
     """The ranks to choose from."""
     penalty: float = Field(default=0.001, ge=0, allow_inf_nan=False)
@@ -67,10 +67,19 @@ def fit_focusing(
     bits: int,
     per_head: bool,
 ) -> Focusing:
-    """The interval, of those tried, with the least squared error of attention @ values; of each head, or of all.
+    """Fits the interval, among those tried, with the least squared error of attention @ values.
 
-    An error of the map itself would be the wrong measure: its few large entries decide that, while the many small ones
-    sum up to as much of the product (DeiT-Tiny, 4 bits: 2 to 13 times the error of intervals fitted so).
+    The error of the map itself would be the wrong measure: its few large entries decide that, while the many small ones
+    sum up to as much of the product (DeiT-Tiny, 4 bits: 2 to 13 times the error of intervals fitted this way).
+
+    Args:
+        attention: Attention maps of the float model.
+        values: The values that the maps are multiplied with.
+        bits: Width of the codes.
+        per_head: Whether each head has an interval of its own, or all share one.
+
+    Returns:
+        The quantizer.
     """
     rows = attention.swapaxes(0, 1)
     flat = rows.reshape(rows.shape[0], -1) if per_head else attention.reshape(1, -1)
@@ -78,7 +87,7 @@ def fit_focusing(
     high = jnp.float32(2**bits - 1)
 
     def interval(index: Array) -> Focusing:
-        """Of each head the one with this index, [heads]."""
+        """Returns the quantizer in which each head has the interval with its index, [heads]."""
         start = jnp.take_along_axis(starts, (index // len(_ENDS))[None], 0)[0]
         end = largest * jnp.asarray(_ENDS)[index % len(_ENDS)]
         scale = jnp.maximum((end - start) / high, jnp.finfo(jnp.float32).eps)
@@ -99,7 +108,16 @@ _fit_focusing = jax.jit(fit_focusing, static_argnums=(2, 3))
 
 
 def fit_low_rank(quantizer: Uniform, kernel: Float[Array, "inputs outputs"], rank: int) -> LowRank:
-    """The term of this rank (or of the weight's, if that is less) that leaves least of the weight's rounding error."""
+    """Fits the low-rank term that leaves the least of the weight's rounding error.
+
+    Args:
+        quantizer: The weight's quantizer.
+        kernel: The float weight.
+        rank: The rank of the term, which is limited by the weight's.
+
+    Returns:
+        The quantizer with the term.
+    """
     error = np.asarray(kernel - quantizer.values(quantizer.codes(kernel)), np.float64)
     left, strengths, right = np.linalg.svd(error, full_matrices=False)
     roots = np.sqrt(strengths[:rank])
@@ -109,7 +127,7 @@ def fit_low_rank(quantizer: Uniform, kernel: Float[Array, "inputs outputs"], ran
 
 @dataclass(frozen=True)
 class _Capture:
-    """Visits a stage and finds what some of its matmuls, named relative to the stage, read."""
+    """Visits a stage and finds the inputs of some of its matmuls, named relative to the stage."""
 
     matmuls: tuple[str, ...]
 
@@ -119,7 +137,7 @@ class _Capture:
 
 
 def _fit_attention(model: Model, images: Array, recipe: Recipe) -> dict[str, Quantizer]:
-    """Focusing quantizers of the sites that ask for one, from the float model's matmuls that read them."""
+    """Returns focusing quantizers for the sites that ask for one, from the float model's matmuls that read them."""
     readers = {site.reads[0]: site for site in sites_of(model.architecture) if site.kind == "matmul"}
     by_stage: dict[str, dict[str, str]] = {stage: {} for stage in model.architecture.stage_names}
     for name in sorted(recipe.sites):
@@ -137,7 +155,7 @@ def _fit_attention(model: Model, images: Array, recipe: Recipe) -> dict[str, Qua
 def _start(
     model: Model, images: Array, recipe: Recipe, key: Array, on_progress: Callable[[int, int], None]
 ) -> QuantizedModel:
-    """RepQ-ViT's model, with focusing quantizers where the recipe asks for them."""
+    """Returns RepQ-ViT's model, with focusing quantizers where the recipe asks for them."""
     sites = {
         name: replace(spec, quantizer="log-sqrt2", per_head=False)
         if spec.quantizer == "focusing"
@@ -151,7 +169,10 @@ def _start(
 
 
 def _compensate(model: QuantizedModel, options: AiqvitOptions) -> QuantizedModel:
-    """The model with a term beside each weight that the recipe gives one: a search among ranks, or of the largest."""
+    """Returns the model with a term for each weight to which the recipe gives one.
+
+    It has the largest rank, or a search among the ranks where the options ask for one.
+    """
     found: dict[str, Quantizer] = {}
     ranks = jnp.asarray(sorted(options.ranks), jnp.float32)
     for site, spec in model.recipe.sites.items():
@@ -170,6 +191,7 @@ def _compensate(model: QuantizedModel, options: AiqvitOptions) -> QuantizedModel
 
 
 def _decide(quantizers: Mapping[str, Quantizer]) -> dict[str, Quantizer]:
+    """Returns the quantizers with the preferred rank in place of each search."""
     return {site: q.choose() if isinstance(q, RankSearch) else q for site, q in quantizers.items()}
 
 
@@ -181,10 +203,18 @@ def quantize(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     options: AiqvitOptions = AiqvitOptions(),  # noqa: B008
 ) -> QuantizedModel:
-    """A model with compensated weights and focusing attention quantizers, ready for block reconstruction.
+    """Makes a model with compensated weights and focusing attention quantizers, ready for block reconstruction.
 
-    batches: normalised calibration images. key: of the search for ranks. on_progress(done, total) counts stages, and
-    then the steps of that search.
+    Args:
+        model: The float model.
+        batches: Normalised calibration images.
+        recipe: What is quantized, and how.
+        key: Random key of the search for ranks.
+        on_progress: Called as on_progress(done, total), which count stages and then the steps of the search for ranks.
+        options: The options.
+
+    Returns:
+        The quantized model.
     """
     stages = len(model.stages())
     steps = stages * options.search_steps * any(spec.low_rank for spec in recipe.sites.values())

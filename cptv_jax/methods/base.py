@@ -16,13 +16,16 @@ class Abilities:
     """The recipes that a method can carry out.
 
     Attributes:
-        weights: The quantizers that it fits for weights; a registry counts users' own.
-        tensors: The quantizers that it fits for activations; a registry counts users' own.
+        weights: The quantizers that it fits for weights; a registry here includes users' own.
+        tensors: The quantizers that it fits for activations; a registry here includes users' own.
         observers: Where it takes parameters from.
         asymmetric_only: It fits unsigned codes with a zero point, and no bias correction.
         low_rank: It can add terms of low rank to weights.
-        grouped: The quantizers that it fits per head; it then fits none for parts of a tensor, and per channel only
-            uniform ones. Null means any of these.
+        grouped: The quantizers that it fits per head; it then fits none for parts of a tensor, and only uniform ones
+            per channel. None means any of these.
+
+    Example:
+        >>> Abilities(tensors=("uniform", "log-sqrt2"), observers=("method",), asymmetric_only=True)
     """
 
     weights: Collection[QuantizerName] = ("uniform",)
@@ -40,7 +43,7 @@ class Abilities:
             recipe: What it is asked for.
 
         Raises:
-            InputError: For a site that the method cannot quantize as the recipe says.
+            InputError: The method cannot quantize a site as the recipe says.
         """
         for name, spec in recipe.sites.items():
             is_weight = recipe.places[name].role == "weight"
@@ -65,6 +68,11 @@ class Abilities:
                 )
 
     def _check_granularity(self, method: str, name: str, spec: SiteSpec) -> None:
+        """Checks a site's granularity.
+
+        Raises:
+            InputError: The method does not fit the site's groups.
+        """
         per_head = spec.per_head and spec.quantizer not in (self.grouped or ())
         per_channel = spec.per_channel and "uniform" not in spec.quantizer
         found = {"per_head: false": per_head, "parts: 1": spec.parts > 1, "per_channel: false": per_channel}
@@ -77,24 +85,25 @@ class Abilities:
 
 
 def _join(names: Collection[str]) -> str:
+    """Returns names as alternatives in a sentence."""
     return " or ".join(names)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A base method: what makes the first quantized model of a float one.
+    """A base method: it makes a first quantized model from a float one.
 
     Attributes:
         options: The class of its options (see `cptv_jax.options.options`); its `name` is the method's.
         carry_out: Called as carry_out(float model, calibration batches, recipe, key, on_progress, options=options);
             returns the quantized model.
-        presets: The recipes that are its own to carry out; the first is the default.
-        abilities: What recipes may say; None means anything.
+        presets: The recipes that belong to it; the first is the default.
+        abilities: Which recipes it accepts; None means any.
         reconstruction: What null fields of the reconstruction's configuration mean.
-        first_images: It reads the first calibration images alone, as many as `images` among its options.
+        first_images: It reads only the first calibration images, as many as its option `images` says.
         rewrites_weights: The quantized model has other weights than the float one.
         couples_widths: The scales of one site depend on the widths of others.
-        check: check(architecture, recipe, options) raises InputError for whatever else is wrong.
+        check: Called as check(architecture, recipe, options); raises InputError for whatever else is wrong.
 
     Example:
         >>> @options
@@ -124,20 +133,30 @@ class Method:
 
         Args:
             model: The float model.
-            *arguments: As of `carry_out`.
-            **options: As of `carry_out`.
+            *arguments: See `carry_out`.
+            **options: See `carry_out`.
 
         Returns:
             The quantized model.
 
         Raises:
-            InputError: For a model that is quantized already.
+            InputError: The model is quantized already.
         """
         return self.carry_out(require_float(model), *arguments, **options)
 
 
 def require_float(model: Model | QuantizedModel) -> Model:
-    """The model itself. Raises InputError where it is quantized: every base method starts from float weights."""
+    """Returns a float model unchanged, and refuses a quantized one: every base method starts from float weights.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        InputError: The model is quantized already.
+    """
     if isinstance(model, QuantizedModel):
         raise InputError(
             f"the model is quantized already (recipe {model.recipe.name}); give the float model that it was made from"

@@ -1,5 +1,8 @@
-"""ERQ (arXiv 2407.06794 and its TPAMI extension): the error of quantized activations, then that of weights, reduced
-by ridge regression in closed form and by refined rounding, each linear layer by itself."""
+"""ERQ (arXiv 2407.06794 and its TPAMI extension): reduces the error of quantized activations, then that of weights.
+
+Both are reduced by ridge regression in closed form, that of weights also by refined rounding, each linear layer by
+itself.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +33,11 @@ class ErqOptions:
 
     name: ClassVar[str] = "erq"
     images: int = Field(default=32, ge=1)
-    """How many calibration images, the first ones, the quantizers of activations are fitted on; memory holds what one
-    stage computes for all of them."""
+    """How many calibration images, the first ones, the quantizers of activations are fitted on; memory holds the
+    tensors of one stage for all of them."""
     coe: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """The published code's coefficient of the ridge terms; null scales its 20,000, which belongs to 1,024 images, with
-    the number of rows that a layer reads."""
+    """The published code's coefficient of the ridge terms; null scales the published 20,000, which is for 1,024
+    images, with the number of rows that a layer reads."""
     flips: int = Field(default=100, ge=0)
     """How many roundings of each output channel are reconsidered at most, in each half of the inputs."""
     round_zero_point: bool = False
@@ -42,10 +45,18 @@ class ErqOptions:
 
 
 def penalties(layer: Layer, rows: float, coe: float | None) -> tuple[float, float]:
-    """Ridge terms of a layer that reads so many rows: of the activations' and of the weights' error reduction.
+    """Computes the ridge terms of a layer.
 
-    The published ones are 0.1 coe, but 0.1 for the first of a layer that reads one row an image, and coe for the
+    The published terms are 0.1 coe, except 0.1 for the first of a layer that reads one row per image, and coe for the
     second of a convolution.
+
+    Args:
+        layer: The layer.
+        rows: How many rows it reads.
+        coe: The published code's coefficient; None scales the published one with the number of rows.
+
+    Returns:
+        The terms of the activations' and of the weights' error reduction.
     """
     published = _PUBLISHED_IMAGES * (1 if layer.per_image else _PUBLISHED_TOKENS)
     scale = rows / published if coe is None else 1.0
@@ -58,8 +69,16 @@ def penalties(layer: Layer, rows: float, coe: float | None) -> tuple[float, floa
 def reduce_activation_error(
     parameters: Mapping[str, Array], moments: Moments, penalty: float
 ) -> dict[str, Float[Array, "..."]]:
-    """Kernel and bias that on quantized inputs come closest to the float outputs (ERQ, "Activation Quantization Error
-    Reduction")."""
+    """Corrects a layer for the error of its quantized input (ERQ, "Activation Quantization Error Reduction").
+
+    Args:
+        parameters: The layer's kernel, and perhaps its bias.
+        moments: The layer's moments.
+        penalty: The ridge term.
+
+    Returns:
+        The kernel and bias whose outputs on quantized inputs come closest to the float outputs.
+    """
     kernel = append_bias(parameters)
     size = len(kernel)
     gram, cross = np.asarray(moments.gram)[:size, :size], np.asarray(moments.cross)[:size]
@@ -71,7 +90,21 @@ def reduce_activation_error(
 def reduce_weight_error(
     layer: Layer, parameters: Mapping[str, Array], quantizer: Quantizer, moments: Moments, penalty: float, flips: int
 ) -> dict[str, Float[Array, "..."]]:
-    """Kernel on the quantizer's grid and bias; the published code refines no roundings of a convolution."""
+    """Quantizes a layer's weight by halves, see `quantize_by_halves`.
+
+    The published code refines no roundings of a convolution.
+
+    Args:
+        layer: The layer.
+        parameters: The layer's kernel, and perhaps its bias.
+        quantizer: The weight's quantizer.
+        moments: The layer's moments.
+        penalty: The ridge term.
+        flips: How many roundings of each output channel are reconsidered at most, in each half.
+
+    Returns:
+        The kernel on the quantizer's grid, and the bias.
+    """
     assert isinstance(quantizer, OffsetUniform | DualUniform)
     kernel, bias = quantize_by_halves(
         parameters["kernel"],
@@ -80,7 +113,7 @@ def reduce_weight_error(
         np.asarray(moments.gram, np.float64),
         penalty,
         0 if layer.convolution else flips,
-        # In the order (channel, row, column) of a convolution's weights; for other layers that of the inputs.
+        # The order (channel, row, column) of a convolution's weights; for other layers, that of the inputs.
         np.arange(layer.inputs).reshape(-1, layer.channels).T.ravel(),
     )
     return {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
@@ -88,7 +121,13 @@ def reduce_weight_error(
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A linear layer after both reductions. corrected: its parameters after the first, still in float."""
+    """A linear layer after both reductions.
+
+    Attributes:
+        corrected: Its parameters after the first reduction, still in float.
+        quantizer: Its weight's quantizer.
+        parameters: Its parameters after both, with the weight on the quantizer's grid.
+    """
 
     corrected: Mapping[str, Array]
     quantizer: Quantizer
@@ -98,7 +137,19 @@ class Rewritten:
 def rewrite(
     layer: Layer, parameters: Mapping[str, Array], spec: SiteSpec, moments: Moments, options: ErqOptions, correct: bool
 ) -> Rewritten:
-    """Both reductions for one layer. spec: of its weight. correct: its input is quantized, so there is an error."""
+    """Carries out both reductions for one layer.
+
+    Args:
+        layer: The layer.
+        parameters: The layer's kernel, and perhaps its bias.
+        spec: The specification of its weight.
+        moments: The layer's moments.
+        options: The method's options.
+        correct: Whether its input is quantized, so that there is an error to correct.
+
+    Returns:
+        The rewritten layer.
+    """
     first, second = penalties(layer, float(moments.gram[-1, -1]), options.coe)
     if correct:
         parameters = reduce_activation_error(parameters, moments, first)
@@ -115,10 +166,20 @@ def quantize(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     options: ErqOptions = ErqOptions(),  # noqa: B008
 ) -> QuantizedModel:
-    """Quantizes what linear layers and matmuls read; all linear layers and the LayerNorms before them are rewritten.
+    """Quantizes everything that linear layers and matmuls read.
 
-    batches: normalised calibration images. key: unused, nothing here is random. on_progress(done, total) counts stages
-    run and layers rewritten.
+    All linear layers, and the LayerNorms before them, are rewritten.
+
+    Args:
+        model: The float model.
+        batches: Normalised calibration images.
+        recipe: What is quantized, and how.
+        key: Unused; nothing here is random.
+        on_progress: Called as on_progress(done, total), which count stages run and layers rewritten.
+        options: The options.
+
+    Returns:
+        The quantized model.
     """
     del key
     layers = layers_of(model, recipe)

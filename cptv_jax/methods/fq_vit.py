@@ -1,4 +1,4 @@
-"""FQ-ViT's calibration (arXiv 2111.13824), which is also Evol-Q's base: statistics of a float forward pass."""
+"""FQ-ViT's calibration (arXiv 2111.13824), which Evol-Q also starts from: statistics of a float forward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -20,7 +20,7 @@ class FqVitOptions:
 
 @options
 class OmseOptions:
-    """OMSE: the calibration of FQ-ViT for what linear layers and matmuls read."""
+    """OMSE: the calibration of FQ-ViT for everything that linear layers and matmuls read."""
 
     name: ClassVar[str] = "omse"
 

@@ -1,12 +1,13 @@
-"""PTQ4ViT (arXiv 2111.12293) and its baseline: every interval by a search on the output of its layer.
+"""PTQ4ViT (arXiv 2111.12293) and its baseline: a search on the output of its layer sets every interval.
 
 All layers are calibrated on inputs of the float model, one at a time. The initial interval of a tensor or group is its
-largest absolute value over 2^(bits-1) - 0.5; candidates are alpha to beta times that, and the better of a layer's
-operands are found in turns (section 4.2).
+largest absolute value over 2^(bits-1) - 0.5; candidates are alpha to beta times that, and the best intervals of a
+layer's two operands are found in turns (section 4.2).
 
 The published Hessian metric weighs errors with the gradient of KL(p || p), the divergence of the float model from
-itself, which is zero but for rounding noise. Here it is the gradient of the float model's cross-entropy against a label
-sampled from its own output for every image; its square estimates the diagonal of the Fisher information without bias.
+itself, which is zero except for rounding noise. Here it is the gradient of the float model's cross-entropy against a
+label sampled from its own output for every image; its square estimates the diagonal of the Fisher information without
+bias.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ from cptv_jax.runtime.stages import Output
 # The most negative value that the published code expects of GELU (its true minimum is -0.16997121).
 _GELU_RANGE = 0.16997124254703522
 _CHUNKS = 8
-_AT_ONCE = 100  # candidates at most
+_AT_ONCE = 100  # the most candidates under vmap together
 _SPLITS = 20  # candidates 2^0, 2^-1, ...
 _SMALLEST_INTERVAL = float(jnp.finfo(jnp.float32).eps)
 
@@ -79,7 +80,16 @@ class Ptq4VitOptions:
 
 @dataclass(frozen=True)
 class Search:
-    """The options with every null filled in."""
+    """The options with every null filled in.
+
+    Attributes:
+        loss: How losses are measured and computed.
+        alpha: The smallest factor of the initial interval.
+        beta: The largest factor of the initial interval, itself not tried.
+        candidates: How many factors are tried.
+        rounds: Turns over both operands of a layer.
+        overlap: Whether the twin quantizer after softmax has the published code's form, see `TwinSoftmax`.
+    """
 
     loss: LossOptions
     alpha: float
@@ -90,6 +100,7 @@ class Search:
 
     @property
     def factors(self) -> Float[np.ndarray, " candidates"]:
+        """The factors of the initial interval that are tried, float32."""
         span = self.beta - self.alpha
         return np.asarray([self.alpha + i * span / self.candidates for i in range(self.candidates)], np.float32)
 
@@ -106,7 +117,20 @@ def resolve(
     at_once: int = 1,
     arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 - frozen
 ) -> Search:
-    """The search that a preset and the options ask for. Raises InputError where they make none."""
+    """Resolves the options against a preset.
+
+    Args:
+        options: The options.
+        preset: The recipe's preset, whose published choices fill in nulls.
+        at_once: How many candidates are evaluated together under vmap.
+        arithmetic: How codes are multiplied.
+
+    Returns:
+        The options with every null filled in.
+
+    Raises:
+        InputError: alpha and beta leave no factor to try.
+    """
     published = _PUBLISHED[preset]
     alpha = published.alpha if options.alpha is None else options.alpha
     beta = published.beta if options.beta is None else options.beta
@@ -130,9 +154,21 @@ def quantize(
 ) -> QuantizedModel:
     """Quantizes every site of the recipe; weights stay as they are.
 
-    batches: normalised calibration images; how they are batched does not matter. key: of the sampled labels.
-    logit_gradient: for the Hessian metric and the images that are searched on, instead of the one at sampled labels.
-    on_progress(done, total) counts layers. Raises InputError as `check` does.
+    Args:
+        model: The float model.
+        batches: Normalised calibration images; how they are batched does not matter.
+        recipe: What is quantized, and how.
+        key: Random key of the sampled labels.
+        on_progress: Called as on_progress(done, total), which count layers.
+        options: The options.
+        logit_gradient: Gradient with respect to the logits for the Hessian metric, for the images that are searched on,
+            instead of the one at sampled labels.
+
+    Returns:
+        The quantized model.
+
+    Raises:
+        InputError: The recipe or the options are not for this method, see `check`.
     """
     check(model.architecture, recipe, options)
     images = first_images(batches, options.images)
@@ -159,9 +195,16 @@ def quantize(
 
 
 def layer_search(layer: Layer, recipe: Recipe, search: Search, fitted: Mapping[str, Quantizer]) -> LayerSearch:
-    """Initial intervals and candidates of one layer's operands.
+    """Sets up the search for one layer: initial intervals and candidates of its operands.
 
-    fitted: quantizers found so far. A tensor that several layers read keeps the quantizer that the first found.
+    Args:
+        layer: The layer and its samples.
+        recipe: What is quantized, and how.
+        search: The options with every null filled in.
+        fitted: Quantizers found so far. A tensor that several layers read keeps the quantizer that the first one found.
+
+    Returns:
+        The search, ready to be run.
     """
 
     def operand(side: int) -> OperandSearch:
@@ -182,15 +225,17 @@ def layer_search(layer: Layer, recipe: Recipe, search: Search, fitted: Mapping[s
 
 
 def _operand_arrays(layer: Layer, side: int) -> list[Array]:
+    """Returns the arrays of one operand: the weight, or what each chunk's samples have."""
     if side == 1 and layer.operation.weight is not None:
         return [layer.operation.weight[0]]
     return [samples.operands[side] for samples in layer.samples]
 
 
 def _initial_quantizer(arrays: Sequence[Array], spec: SiteSpec) -> Quantizer:
-    """Whose range ends half a step past the largest absolute value of a tensor, channel, part or head.
+    """Returns the quantizer whose range ends half a step past the largest absolute value.
 
-    A group that is zero everywhere gets a tiny interval instead of none.
+    The largest value is that of a tensor, channel, part or head. A group that is zero everywhere gets a tiny interval
+    instead of none.
     """
     largest = jnp.max(jnp.stack([_largest(array, spec) for array in arrays]), 0)
     low, high = (jnp.float32(bound) for bound in grid(spec.bits, signed=True))
@@ -201,7 +246,7 @@ def _initial_quantizer(arrays: Sequence[Array], spec: SiteSpec) -> Quantizer:
 
 
 def _largest(values: Array, spec: SiteSpec) -> Array:
-    """Largest absolute value, in the shape of the spec's scale. Of post-GELU values the largest positive one."""
+    """Returns the largest absolute value (post-GELU: the largest positive one), in the shape of the spec's scale."""
     if spec.quantizer == "twin-gelu":
         return jnp.maximum(jnp.max(values), 0.0)
     if spec.per_head:
@@ -214,7 +259,7 @@ def _largest(values: Array, spec: SiteSpec) -> Array:
 
 
 def _chunks(images: Array, size: int) -> list[Array]:
-    """Images in chunks of one size, where a size near the wanted one divides their number."""
+    """Returns images in chunks of one size, where a size near the wanted one divides their number."""
     count = len(images)
     pieces = -(-count // size)
     while count % pieces and pieces < 2 * -(-count // size):
@@ -224,21 +269,38 @@ def _chunks(images: Array, size: int) -> list[Array]:
 
 
 def _sample_gradients(outputs: Sequence[Output], key: Array) -> list[Output]:
-    """Gradient of the cross-entropy against one label an image, drawn from the model's own output."""
+    """Returns gradients of the cross-entropy against one label per image, drawn from the model's own output."""
     logits = jnp.concatenate([output.logits for output in outputs])
     labels = jax.random.categorical(key, logits)
     return split_logit_gradient(outputs, jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1]))
 
 
 def split_logit_gradient(outputs: Sequence[Output], logit_gradient: Float[Array, "images classes"]) -> list[Output]:
-    """A gradient with respect to the logits, cut into the chunks of the outputs."""
+    """Splits a gradient with respect to the logits into the chunks of the outputs.
+
+    Args:
+        outputs: The model's output for every chunk of images.
+        logit_gradient: The gradient for all images.
+
+    Returns:
+        The gradient with respect to the model's output, for every chunk.
+    """
     ends = np.cumsum([len(output.logits) for output in outputs])
     parts = jnp.split(jnp.asarray(logit_gradient), ends[:-1])
     return [Output(jnp.zeros_like(output.features), part) for output, part in zip(outputs, parts, strict=True)]
 
 
 def check(architecture: Architecture, recipe: Recipe, options: Ptq4VitOptions) -> None:
-    """Raises InputError for what this method cannot carry out, beside its `Abilities`."""
+    """Checks that this method can carry out a recipe, apart from its `Abilities`.
+
+    Args:
+        architecture: The model's architecture.
+        recipe: What is asked for.
+        options: The options.
+
+    Raises:
+        InputError: The options leave no factor to try, or this method cannot quantize a site as the recipe says.
+    """
     resolve(options, recipe.name)
     sites = sites_of(architecture)
     read = {name: site.kind for site in sites for name in site.reads}

@@ -19,7 +19,11 @@ def register_method(method: Method) -> Method:
         The method.
 
     Raises:
-        InputError: Where another method has this name.
+        InputError: Another method has this name.
+
+    Example:
+        >>> register_method(Method(CoarseOptions, quantize_coarsely, presets=("omse",)))
+        >>> quantize(model, images, QuantizeConfig(method=CoarseOptions(stretch=1.1)))
     """
     return METHODS.register(method.name, method)
 

@@ -21,7 +21,7 @@ class RepqVitOptions:
 
     name: ClassVar[str] = "repq-vit"
     images: int = Field(default=32, ge=1)
-    """How many calibration images, the first ones, quantizers are fitted on; memory holds what one stage computes for
+    """How many calibration images, the first ones, quantizers are fitted on; memory holds the tensors of one stage for
     all of them."""
     round_zero_point: bool = False
     """Round the zero points that reparameterization makes, for integer deployment; the published code does not."""
@@ -35,10 +35,18 @@ def quantize(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     options: RepqVitOptions = RepqVitOptions(),  # noqa: B008
 ) -> QuantizedModel:
-    """Quantizes what linear layers and matmuls read; LayerNorms and the layers behind them are rewritten.
+    """Quantizes everything that linear layers and matmuls read; rewrites LayerNorms and the layers that read them.
 
-    batches: normalised calibration images. key: unused, nothing here is random. on_progress(done, total) counts stages.
+    Args:
+        model: The float model.
+        batches: Normalised calibration images.
+        recipe: What is quantized, and how.
+        key: Unused; nothing here is random.
+        on_progress: Called as on_progress(done, total), which count stages.
+        options: The options.
 
+    Returns:
+        The quantized model.
     """
     del key
     total = len(model.architecture.stage_names)
@@ -52,10 +60,20 @@ def quantize(
 def finish(
     model: Model, recipe: Recipe, quantizers: Mapping[str, Quantizer], options: RepqVitOptions
 ) -> QuantizedModel:
-    """Reparameterizes what `initialize` left: the second of RepQ-ViT's two steps."""
+    """Reparameterizes the model that `initialize` has fitted quantizers for: the second of RepQ-ViT's two steps.
+
+    Args:
+        model: The float model.
+        recipe: What is quantized, and how.
+        quantizers: What `initialize` returned.
+        options: The options.
+
+    Returns:
+        The quantized model.
+    """
     pairs = find_reparameterizable(model, recipe)
     model, changed = reparameterize(model, quantizers, pairs, options.round_zero_point)
-    # The published code runs its calibration once more here, in which only these are not yet initialized.
+    # The published code repeats its calibration here, and only these quantizers are not initialized by then.
     weights = {weight_site(layer): layer for readers in pairs.values() for layer in readers}
     refitted = {
         site: fit_weight(recipe.sites[site], model.layer(layer)["kernel"])

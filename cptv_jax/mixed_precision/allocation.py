@@ -12,15 +12,19 @@ import numpy as np
 from cptv_jax.errors import InputError
 from cptv_jax.search.evaluator import Evaluator
 
-Genes = dict[str, int]  # by site, the index of a choice
+Genes = dict[str, int]  # the index of a choice, by site
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Choice:
-    """What the candidate of a stage holds of one site: which of its widths, as a float32 index."""
+    """What the candidate of a stage holds for one site: the chosen width.
 
-    index: Any  # an array; of a population, with a leading axis
+    Attributes:
+        index: Index of the width, float32; for a population, with a leading axis.
+    """
+
+    index: Any  # an array; in a population, with a leading axis
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class Costs:
 
     Bytes have a term for every weight; bit operations one for every product, of two sites.
 
-    widths: that a choice stands for, ascending. terms: factors, and the sites whose widths multiply them.
+    Attributes:
+        widths: The widths in bits that choices stand for, ascending.
+        terms: Factors, and the sites whose widths multiply them.
     """
 
     widths: tuple[int, ...]
@@ -45,18 +51,28 @@ class Costs:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Those that cost something."""
+        """The sites that cost something."""
         return tuple(self._by_site)
 
     def _sum(self, terms: list[tuple[float, tuple[str, ...]]], genes: Genes) -> float:
         return sum(factor * math.prod(self.widths[genes[site]] for site in sites) for factor, sites in terms)
 
     def total(self, genes: Genes) -> float:
-        """The cost of all sites."""
+        """Returns the cost of all sites.
+
+        Args:
+            genes: The choice at every site.
+        """
         return self._sum(list(self.terms), genes)
 
     def extra(self, genes: Genes, site: str, choice: int) -> float:
-        """How much more another choice at a site costs."""
+        """Returns how much more another choice at a site costs.
+
+        Args:
+            genes: The present choice at every site.
+            site: The site.
+            choice: The other choice.
+        """
         terms = self._by_site[site]
         return self._sum(terms, {**genes, site: choice}) - self._sum(terms, genes)
 
@@ -64,9 +80,17 @@ class Costs:
 def sensitivities(
     evaluator: Evaluator, choices: int, on_progress: Callable[[int], None] = lambda candidates: None
 ) -> dict[str, np.ndarray]:
-    """By site ("STAGE.NAME"), the losses [choices] of the model with that choice there and the last one elsewhere.
+    """Measures the losses of a model with each choice at one site and the last choice everywhere else.
 
     All choices of a stage's sites are one population.
+
+    Args:
+        evaluator: An evaluator of the stages of `Widths`.
+        choices: How many choices a site has.
+        on_progress: Called with the number of candidates after every stage.
+
+    Returns:
+        The losses [choices] by site ("STAGE.NAME").
     """
     found: dict[str, np.ndarray] = {}
     for index in reversed(range(len(evaluator.stages))):
@@ -85,16 +109,24 @@ def sensitivities(
 
 
 def allocate(losses: Mapping[str, np.ndarray], costs: Costs, budget: float) -> Genes:
-    """The choices of least summed loss within a budget, greedily: the best loss for its cost first.
+    """Chooses widths of least summed loss within a budget, greedily: the largest gain for its cost first.
 
-    losses: by site, of every choice; a wider choice that does worse counts as the next narrower one.
-    Raises InputError where the cheapest choices of all cost more than the budget.
+    Args:
+        losses: The losses of every choice by site; a wider choice that does worse counts as the next narrower one.
+        costs: What choices cost.
+        budget: The largest cost.
+
+    Returns:
+        The choices.
+
+    Raises:
+        InputError: The cheapest choices cost more than the budget.
     """
     genes = dict.fromkeys(costs.sites, 0)
     spent = costs.total(genes)
     if spent > budget:
         raise InputError(f"a budget of {budget:.0f} is below the least possible, {spent:.0f}; raise it")
-    largest = np.finfo(np.float64).max  # in place of infinity, whose differences are no numbers
+    largest = np.finfo(np.float64).max  # instead of infinity, whose differences are NaN
     falling = {site: np.minimum.accumulate(np.minimum(losses[site], largest, dtype=np.float64)) for site in genes}
     while True:
         best: tuple[float, float, str, int] | None = None
@@ -112,7 +144,18 @@ def allocate(losses: Mapping[str, np.ndarray], costs: Costs, budget: float) -> G
 
 
 def exchange_widths(genes: Genes, costs: Costs, budget: float, rng: np.random.Generator, sites: int) -> Genes:
-    """Genes with some sites one choice narrower and others, as many as then fit, one wider: a mutation."""
+    """Mutates genes: makes some sites one choice narrower and others, as many as then fit, one choice wider.
+
+    Args:
+        genes: The choice at every site.
+        costs: What choices cost.
+        budget: The largest cost.
+        rng: The source of randomness.
+        sites: How many sites to make narrower, at most.
+
+    Returns:
+        The mutated genes.
+    """
     child = dict(genes)
     names = list(rng.permutation(list(child)))
     narrower = [name for name in names if child[name] > 0][:sites]
@@ -129,7 +172,13 @@ def exchange_widths(genes: Genes, costs: Costs, budget: float, rng: np.random.Ge
 
 @dataclass(frozen=True)
 class Evolved:
-    """The best genes and their loss; losses: of the best after every generation."""
+    """The result of an evolution of genes.
+
+    Attributes:
+        genes: The best genes.
+        loss: Their loss.
+        losses: The loss of the best genes at the start and after every generation.
+    """
 
     genes: Genes
     loss: float
@@ -146,8 +195,22 @@ def evolve_genes(
     children: int = 4,
     on_child: Callable[[float], None] = lambda best: None,
 ) -> Evolved:
-    """A (1 + children) evolution of genes within a budget, from the start of the least true loss; that is kept unless
-    a child's is lower.
+    """Evolves genes within a budget: a (1 + children) evolution from the start of the least true loss.
+
+    The parent is kept unless a child's loss is lower.
+
+    Args:
+        loss_of: Returns the true loss of genes.
+        starts: Genes to start from, of which the best is the first parent.
+        costs: What choices cost.
+        budget: The largest cost.
+        rng: The source of randomness.
+        generations: How many generations to evolve.
+        children: Children per generation.
+        on_child: Called with the least loss so far after every child.
+
+    Returns:
+        The best genes.
     """
     best, loss = min(((start, loss_of(start)) for start in starts), key=lambda found: found[1])
     losses = [loss]
@@ -155,7 +218,7 @@ def evolve_genes(
         parent = best
         for _ in range(children):
             child = exchange_widths(parent, costs, budget, rng, sites=int(rng.integers(1, 4)))
-            if child != parent:  # at the least budget nothing can be exchanged
+            if child != parent:  # with the smallest budget nothing can be exchanged
                 value = loss_of(child)
                 if value < loss:
                     best, loss = child, value

@@ -27,7 +27,15 @@ _FLOAT_BITS = 32
 
 
 def bind_choice(state: PyTree, candidate: Mapping[str, Choice]) -> PyTree:
-    """The state with each of the candidate's sites quantized at the width that is chosen there."""
+    """Quantizes each of a candidate's sites at the width that is chosen there.
+
+    Args:
+        state: The stage's state, with the quantizers of all widths in "choices".
+        candidate: The choices by the site's local name.
+
+    Returns:
+        The state with the chosen quantizers and weights.
+    """
     quantizers, weights = dict(state["quantizers"]), dict(state["quantized"])
     for site, choice in candidate.items():
         chosen = jnp.asarray(choice.index).astype(jnp.int32)
@@ -39,10 +47,16 @@ def bind_choice(state: PyTree, candidate: Mapping[str, Choice]) -> PyTree:
 
 @dataclass(frozen=True)
 class Widths:
-    """Models that are alike but for the widths of some sites, the same width at all of these, by ascending width.
+    """Models that are alike except for the widths of some sites.
 
-    Raises InputError where they differ in more (a method that rewrites weights makes other ones at every width, and one
-    may fit the scales of activations to those of weights), or in nothing.
+    A model has the same width at all of these sites; the models are ordered by ascending width.
+
+    Attributes:
+        models: The models.
+
+    Raises:
+        InputError: The models differ in more (a method that rewrites weights makes other ones at every width, and one
+            may fit the scales of activations to those of weights), or in nothing.
     """
 
     models: tuple[QuantizedModel, ...]
@@ -58,7 +72,7 @@ class Widths:
                 )
 
         if not self.sites:
-            raise InputError("recipe.overrides fix every width; take out those that shall be chosen")
+            raise InputError("recipe.overrides fix every width; take out those that are to be chosen")
         for name in sorted(first.quantizers.keys() - set(self.sites)):
             own, *others = (model.quantizers[name] for model in self.models)
             if not all(all(jax.tree.leaves(jax.tree.map(np.array_equal, own, other))) for other in others):
@@ -90,14 +104,18 @@ class Widths:
         return tuple(model.recipe.sites[self.sites[0]].bits for model in self.models)
 
     def uniform(self, index: int) -> Genes:
-        """The same width everywhere."""
+        """Returns genes with the same width everywhere.
+
+        Args:
+            index: Index of the width.
+        """
         return dict.fromkeys(self.sites, index)
 
     def stages(self, arithmetic: ArithmeticName | None = None) -> tuple[Stage, ...]:
-        """The stages of the widest model, whose candidates are choices by the site's local name.
+        """Makes the stages of the widest model, whose candidates are choices by the site's local name.
 
         Args:
-            arithmetic: As of `Simulated`.
+            arithmetic: See `Simulated`.
 
         Returns:
             All stages in order.
@@ -117,7 +135,14 @@ class Widths:
         return tuple(stages)
 
     def model(self, genes: Genes) -> QuantizedModel:
-        """The ordinary quantized model with these widths."""
+        """Makes the ordinary quantized model with given widths.
+
+        Args:
+            genes: Index of the width at every site.
+
+        Returns:
+            The model.
+        """
         base = self.models[-1]
         sites = {site: self.models[index].recipe.sites[site] for site, index in genes.items()}
         quantizers = {site: self.models[index].quantizers[site] for site, index in genes.items()}
@@ -125,13 +150,18 @@ class Widths:
         return replace(base, recipe=recipe, quantizers={**base.quantizers, **quantizers})
 
     def bytes_of_weights(self) -> Costs:
-        """Bytes of the codes of the weights whose width is free, packed."""
+        """Returns the costs in bytes of the codes of the weights whose width is free, packed."""
         weights = [site for sites in self._free_sites.values() for site in sites if site.role == "weight"]
         return Costs(self.bits, tuple((math.prod(site.shape) / 8, (site.name,)) for site in weights))
 
     def bit_operations(self) -> Costs:
-        """Bit operations of an image: of every product the multiplications, times the widths of both operands, of which
-        one in float has 32. Products that read no tensor of free width have no term.
+        """Computes the costs in bit operations of one image.
+
+        Every product costs its multiplications times the widths of both operands; an operand in float has 32 bits.
+        Products that read no tensor of free width have no term.
+
+        Returns:
+            The costs.
         """
         model, specs, free = self.models[0], self.models[0].recipe.sites, set(self.sites)
         terms = []
@@ -145,7 +175,11 @@ class Widths:
 
 
 def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The multiplications of products that read quantized tensors, and where these are quantized."""
+    """Finds the products that read quantized tensors.
+
+    Yields:
+        The multiplications of a product, and the sites where its operands are quantized.
+    """
     sites = sites_of(model.model.architecture)
     known, specs = {site.name: site for site in sites}, model.recipe.sites
     for product in list_products(sites):
@@ -156,13 +190,29 @@ def _quantized_products(model: QuantizedModel) -> Iterator[tuple[int, tuple[str,
 
 
 def find_product_sites(model: Model, recipe: Recipe) -> tuple[str, ...]:
-    """The sites of a recipe that products read: weights and activations."""
+    """Finds the sites of a recipe that products read: weights and activations.
+
+    Args:
+        model: The float model.
+        recipe: The recipe.
+
+    Returns:
+        The sites' names.
+    """
     found = _quantized_products(QuantizedModel(model, recipe, {}))
     return tuple(dict.fromkeys(site for _, operands in found for site in operands))
 
 
 def loss_of_genes(evaluator: Evaluator, genes: Genes) -> float:
-    """The true loss of a whole model. evaluator: of the stages of `Widths`, which then have these genes."""
+    """Evaluates the true loss of a whole model.
+
+    Args:
+        evaluator: An evaluator of the stages of `Widths`, which have these genes afterwards.
+        genes: Index of the width at every site.
+
+    Returns:
+        The loss.
+    """
     last = 0
     for index, stage in enumerate(evaluator.stages):
         if stage.searchable:

@@ -1,4 +1,4 @@
-"""Candidates: what of a stage's sites a search or a reconstruction moves, by the sites' local names."""
+"""Candidates: the values of a stage's sites that a search or a reconstruction moves, by the sites' local names."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -22,15 +22,19 @@ _OFFSETS = ("bias", "exponents", "factor", "start", "zero_point")
 
 @dataclass(frozen=True)
 class Space:
-    """What of a model is searched.
+    """Which parts of a model are searched.
 
     Attributes:
-        sites: Names, in the model, of the sites whose scales form the candidates. One whose quantizer has nothing to
-            move is left out of them.
-        offsets: Also their zero points, intervals' starts, exponents of power-of-two factors, factors of channels, and
-            the biases of their layers.
-        rounding: Also how the elements of their weights are rounded.
-        own: Also what else their quantizer classes have to move, such as low-rank terms.
+        sites: Names, in the model, of the sites whose scales form the candidates. A site whose quantizer has nothing to
+            move is left out.
+        offsets: Whether to include their zero points, intervals' starts, exponents of power-of-two factors, factors of
+            channels, and the biases of their layers.
+        rounding: Whether to include how the elements of their weights are rounded.
+        own: Whether to include what else their quantizer classes have to move, such as low-rank terms.
+
+    Example:
+        >>> weights = [site.name for site in sites_of(model.architecture) if site.role == "weight"]
+        >>> stages = quantized.stages(Simulated(), Space(weights, offsets=True))
     """
 
     sites: Collection[str] = frozenset()
@@ -49,27 +53,37 @@ class Space:
 
 
 class MovableBias(NamedTuple):
-    """A layer's bias, [outputs], from where `Free.bias` moves it in units.
+    """A layer's bias, and the unit in which `Free.bias` moves it.
 
-    unit: a tenth of the length of every output's weights, that is of how far it deviates for inputs of deviation 1, so
-        that a step means the same in every layer, and as much as a step of a scale.
+    Attributes:
+        start: The bias before it moves, in output units.
+        unit: A tenth of the length of every output's weights, that is of how far it deviates for inputs of deviation 1,
+            so that a step means the same in every layer, and as much as a step of a scale.
     """
 
     start: Float[Array, " outputs"]
     unit: Float[Array, " outputs"]
 
     def move(self, steps: Float[Array, " outputs"]) -> Float[Array, " outputs"]:
+        """Moves the bias.
+
+        Args:
+            steps: How far, in units.
+
+        Returns:
+            The moved bias.
+        """
         return self.start + rounded_product(steps, self.unit)
 
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a stage is made of.
+    """The parts of a stage.
 
     Attributes:
         weights: The module's nested arrays.
-        quantizers: By the local name of the site.
-        specs: The recipe's specifications, likewise.
+        quantizers: The quantizers, by the local name of the site.
+        specs: The recipe's specifications, by the local name of the site.
         layers: Paths in `weights` of the layers whose weights are quantized, by the weight's site.
         searched: The sites that are searched, in order.
     """
@@ -81,11 +95,24 @@ class StageParts:
     searched: tuple[str, ...] = ()
 
     def kernel(self, site: str) -> Float[Array, "inputs outputs"]:
-        """The float weight at a site."""
+        """Returns the float weight at a site.
+
+        Args:
+            site: The weight's local name.
+        """
         return arrays_at(self.weights, self.layers[site])["kernel"]
 
     def bias(self, site: str) -> MovableBias | None:
-        """The bias of a weight's layer, if it has one. On the host: the same numbers for every program."""
+        """Finds the bias of a weight's layer.
+
+        Its unit is computed on the host, so that every program has the same numbers.
+
+        Args:
+            site: The weight's local name.
+
+        Returns:
+            The bias, or None where the layer has none.
+        """
         layer = arrays_at(self.weights, self.layers[site])
         if layer.get("bias") is None:
             return None
@@ -93,7 +120,11 @@ class StageParts:
         return MovableBias(layer["bias"], jnp.asarray(unit))
 
     def with_roundings(self) -> "StageParts":
-        """The same with a learned rounding, which so far adds nothing, in each searched weight that can have one."""
+        """Adds a learned rounding, which so far adds nothing, to each searched weight that can have one.
+
+        Returns:
+            The parts with these quantizers.
+        """
         lacking = [
             site
             for site in self.searched
@@ -103,7 +134,15 @@ class StageParts:
         return replace(self, quantizers={**self.quantizers, **made})
 
     def candidate(self, space: Space, biases: Mapping[str, MovableBias]) -> Candidate:
-        """What a space has of the searched sites, as it stands. biases: of the weights' layers."""
+        """Makes the candidate of a space: the present values of the searched sites.
+
+        Args:
+            space: Which fields are free.
+            biases: The biases of the weights' layers, by the weight's site.
+
+        Returns:
+            The candidate; sites with nothing to move are left out.
+        """
         found = {}
         for site in self.searched:
             spec = self.specs[site]
@@ -119,17 +158,25 @@ class StageParts:
 
 @dataclass(frozen=True)
 class Binding:
-    """Places a candidate in the state of a stage. Stages that are alike have equal ones.
+    """Places a candidate in the state of a stage. Stages that compute alike have equal bindings.
 
-    layers: the searched weights' sites and the paths of their layers.
+    Attributes:
+        layers: The searched weights' sites and the paths of their layers.
     """
 
     layers: tuple[tuple[str, Path], ...] = ()
 
     def __call__(self, state: PyTree, candidate: Candidate) -> PyTree:
-        """The state with the values of the candidate's sites in place.
+        """Places a candidate.
 
-        A searched scale is positive by construction. Only the candidate's weights are quantized anew.
+        A searched scale is positive by construction. Only the candidate's weights are quantized again.
+
+        Args:
+            state: The stage's state, see `Execution.state`.
+            candidate: The values to place, by site.
+
+        Returns:
+            The state with the values in place.
         """
         quantizers, quantized, weights = dict(state["quantizers"]), dict(state["quantized"]), state["weights"]
         paths = dict(self.layers)
@@ -143,7 +190,18 @@ class Binding:
 
 
 def place_candidate(parts: StageParts, candidate: Mapping[str, Free]) -> tuple[PyTree, dict[str, Quantizer]]:
-    """A stage's weights and quantizers with a candidate in place, as a model holds them."""
+    """Places a candidate in a stage's weights and quantizers, as a model holds them.
+
+    Args:
+        parts: The stage.
+        candidate: The values to place, by site.
+
+    Returns:
+        The weights and the quantizers.
+
+    Raises:
+        ValueError: A bias is given for a layer that has none.
+    """
     weights, quantizers = parts.weights, dict(parts.quantizers)
     for site, values in candidate.items():
         free: Any = jax.tree.map(jnp.asarray, values)

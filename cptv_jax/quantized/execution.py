@@ -36,42 +36,58 @@ class ModelStageFunction:
     """Computes a stage of a model from its state.
 
     The state has "weights", the module's arrays, and whatever else the execution puts into it for `operations`.
+
+    Attributes:
+        graph: The static part of the stage's module.
+        operations: Makes the stage's operations from its state.
     """
 
     graph: nnx.GraphDef[Any]
     operations: MakeOperations
 
     def __call__(self, state: PyTree, x: PyTree) -> PyTree:
+        """Computes the stage.
+
+        Args:
+            state: The stage's state.
+            x: The stage's input: a tensor, an array, or the output of the stage before.
+
+        Returns:
+            The stage's output.
+        """
         return call_stage(
             self.graph, self.operations(state), state["weights"], x if isinstance(x, Tensor) else Tensor(x)
         )
 
 
 class Execution(Protocol):
-    """How a model is computed. A frozen dataclass; what it makes for two stages that compute alike is equal."""
+    """How a model is computed.
+
+    Implementations are frozen dataclasses; what an execution makes for two stages that compute alike is equal.
+    """
 
     def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
-        """What gives the operations of the forward pass their meaning.
+        """Gives the operations of the forward pass their meaning.
 
         Args:
-            architecture: Of the whole model.
-            recipe: Of the whole model; without sites for a float model.
-            quantizers: Of the whole model.
+            architecture: The whole model's architecture.
+            recipe: The whole model's recipe; without sites for a float model.
+            quantizers: The whole model's quantizers.
 
         Returns:
             A hashable function that makes a stage's operations from its state.
         """
 
     def state(self, parts: StageParts) -> dict[str, PyTree]:
-        """The state of a stage.
+        """Makes the state of a stage.
 
         Args:
-            parts: What the stage is made of.
+            parts: The parts of the stage.
 
         Returns:
-            "weights", "quantizers", "quantized" and "searched", which candidates are placed in (see `Binding`):
+            "weights", "quantizers", "quantized" and "searched", in which candidates are placed (see `Binding`):
             "quantized" are weights as matmuls read them, by site, and "searched" the kernels and their moments from
-            which a candidate's weights are quantized anew; both may be empty where every pass quantizes weights.
+            which a candidate's weights are quantized again; both may be empty where every pass quantizes weights.
         """
 
 
@@ -99,44 +115,53 @@ class _FakeQuantOperations:
 
 
 def _unquantized_state(parts: StageParts) -> dict[str, PyTree]:
-    """A stage's state for operations that quantize weights in every pass, or never."""
+    """Returns a stage's state for operations that quantize weights in every pass, or never."""
     return {"weights": parts.weights, "quantizers": dict(parts.quantizers), "quantized": {}, "searched": {}}
 
 
 @dataclass(frozen=True)
 class FullPrecision:
-    """Without any quantizer: the teacher.
+    """Computes without any quantizer: the teacher.
 
     Attributes:
-        approximate: Multiply in bfloat16, for what need not be exact.
-        all_tokens: Compute also the tokens of the last block that the head does not read.
+        approximate: Multiply in bfloat16, where the result need not be exact.
+        all_tokens: Also compute the tokens of the last block that the head does not read.
+
+    Example:
+        >>> logits = forward(model.stages(FullPrecision()), images).logits
     """
 
     approximate: bool = False
     all_tokens: bool = False
 
     def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        """Returns float operations, see `Execution.operations`."""
         return _FakeQuantOperations(arithmetic=Arithmetic(approximate=self.approximate), all_tokens=self.all_tokens)
 
     def state(self, parts: StageParts) -> dict[str, PyTree]:
+        """Returns a state without quantizers, see `Execution.state`."""
         return {"weights": parts.weights, "quantizers": {}, "quantized": {}, "searched": {}}
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Quantized values and codes, computed by floating-point operations. Weights are quantized once, not in each pass.
+    """Computes quantized values and codes by floating-point operations. Weights are quantized once, not in each pass.
 
     Attributes:
-        arithmetic: How codes are multiplied; None takes the fastest one here. The results are the same. Zero points
-            that are no codes, as those of a range which does not hold zero, make it "float32" whatever is given: no
+        arithmetic: How codes are multiplied; None takes the fastest arithmetic here. The results are the same. Zero
+            points that are not codes, as for a range that does not hold zero, make it "float32" whatever is given: no
             other arithmetic holds their steps.
-        all_tokens: Compute also the tokens of the last block that the head does not read.
+        all_tokens: Also compute the tokens of the last block that the head does not read.
+
+    Example:
+        >>> logits = forward(quantized.stages(Simulated("int8")), images).logits
     """
 
     arithmetic: ArithmeticName | None = None
     all_tokens: bool = False
 
     def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        """Returns quantized operations, see `Execution.operations`."""
         name = self.arithmetic if _steps_within_codes(quantizers) else "float32"
         return _FakeQuantOperations(
             FakeQuant,
@@ -147,6 +172,7 @@ class Simulated:
         )
 
     def state(self, parts: StageParts) -> dict[str, PyTree]:
+        """Returns a state with quantized weights, see `Execution.state`."""
         quantized, kernels, weights = {}, {}, parts.weights
         for site, path in parts.layers.items():
             kernel = jnp.asarray(parts.kernel(site))
@@ -160,19 +186,24 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Differentiable:
-    """The numbers of `Simulated` with straight-through derivatives by state and candidate.
+    """The numbers of `Simulated` with straight-through derivatives with respect to state and candidate.
 
     Weights are quantized in every pass, from the whole float weights in the state.
 
     Attributes:
-        arithmetic: As of `Simulated`; "bf16-codes" also computes derivatives from bfloat16 operands.
-        all_tokens: As of `Simulated`.
+        arithmetic: See `Simulated`; "bf16-codes" also computes derivatives from bfloat16 operands.
+        all_tokens: See `Simulated`.
+
+    Example:
+        >>> stage = quantized.stage("blocks.3", Differentiable(), Space(sites))
+        >>> stage.function(stage.bind(stage.state, stage.candidate), x)
     """
 
     arithmetic: ArithmeticName | None = None
     all_tokens: bool = False
 
     def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        """Returns quantized operations with derivatives, see `Execution.operations`."""
         name = self.arithmetic if _steps_within_codes(quantizers) else "float32"
         return _FakeQuantOperations(
             StraightThrough,
@@ -183,6 +214,7 @@ class Differentiable:
         )
 
     def state(self, parts: StageParts) -> dict[str, PyTree]:
+        """Returns a state with float weights, see `Execution.state`."""
         return _unquantized_state(parts)
 
 
@@ -191,12 +223,16 @@ class Unrounded:
     """The published code's "full-precision" pass: nothing is rounded, but integer LayerNorm and softmax still act.
 
     Attributes:
-        all_tokens: As of `Simulated`.
+        all_tokens: See `Simulated`.
+
+    Example:
+        >>> logits = forward(quantized.stages(Unrounded()), images).logits
     """
 
     all_tokens: bool = False
 
     def operations(self, architecture: Architecture, recipe: Recipe, quantizers: Iterable[Quantizer]) -> MakeOperations:
+        """Returns operations that do not round, see `Execution.operations`."""
         return _FakeQuantOperations(
             integer_layer_norm=recipe.integer_layer_norm,
             log_int_softmax=recipe.log_int_softmax,
@@ -205,6 +241,7 @@ class Unrounded:
         )
 
     def state(self, parts: StageParts) -> dict[str, PyTree]:
+        """Returns a state with float weights, see `Execution.state`."""
         return _unquantized_state(parts)
 
 
@@ -213,18 +250,18 @@ _moments = jax.jit(moments)
 
 
 def arithmetic_for(architecture: Architecture, recipe: Recipe, name: ArithmeticName | None = None) -> Arithmetic:
-    """How to multiply codes of a recipe's widths.
+    """Chooses how to multiply codes of a recipe's widths.
 
     Args:
-        architecture: That the recipe is for.
-        recipe: Whose widest weights and activations bound the sums that are exact.
-        name: None takes the fastest arithmetic here.
+        architecture: The architecture that the recipe is for.
+        recipe: The recipe, whose widest weights and activations bound the sums that are exact.
+        name: The arithmetic; None takes the fastest one here.
 
     Returns:
         The arithmetic.
 
     Raises:
-        InputError: For an arithmetic that the present backend cannot compute.
+        InputError: The present backend cannot compute the arithmetic.
     """
     roles = {site.name: site.role for site in sites_of(architecture)}
     widths: dict[bool, list[int]] = {True: [], False: []}
@@ -236,8 +273,8 @@ def arithmetic_for(architecture: Architecture, recipe: Recipe, name: ArithmeticN
 
 
 def _steps_within_codes(quantizers: Iterable[Quantizer]) -> bool:
-    """Whether every zero point is a code, so that steps are integers no larger than the largest code."""
-    stored = (each for each in quantizers if not isinstance(each, FractionalUniform))  # whose codes are not stored
+    """Returns whether every zero point is a code, so that steps are integers no larger than the largest code."""
+    stored = (each for each in quantizers if not isinstance(each, FractionalUniform))  # their codes are not stored
     bases = (each.base if isinstance(each, WrappedQuantizer) else each for each in stored)
     points = jax.device_get([(grid.zero_point, grid.low, grid.high) for grid in bases if isinstance(grid, Uniform)])
     return all(np.all((point == np.round(point)) & (low <= point) & (point <= high)) for point, low, high in points)

@@ -28,6 +28,10 @@ class Model:
         weights: Nested arrays by stage.
         source: The file that the weights came from.
         sha256: That file's digest.
+
+    Example:
+        >>> model = load_float_model("hub:timm/deit_tiny_patch16_224.fb_in1k")
+        >>> logits = forward(model.stages(), images).logits
     """
 
     architecture: Architecture
@@ -41,7 +45,7 @@ class Model:
         return f"Model({self.architecture.name}: {count:,} weights in {len(self.weights)} stages{source})"
 
     def stages(self, execution: Execution = FullPrecision()) -> tuple[Stage, ...]:  # noqa: B008 - frozen
-        """The stages of the float forward pass: the teacher.
+        """Makes the stages of the float forward pass: the teacher.
 
         Args:
             execution: How it is computed.
@@ -52,17 +56,17 @@ class Model:
         return tuple(self.stage(name, execution) for name in stage_graphs(self.architecture))
 
     def stage(self, name: str, execution: Execution = FullPrecision()) -> Stage:  # noqa: B008 - frozen
-        """One stage of the float forward pass.
+        """Makes one stage of the float forward pass.
 
         Args:
-            name: Such as "blocks.3".
+            name: The stage's name, such as "blocks.3".
             execution: How it is computed.
 
         Returns:
             The stage.
 
         Raises:
-            InputError: For a name that no stage has.
+            InputError: No stage has this name.
         """
         graph = _graph(self.architecture, name)
         operations = execution.operations(self.architecture, _NO_RECIPE, ())
@@ -70,22 +74,32 @@ class Model:
         return Stage(name, ModelStageFunction(graph, operations), state | {"biases": {}}, {}, Binding(), move_candidate)
 
     def layer(self, name: str) -> dict[str, jax.Array]:
-        """The arrays of a layer.
+        """Finds the arrays of a layer.
 
         Args:
-            name: Such as "blocks.0.attn.qkv".
+            name: The layer's name, such as "blocks.0.attn.qkv".
 
         Returns:
             "kernel" and "bias" of a linear layer, "weight" and "bias" of a LayerNorm.
 
         Raises:
-            KeyError: For a name that no layer has.
+            KeyError: No layer has this name.
         """
         stage, path = self._path(name)
         return dict(arrays_at(self.weights[stage], path))
 
     def with_layers(self, layers: Mapping[str, Mapping[str, jax.Array]]) -> "Model":
-        """The same model with other arrays in the named layers. Raises KeyError for a layer or array that it lacks."""
+        """Replaces arrays in the named layers.
+
+        Args:
+            layers: The new arrays, by layer and name.
+
+        Returns:
+            The model with these arrays.
+
+        Raises:
+            KeyError: The model lacks a layer or an array.
+        """
         weights = dict(self.weights)
         for name, arrays in layers.items():
             stage, path = self._path(name)
@@ -106,7 +120,11 @@ class QuantizedModel:
     Attributes:
         model: Architecture and float weights, perhaps rewritten by the method.
         recipe: What is quantized, and how.
-        quantizers: By the site's name in the model.
+        quantizers: The quantizers, by the site's name in the model.
+
+    Example:
+        >>> quantized = METHODS["fq-vit"].quantize(model, batches, recipe, jax.random.key(0))
+        >>> logits = forward(quantized.stages(), images).logits
     """
 
     model: Model
@@ -123,7 +141,7 @@ class QuantizedModel:
         execution: Execution = Simulated(),  # noqa: B008 - frozen
         space: Space = Space(),  # noqa: B008 - frozen
     ) -> tuple[Stage, ...]:
-        """The stages of the quantized forward pass.
+        """Makes the stages of the quantized forward pass.
 
         Args:
             execution: How it is computed: `Simulated`, `Differentiable`, `Unrounded`.
@@ -133,14 +151,12 @@ class QuantizedModel:
             All stages in order.
 
         Raises:
-            InputError: For a site of the space that is not quantized, or an arithmetic that cannot be computed here.
+            InputError: A site of the space is not quantized, or the arithmetic cannot be computed here.
 
         Example:
-            ```python
-            weights = [site.name for site in sites_of(model.architecture) if site.role == "weight"]
-            stages = quantized.stages(Simulated(), Space(weights, offsets=True))
-            logits = forward(stages, images).logits
-            ```
+            >>> weights = [site.name for site in sites_of(model.architecture) if site.role == "weight"]
+            >>> stages = quantized.stages(Simulated(), Space(weights, offsets=True))
+            >>> logits = forward(stages, images).logits
         """
         return tuple(self._stages(execution, space, stage_graphs(self.model.architecture)))
 
@@ -150,7 +166,19 @@ class QuantizedModel:
         execution: Execution = Simulated(),  # noqa: B008 - frozen
         space: Space = Space(),  # noqa: B008 - frozen
     ) -> Stage:
-        """One stage, without building the others; arguments and errors as of `stages`."""
+        """Makes one stage, without building the others.
+
+        Args:
+            name: The stage's name, such as "blocks.3".
+            execution: See `stages`.
+            space: See `stages`.
+
+        Returns:
+            The stage.
+
+        Raises:
+            InputError: As `stages` does, and for a name that no stage has.
+        """
         _graph(self.model.architecture, name)
         return self._stages(execution, space, (name,))[0]
 
@@ -173,7 +201,15 @@ class QuantizedModel:
         return stages
 
     def parts(self, name: str, space: Space = Space()) -> StageParts:  # noqa: B008 - frozen
-        """What a stage is made of: its weights, quantizers and specifications, by the sites' local names."""
+        """Gathers the parts of a stage: its weights, quantizers and specifications.
+
+        Args:
+            name: The stage's name.
+            space: Which sites are searched.
+
+        Returns:
+            The parts, by the sites' local names.
+        """
         sites = stage_sites(self.model.architecture)[name]
         own = {local: site for local, site in sites.items() if site.name in self.quantizers}
         return StageParts(
@@ -185,23 +221,32 @@ class QuantizedModel:
         )
 
     def with_parts(self, name: str, weights: Any, quantizers: Mapping[str, Quantizer]) -> "QuantizedModel":
-        """The same model with other weights and quantizers, by the sites' local names, in one stage."""
+        """Replaces the weights and quantizers of one stage.
+
+        Args:
+            name: The stage's name.
+            weights: The stage's nested arrays.
+            quantizers: The quantizers that change, by the sites' local names.
+
+        Returns:
+            The model with these parts.
+        """
         sites = stage_sites(self.model.architecture)[name]
         model = replace(self.model, weights={**self.model.weights, name: weights})
         changed = {sites[local].name: quantizer for local, quantizer in quantizers.items()}
         return replace(self, model=model, quantizers={**self.quantizers, **changed})
 
     def with_candidates(self, candidates: Mapping[str, Mapping[str, Free]]) -> "QuantizedModel":
-        """The same model with candidates in place.
+        """Places candidates in the model.
 
         Args:
-            candidates: By stage, what to place at the sites, by their local names. `Free.bias` moves the present bias.
+            candidates: The values to place, by stage and by the sites' local names. `Free.bias` moves the present bias.
 
         Returns:
             A model whose stages compute what the present ones do with these candidates bound.
 
         Raises:
-            InputError: For a stage or a site that the model lacks.
+            InputError: The model lacks a stage or a site.
         """
         model = self
         for name, candidate in candidates.items():
@@ -215,7 +260,14 @@ class QuantizedModel:
 
 
 def _graph(architecture: Architecture, name: str) -> Any:
-    """The static part of a stage's module. Raises InputError for a name that no stage has."""
+    """Finds the static part of a stage's module.
+
+    Returns:
+        The graph definition.
+
+    Raises:
+        InputError: No stage has this name.
+    """
     graphs = stage_graphs(architecture)
     if name not in graphs:
         raise InputError(f"{architecture.name} has no stage {name}{did_you_mean(name, graphs)}")

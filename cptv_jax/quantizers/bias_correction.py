@@ -1,4 +1,4 @@
-"""Weight bias correction: give each output channel of a quantized weight its original mean and deviation."""
+"""Weight bias correction: gives each output channel of a quantized weight its original mean and deviation."""
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -13,23 +13,37 @@ from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.uniform import Uniform
 
 EPSILON = 1e-8  # added to the quantized deviation, as in the published code
-_EXACT_ROWS = 256  # so many squares of 8-bit steps have a sum that is exact in float32
+_EXACT_ROWS = 256  # a sum of this many squares of 8-bit steps is exact in float32
 
 
 class Moments(NamedTuple):
-    """Mean and unbiased deviation of each output channel of a weight, [outputs]."""
+    """Mean and unbiased deviation of each output channel of a weight.
+
+    Attributes:
+        mean: Mean over the inputs, in input units or in steps.
+        deviation: Standard deviation over the inputs, in the same unit.
+    """
 
     mean: Float[Array, " outputs"]
     deviation: Float[Array, " outputs"]
 
 
 def moments(weight: Float[Array, "inputs outputs"]) -> Moments:
-    """What bias correction restores. The last place of the sums depends on what they are compiled with."""
+    """Computes the moments that bias correction restores.
+
+    The last digit of the sums depends on the program that they are compiled in.
+
+    Args:
+        weight: The float weight.
+
+    Returns:
+        The moments of each output channel.
+    """
     return Moments(jnp.mean(weight, 0), jnp.std(weight, 0, ddof=1))
 
 
 def _sum(integers: Float[Array, "inputs outputs"]) -> Float[Array, " outputs"]:
-    """Sum over the inputs, exact in parts that are added in order: the same number however it is compiled."""
+    """Returns sums over the inputs, exact in parts that are added in order: the same however they are compiled."""
     parts = [jnp.sum(integers[i : i + _EXACT_ROWS], 0) for i in range(0, integers.shape[0], _EXACT_ROWS)]
     total = parts[0]
     for part in parts[1:]:
@@ -38,7 +52,7 @@ def _sum(integers: Float[Array, "inputs outputs"]) -> Float[Array, " outputs"]:
 
 
 def _moments_of_steps(steps: Float[Array, "inputs outputs"]) -> Moments:
-    """`moments` of integers, from exact sums around the integer nearest to the mean."""
+    """Returns `moments` of integers, from exact sums around the integer nearest to the mean."""
     count = steps.shape[0]
     mean = true_divide(_sum(steps), count)
     centre = jnp.round(mean)
@@ -52,32 +66,42 @@ def _moments_of_steps(steps: Float[Array, "inputs outputs"]) -> Moments:
 class BiasCorrected(WrappedQuantizer):
     """A uniform weight quantizer followed by an affine map per output channel (Banner et al. 2019, section 3).
 
-    The effective weight is gain * value + shift, so a channel's scale acts only through rounding and clipping:
-    its magnitude cancels in the gain.
+    The effective weight is gain * value + shift, so a channel's scale acts only through rounding and clipping: its
+    magnitude cancels in the gain.
 
-    factor: multiplies the corrected weight, () or [outputs]; 1 as published. It is what a search can change of a
-        channel's magnitude.
+    Attributes:
+        base: The weight's quantizer.
+        factor: Multiplies the corrected weight, () or [outputs]; 1 as published. It lets a search change a channel's
+            magnitude.
     """
 
     base: Uniform
     factor: Float[Array, "..."] = field(default_factory=lambda: jnp.ones(()))
 
     def free(self, powers_of_two: bool = False) -> Free:
-        """What of the base is free, and the factor where every channel has its own."""
+        """Returns the free values of the base, and the factor where every channel has its own."""
         found = self.base.free(powers_of_two)
         return replace(found, factor=self.factor) if self.factor.shape == self.scale.shape else found
 
     def with_free(self, free: Free) -> Self:
+        """Returns the quantizer with moved values in the base, and the moved factor."""
         moved = super().with_free(free)
         return moved if free.factor is None else replace(moved, factor=free.factor)
 
     def correction(
         self, wanted: Moments, steps: Float[Array, "inputs outputs"]
     ) -> tuple[Float[Array, " outputs"], Float[Array, " outputs"]]:
-        """Gain and shift that give each output channel `factor` times the wanted mean and (unbiased) deviation.
+        """Computes the map that gives each output channel `factor` times the wanted mean and (unbiased) deviation.
 
-        steps: the quantized weight's. The result does not depend on what it is compiled with, so a candidate has the
-        same weights wherever it is evaluated.
+        The result does not depend on the program that it is compiled in, so a candidate has the same weights wherever
+        it is evaluated.
+
+        Args:
+            wanted: The float weight's moments.
+            steps: The quantized weight, in steps.
+
+        Returns:
+            Gain and shift of each output channel.
         """
         found = _moments_of_steps(steps)
         gain = true_divide(wanted.deviation, rounded_product(found.deviation, self.scale) + EPSILON)

@@ -18,12 +18,14 @@ from cptv_jax.quantizers.straight_through import clip_through, straight_through
 class Focusing(ScaledQuantizer):
     """code = round((clamp(x, start, end) - start) / scale); value = start + code * scale (AIQViT's dynamic focusing).
 
-    scale: input units per step, one for all or [heads, 1, 1]. start: lower end of the interval, in input units and of
-    the same shape; it need not be a multiple of the scale, and zero need not be a level. high: largest code; the upper
-    end is start + high * scale.
+    Derivatives are straight-through, also with respect to the interval's ends: within it, a value's derivative with
+    respect to the scale is that of its rounding error; outside it, that of the end that it is clamped to.
 
-    Derivatives are straight-through, by the interval's ends too: within it a value's derivative by the scale is that of
-    its rounding error, outside it is that of the end it is clamped to.
+    Attributes:
+        scale: Input units per step, one for all or [heads, 1, 1].
+        start: Lower end of the interval, in input units and of the same shape; it need not be a multiple of the scale,
+            and zero need not be a level.
+        high: The largest code; the upper end is start + high * scale.
     """
 
     scale: Float[Array, "..."]
@@ -32,27 +34,32 @@ class Focusing(ScaledQuantizer):
 
     @property
     def end(self) -> Float[Array, "..."]:
+        """Upper end of the interval, in input units."""
         return self.start + self.high * self.scale
 
     def free(self, powers_of_two: bool = False) -> Free:
+        """Returns the scale and the start, as a fraction of the interval's length."""
         return replace(super().free(powers_of_two), start=self.start / (self.high * self.scale))
 
     def with_free(self, free: Free) -> Self:
-        """A given start counts from the new scale; without one the lower end stays where it is."""
+        """Returns the moved quantizer: a given start counts from the new scale; without one the lower end stays."""
         moved = super().with_free(free)
         return moved if free.start is None else replace(moved, start=free.start * (moved.high * moved.scale))
 
     def free_units(self) -> Free:
+        """Returns the unit of the start: one step."""
         return Free(start=1 / self.high)
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns codes of real values, from 0 to `high`."""
         positions = true_divide(values - self.start, self.scale)
         exact = jnp.clip(jnp.round(positions), 0.0, self.high)
         return straight_through(exact, clip_through(positions, 0.0, self.high))
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the real values that codes stand for."""
         return codes * self.scale + self.start
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Quantized values in units of `scale`: integers plus start / scale."""
+        """Returns quantized values in units of `scale`: integers plus start / scale."""
         return self.codes(values) + true_divide(self.start, self.scale)

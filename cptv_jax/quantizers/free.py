@@ -1,4 +1,4 @@
-"""Free: what of a quantized site may move, and what a step does to it."""
+"""Free: the values of a quantized site that may move, and how a step moves them."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -13,9 +13,9 @@ from cptv_jax.quantizers.straight_through import straight_through
 LARGEST_EXPONENT = 3  # of power-of-two factors
 _OCTAVES = 25.0  # a random step of one percent then moves one channel in twenty
 _MULTIPLIED = frozenset({"scale", "factor"})
-_MARK = "__free__"  # no site is called so
+_MARK = "__free__"  # no site has this name
 
-# An array; a population's has a leading axis, and a strategy may hold it in NumPy's float64.
+# An array; in a population it has a leading axis, and a strategy may hold it in NumPy's float64.
 Values = Any
 
 
@@ -24,22 +24,28 @@ Values = Any
 class Free:
     """The values of one site that a search or a reconstruction moves; None is fixed.
 
-    A candidate of a stage is a dictionary of these by the site's local name. The same class holds the steps that move
-    a candidate. The order of the fields is that of the leaves, and so of the random numbers that strategies draw.
+    A candidate of a stage is a dictionary of these by the site's local name. The same class holds the steps that move a
+    candidate. The order of the fields is that of the leaves, and so of the random numbers that strategies draw.
 
     Attributes:
         scale: Input units per step, of the shape of the quantizer's scale. A scalar for a quantizer with a scale per
             channel moves all channels by one factor.
         bias: How far the bias of a weight's layer has moved, [outputs], in tenths of the length of each output's
             weights. It belongs to the layer, not to the quantizer, which ignores it.
-        exponents: Of power-of-two factors (FQ-ViT, section 3.2), [channels], in units of 25 octaves. They are rounded
-            to whole ones from 0 to 3 and count from `scale`, which must be given with them.
+        exponents: Exponents of power-of-two factors (FQ-ViT, section 3.2), [channels], in units of 25 octaves. They are
+            rounded to whole octaves from 0 to 3 and count from `scale`, which must be given with them.
         factor: Multiplies each channel of a bias-corrected weight, [outputs].
         rounding: What is added to a weight's elements before they are rounded, [inputs, outputs], in units of two
             steps, so that one rate serves roundings and scales.
         start: The lower end of a focusing interval, as a fraction of the interval's length.
-        zero_point: As a fraction of the range of codes, so that it means the same at every width; rounded to a code.
+        zero_point: The zero point as a fraction of the range of codes, so that it means the same at every width;
+            rounded to a code.
         own: What else a quantizer class has to move, by names of its own; steps are added.
+
+    Example:
+        >>> free = Free(scale=jnp.array(0.5), zero_point=jnp.array(0.25))
+        >>> free.move(Free(scale=jnp.array(0.1))).names
+        ('scale', 'zero_point')
     """
 
     scale: Values = None
@@ -57,15 +63,22 @@ class Free:
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
 
     def only(self, *names: str) -> Self:
-        """The same values with every field but the named ones fixed."""
+        """Fixes every field but the named ones.
+
+        Args:
+            *names: The fields that stay free.
+
+        Returns:
+            The same values in these fields, and None in all others.
+        """
         return replace(self, **{name: None for name in self.names if name not in names})
 
     def move(self, steps: "Free") -> "Free":
-        """These values after a step.
+        """Moves the values by a step.
 
         Args:
-            steps: Of the same shapes. Scales and factors are multiplied by the exponential of theirs, which keeps them
-                positive; to everything else they are added. A field that is None in the steps stays.
+            steps: Steps of the same shapes. Scales and factors are multiplied by the exponential of theirs, which keeps
+                them positive; to everything else they are added. A field that is None in the steps stays.
 
         Returns:
             The moved values.
@@ -82,16 +95,16 @@ class Free:
         return Free(**{name: move(name) for name in self.names})
 
     def to_arrays(self) -> dict[str, Any]:
-        """The free fields as a plain dictionary of arrays; `own` is a dictionary within it."""
+        """Returns the free fields as a plain dictionary of arrays; `own` is a dictionary within it."""
         return {name: getattr(self, name) for name in self.names}
 
 
 def move_candidate(candidate: dict[str, Free], steps: dict[str, Free]) -> dict[str, Free]:
-    """A stage's candidate after a step, see `Free.move`.
+    """Moves a stage's candidate by a step, see `Free.move`.
 
     Args:
-        candidate: By the sites' local names.
-        steps: For the same sites.
+        candidate: The values by the sites' local names.
+        steps: Steps for the same sites.
 
     Returns:
         The moved candidate.
@@ -100,7 +113,14 @@ def move_candidate(candidate: dict[str, Free], steps: dict[str, Free]) -> dict[s
 
 
 def free_to_plain(tree: PyTree) -> PyTree:
-    """A tree with plain dictionaries in place of each Free, such as a file can hold. Inverse: `free_from_plain`."""
+    """Replaces each Free in a tree by plain dictionaries, which a file can hold. Inverse: `free_from_plain`.
+
+    Args:
+        tree: A pytree.
+
+    Returns:
+        The tree with dictionaries.
+    """
 
     def to_plain(node: Any) -> Any:
         return {_MARK: node.to_arrays()} if isinstance(node, Free) else node
@@ -109,7 +129,14 @@ def free_to_plain(tree: PyTree) -> PyTree:
 
 
 def free_from_plain(tree: PyTree) -> PyTree:
-    """The tree of nested dictionaries that `free_to_plain` was given."""
+    """Restores the tree that `free_to_plain` was given.
+
+    Args:
+        tree: Nested dictionaries.
+
+    Returns:
+        The tree with each Free in place.
+    """
     if not isinstance(tree, dict):
         return tree
     if set(tree) == {_MARK}:
@@ -117,27 +144,35 @@ def free_from_plain(tree: PyTree) -> PyTree:
     return {name: free_from_plain(node) for name, node in tree.items()}
 
 
-# ---- what quantizer classes share ---------------------------------------------------------------------------------
+# ---- shared by quantizer classes ------------------------------------------------------------------------------------
 
 
 def free_exponents(scale: Float[Array, " channels"]) -> Float[Array, " channels"]:
-    """`Free.exponents` of scales that are power-of-two multiples of the smallest one."""
+    """Computes `Free.exponents` of scales that are power-of-two multiples of the smallest one.
+
+    Args:
+        scale: The scales.
+
+    Returns:
+        The exponents, in units of 25 octaves.
+    """
     return true_divide(jnp.round(jnp.log2(true_divide(scale, jnp.min(scale)))), _OCTAVES)
 
 
 def _powers_of_two(exponents: Float[Array, " channels"]) -> Float[Array, " channels"]:
+    """Returns 2^exponent for exponents rounded and clipped to whole octaves; the derivative is straight-through."""
     octaves = jnp.clip(exponents * _OCTAVES, 0, LARGEST_EXPONENT)
     exact = jnp.ldexp(jnp.float32(1), jnp.round(octaves).astype(jnp.int32))  # exp2 need not be exact
     return straight_through(exact, jnp.exp2(octaves))
 
 
 def place_scale(present: Float[Array, "..."], free: Free) -> Float[Array, "..."]:
-    """A quantizer's scale with `free.scale` and `free.exponents` in place.
+    """Puts `free.scale` and `free.exponents` in place of a quantizer's scale.
 
     Args:
-        present: The quantizer's scale so far. If `free.scale` is a scalar and no exponents are given, its channels
-            keep their factors, which are powers of two if they were.
-        free: Its fields `scale` and `exponents` are read.
+        present: The quantizer's scale so far. If `free.scale` is a scalar and no exponents are given, its channels keep
+            their factors, which are powers of two if they were before.
+        free: The values, of which `scale` and `exponents` are read.
 
     Returns:
         The scale, of the shape of the present one.
@@ -154,12 +189,12 @@ def place_scale(present: Float[Array, "..."], free: Free) -> Float[Array, "..."]
 def place_zero_point(
     fraction: Float[Array, "..."], present: Float[Array, "..."], low: Float[Array, ""], high: Float[Array, ""]
 ) -> Float[Array, "..."]:
-    """A zero point in codes from `Free.zero_point`, rounded and clipped to a code; its derivative is straight-through.
+    """Converts `Free.zero_point` to a zero point in codes, rounded and clipped; its derivative is straight-through.
 
     Args:
-        fraction: Of the range of codes.
-        present: The zero point so far. One that lies beyond the codes, as that of a range which does not hold zero,
-            may stay there.
+        fraction: The zero point as a fraction of the range of codes.
+        present: The zero point so far. One that lies beyond the codes, as for a range that does not hold zero, may stay
+            there.
         low: The smallest code.
         high: The largest code.
 

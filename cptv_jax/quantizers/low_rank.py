@@ -1,4 +1,4 @@
-"""Low-rank compensation: a float term of few values beside a quantized weight."""
+"""Low-rank compensation: a float term of few values that is added to a quantized weight."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -17,9 +17,13 @@ from cptv_jax.quantizers.uniform import Uniform
 class LowRank(WrappedQuantizer):
     """A weight quantizer and the term down @ up that its layer adds to the quantized weight (AIQViT, equation 5).
 
-    down: [inputs, rank], up: [rank, outputs], float32. A layer computes x @ quantized + (x @ down) @ up. Columns of
-    `down` and rows of `up` beyond a layer's own rank are zero, so that all layers of a kind share one compiled program;
-    a deployed model leaves them out.
+    A layer computes x @ quantized + (x @ down) @ up. Columns of `down` and rows of `up` beyond a layer's own rank are
+    zero, so that all layers of a kind share one compiled program; a deployed model leaves them out.
+
+    Attributes:
+        base: The weight's quantizer.
+        down: First factor of the term, float32.
+        up: Second factor of the term, float32.
     """
 
     base: Uniform
@@ -28,6 +32,7 @@ class LowRank(WrappedQuantizer):
 
     @property
     def factors(self) -> tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]:
+        """The factors of the term, whose product is added to the weight."""
         return self.down, self.up
 
     @property
@@ -36,10 +41,11 @@ class LowRank(WrappedQuantizer):
         return jnp.sum(jnp.any(self.down != 0, 0))
 
     def free(self, powers_of_two: bool = False) -> Free:
-        """What of the base is free, and of its own the factors of the term."""
+        """Returns the free values of the base, and the factors of the term as its own."""
         return replace(self.base.free(powers_of_two), own={"down": self.down, "up": self.up})
 
     def with_free(self, free: Free) -> Self:
+        """Returns the quantizer with moved values in the base, and moved factors."""
         return replace(super().with_free(free), **(free.own or {}))
 
 
@@ -48,9 +54,13 @@ class LowRank(WrappedQuantizer):
 class RankSearch(LowRank):
     """A LowRank whose rank is being chosen by differentiable architecture search (AIQViT; DARTS, Liu et al. 2019).
 
-    ranks: [candidates], increasing. preference: [candidates], logits of the candidates. The term is a mixture, by the
-    softmax of the preferences, of the candidates' terms; that of rank r has the first r columns of `down`.
-    penalty: loss of a term as large as the weight itself.
+    The term is a mixture, by the softmax of the preferences, of the candidates' terms; that of rank r has the first r
+    columns of `down`.
+
+    Attributes:
+        ranks: The candidates, increasing.
+        preference: Logits of the candidates.
+        penalty: Loss of a term as large as the weight itself.
     """
 
     ranks: Float[Array, " candidates"]
@@ -58,6 +68,7 @@ class RankSearch(LowRank):
     penalty: Float[Array, ""]
 
     def free(self, powers_of_two: bool = False) -> Free:
+        """Returns the free values of a LowRank, and the preferences as its own."""
         found = super().free(powers_of_two)
         return replace(found, own={**(found.own or {}), "preference": self.preference})
 
@@ -69,6 +80,7 @@ class RankSearch(LowRank):
 
     @property
     def factors(self) -> tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]:
+        """The factors of the mixture's term."""
         return self.down * self.gates, self.up
 
     @property
@@ -78,7 +90,7 @@ class RankSearch(LowRank):
         return self.penalty * jnp.sum(self.gates) * (inputs + outputs) / (inputs * outputs)
 
     def choose(self) -> LowRank:
-        """The quantizer with the preferred rank alone; of equals, the largest."""
+        """Returns the quantizer with the preferred rank alone; among equals, the largest."""
         preferred = len(self.ranks) - 1 - jnp.argmax(self.preference[::-1])
         kept = jnp.arange(self.down.shape[1]) < self.ranks[preferred]
         down, up = self.factors

@@ -24,15 +24,18 @@ def register_quantizer(name: str, cls: type[Any]) -> type[Any]:
     """Makes a quantizer class known under a name, by which saved models find it again.
 
     Args:
-        name: As files and recipes write it; the library's own are called as their classes are ("Uniform").
+        name: As files and recipes write it; the library's own are called by their class names ("Uniform").
         cls: A frozen dataclass that JAX knows as a pytree (`jax.tree_util.register_dataclass`), with the methods of
-            `Quantizer`. Whoever loads a model with such a quantizer has to import what registers it first.
+            `Quantizer`. Whoever loads a model with such a quantizer must first import the code that registers it.
 
     Returns:
         The class.
 
     Raises:
-        InputError: Where the name or the class is registered already, or the class is no quantizer.
+        InputError: The name or the class is registered already, or the class is not a quantizer.
+
+    Example:
+        >>> register_quantizer("Ternary", Ternary)  # see ScaledQuantizer for the class
     """
     missing = [method for method in _METHODS if not callable(getattr(cls, method, None))]
     if missing:
@@ -41,7 +44,7 @@ def register_quantizer(name: str, cls: type[Any]) -> type[Any]:
         )
     if not is_dataclass(cls) or jax.tree_util.all_leaves([object.__new__(cls)]):
         raise InputError(
-            f"quantizer class {cls.__name__} is no registered dataclass; decorate it with "
+            f"quantizer class {cls.__name__} is not a registered dataclass; decorate it with "
             "@jax.tree_util.register_dataclass and @dataclass(frozen=True)"
         )
     known = next((other for other, own in QUANTIZERS.items() if own is cls), name)
@@ -51,7 +54,14 @@ def register_quantizer(name: str, cls: type[Any]) -> type[Any]:
 
 
 def name_of_quantizer(quantizer: Quantizer) -> str | None:
-    """The name under which a quantizer's class is registered, if it is."""
+    """Finds the name under which a quantizer's class is registered.
+
+    Args:
+        quantizer: The quantizer.
+
+    Returns:
+        The name; None where the class is not registered.
+    """
     return next((name for name, cls in QUANTIZERS.items() if cls is type(quantizer)), None)
 
 

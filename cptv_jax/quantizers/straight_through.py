@@ -18,21 +18,41 @@ def _slope(primals: tuple[Array, Array], tangents: tuple[Any, Array]) -> tuple[A
 
 
 def straight_through(exact: Float[Array, "..."], smooth: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`exact`, bit for bit, whose derivative is that of `smooth`. The two have one shape and dtype.
+    """Returns `exact`, bit for bit, with the derivative of `smooth`.
 
     Where nothing is differentiated `smooth` is not computed under jit.
+
+    Args:
+        exact: The values.
+        smooth: What is differentiated, of the same shape and dtype.
     """
     return _exact_with_slope_of(jax.lax.stop_gradient(exact), smooth)
 
 
 def round_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """round(x), half to even, with derivative 1."""
+    """Rounds half to even, with derivative 1.
+
+    Args:
+        x: The values to round.
+
+    Returns:
+        The rounded values.
+    """
     return straight_through(jnp.round(x), x)
 
 
 @jax.custom_jvp
 def clip_through(x: Float[Array, "..."], low: Array | float, high: Array | float) -> Float[Array, "..."]:
-    """x clipped to fixed bounds; its derivative is 1 from bound to bound, the bounds included, and 0 outside."""
+    """Clips to fixed bounds; the derivative is 1 from bound to bound, the bounds included, and 0 outside.
+
+    Args:
+        x: The values to clip.
+        low: The lower bound.
+        high: The upper bound.
+
+    Returns:
+        The clipped values.
+    """
     return jnp.clip(x, low, high)
 
 

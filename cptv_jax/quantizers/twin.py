@@ -12,7 +12,7 @@ from cptv_jax.quantizers.straight_through import clip_through, straight_through
 
 
 def _round_and_clip(positions: Array, low: Array | float, high: Array | float) -> Array:
-    """Rounded and clipped, with straight-through derivatives as Uniform has them."""
+    """Returns positions rounded and clipped, with straight-through derivatives as in Uniform."""
     return straight_through(jnp.clip(jnp.round(positions), low, high), clip_through(positions, low, high))
 
 
@@ -22,13 +22,15 @@ class TwinSoftmax(ScaledQuantizer):
     """For post-softmax values in [0, 1]: a fine range [0, split] and a coarse one up to 1 (equation 7).
 
     Codes 0 to `levels` are fine levels, code * scale; codes above are coarse, (code - levels - 1) * ratio * scale. The
-    fine range ends at split = levels * scale. Above it a value takes the nearest coarse level, or the split where
-    that is larger (the published formula would round such a value to a smaller one, even to zero).
+    fine range ends at split = levels * scale. Above it a value takes the nearest coarse level, or the split where that
+    is larger (the published formula would round such a value to a smaller one, even to zero).
 
-    scale: fine step, (); where it changes, the coarse step and the split change by the same factor. ratio: coarse step
-        over fine step, a power of two, so that steps are integers. levels: 2^(bits - 1) - 1.
-    overlap: 0, or 1 for the formula of the published code, which adds both ranges' results instead of
-        choosing one: split more above the split, round(split / coarse step) coarse steps more below it.
+    Attributes:
+        scale: The fine step, (); when it changes, the coarse step and the split change by the same factor.
+        ratio: Coarse step over fine step, a power of two, so that steps are integers.
+        levels: 2^(bits - 1) - 1.
+        overlap: 0, or 1 for the formula of the published code, which adds both ranges' results instead of choosing one:
+            split more above the split, round(split / coarse step) coarse steps more below it.
     """
 
     scale: Float[Array, ""]
@@ -37,16 +39,18 @@ class TwinSoftmax(ScaledQuantizer):
     overlap: Float[Array, ""]
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns codes of values from 0 to 1."""
         fine = _round_and_clip(true_divide(values, self.scale), 0.0, self.levels)
         coarse = _round_and_clip(true_divide(values, self.scale * self.ratio), 0.0, self.levels)
         above = (values > self.levels * self.scale) & (coarse * self.ratio >= self.levels * (1.0 - self.overlap))
         return jnp.where(above, coarse + self.levels + 1.0, fine)
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the real values that codes stand for."""
         return self._steps_of(codes) * self.scale
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Integers up to levels * ratio, in units of the fine step."""
+        """Returns quantized values in units of the fine step: integers up to levels * ratio."""
         return self._steps_of(self.codes(values))
 
     def _steps_of(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -63,8 +67,11 @@ class TwinGelu(ScaledQuantizer):
 
     code = clamp(round(x / step), low, high) with the step of x's sign, so negative codes are negative values.
 
-    scale: step above zero, (). negative_scale: step below zero, (); it covers GELU's fixed negative range and stays
-        when `scale` changes. low, high: bounds of the codes.
+    Attributes:
+        scale: The step above zero, ().
+        negative_scale: The step below zero, (); it covers GELU's fixed negative range and stays when `scale` changes.
+        low: The smallest code.
+        high: The largest code.
     """
 
     scale: Float[Array, ""]
@@ -73,19 +80,30 @@ class TwinGelu(ScaledQuantizer):
     high: Float[Array, ""]
 
     def codes(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns codes of real values."""
         step = jnp.where(values < 0, self.negative_scale, self.scale)
         return _round_and_clip(values / step, self.low, self.high)
 
     def values(self, codes: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the real values that codes stand for."""
         return codes * jnp.where(codes < 0, self.negative_scale, self.scale)
 
     def steps(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
-        """In units of `scale`; integers above zero, not below."""
+        """Returns quantized values in units of `scale`: integers above zero, not below."""
         codes = self.codes(values)
         return jnp.where(codes < 0, codes * (self.negative_scale / self.scale), codes)
 
 
 def twin_softmax(bits: int, split: Float[Array, ""], overlap: bool = False) -> TwinSoftmax:
-    """The quantizer with this split, a power of two up to 1, whose coarse range ends at 1. overlap: see TwinSoftmax."""
+    """Makes the quantizer with a given split, whose coarse range ends at 1.
+
+    Args:
+        bits: Width of the codes.
+        split: Where the fine range ends, a power of two up to 1.
+        overlap: See `TwinSoftmax`.
+
+    Returns:
+        The quantizer.
+    """
     levels = jnp.float32(2 ** (bits - 1) - 1)
     return TwinSoftmax(true_divide(split, levels), 1.0 / split, levels, jnp.float32(overlap))

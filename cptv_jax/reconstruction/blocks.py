@@ -1,8 +1,8 @@
 """Block reconstruction: stage by stage, a quantized model learns to give the float model's outputs.
 
-As in BRECQ (Li et al. 2021) and QDrop (Wei et al. 2022) each stage is trained alone against the float stage's output on
-float input, while its own input comes from the quantized stages before it. It follows any base method, and its
-result is an ordinary quantized model.
+As in BRECQ (Li et al. 2021) and QDrop (Wei et al. 2022), each stage is trained alone against the float stage's output
+on float input, while its own input comes from the quantized stages before it. Block reconstruction follows any base
+method, and its result is an ordinary quantized model.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,32 +40,48 @@ _relative_errors = jax.jit(jax.vmap(relative_error, (0, 0, None)))
 
 @dataclass(frozen=True)
 class Examples:
-    """A tensor for every image, on the host: [images, ...], with the scale and zero where it is quantized."""
+    """A tensor for every image, on the host.
+
+    Attributes:
+        stored: The values, or the codes where the tensor is quantized, [images, ...].
+        scale: The tensor's scale, where it is quantized.
+        zero: The tensor's zero, where it is quantized.
+    """
 
     stored: np.ndarray
     scale: Array | None = None
     zero: Array | None = None
 
     def take(self, rows: Any, mesh: Mesh) -> Tensor:
-        """Those of some images, divided among the devices."""
+        """Places some of the images on the devices, divided among them.
+
+        Args:
+            rows: The images' indices, or a slice of them.
+            mesh: The devices.
+
+        Returns:
+            The tensor for these images.
+        """
         return Tensor(_divide(mesh, self.stored[rows]), *place(mesh, (self.scale, self.zero)))
 
 
 def _divide(mesh: Mesh, images: np.ndarray) -> PyTree:
-    """Images on the devices: divided where they make equal parts, else all of them on each."""
+    """Returns images on the devices: divided where they make equal parts, else all of them on each."""
     return place(mesh, images, None if len(images) % mesh.shape[DATA] else DATA)
 
 
 def _fetch(tree: PyTree) -> PyTree:
+    """Returns a pytree as NumPy arrays on the host."""
     return jax.tree.map(np.asarray, tree)
 
 
 def _split_rows(count: int, size: int) -> list[slice]:
+    """Returns slices of at most `size` rows."""
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _run_stage(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Examples:
-    """A stage's outputs, so many images at a time."""
+    """Returns a stage's outputs, computed on `size` images at a time."""
     state = place(mesh, stage.state)
     parts = [
         _fetch(apply_stage(stage.function, state, inputs.take(rows, mesh)))
@@ -77,7 +93,7 @@ def _run_stage(stage: Stage, inputs: Examples, size: int, mesh: Mesh) -> Example
 
 
 def _measure_errors(outputs: Examples, targets: np.ndarray, importance: Array, size: int, mesh: Mesh) -> np.ndarray:
-    """Squared error and squared target of every image, [images, 2]."""
+    """Returns squared error and squared target of every image, [images, 2]."""
     parts = [
         np.stack(_relative_errors(outputs.take(rows, mesh).values, _divide(mesh, targets[rows]), importance), -1)
         for rows in _split_rows(len(targets), size)
@@ -86,13 +102,17 @@ def _measure_errors(outputs: Examples, targets: np.ndarray, importance: Array, s
 
 
 def _pool_errors(errors: np.ndarray) -> float:
-    """Relative squared error over all images."""
+    """Returns the relative squared error over all images."""
     error, power = errors.sum(0)
     return float(error / power)
 
 
 def _draw_batches(easiest_first: np.ndarray, config: ReconstructionConfig, key: Array) -> Iterator[np.ndarray]:
-    """Image indices of every step, drawn without replacement from the images that are easy enough by then."""
+    """Draws the image indices of every step, without replacement, from the images that are easy enough by then.
+
+    Yields:
+        Image indices of a step.
+    """
     assert config.steps is not None and config.easy_first is not None
     count, rng = len(easiest_first), np.random.default_rng(np.asarray(jax.random.key_data(key)))
     size = min(config.batch, count)
@@ -111,17 +131,27 @@ def reconstruct(
     on_stage: Callable[[int, QuantizedModel, float, float], None] = lambda index, model, before, after: None,
     start: int = 0,
 ) -> QuantizedModel:
-    """The model with every stage's learned parameters (see training.make_learnable) that lower its output's error.
+    """Trains every stage of a quantized model to lower its output's error, see `training.make_learnable`.
 
-    teacher: the float model, as the base method got it. images: normalised calibration images, float32 [images, height,
-    width, channels], of which the first `config.images` are used.
-    on_progress(done, total) counts optimizer steps. on_stage(index, model so far, error before, after) follows each
-    stage; errors are squared, relative to the target, over all images, plus the price of ranks that are being chosen.
-    start: first stage to learn, where `model` has the others already; the result is the same bits.
+    Host memory holds four activations of one stage for every image; device memory holds those of a batch, whose images
+    are divided among this process's devices. The same key gives the same result on as many devices. A stage that
+    training makes worse stays as it was, except that fractional zero points are rounded first.
 
-    Host memory holds four activations of one stage for every image; device memory those of a batch, whose images are
-    divided among this process's devices. The same key gives the same result on as many devices. A stage that training
-    makes worse stays as it was, but for fractional zero points: these are rounded first.
+    Args:
+        teacher: The float model, as the base method got it.
+        model: The base method's quantized model.
+        images: Normalised calibration images, float32 [images, height, width, channels], of which the first
+            `config.images` are used.
+        config: The options.
+        key: Random key of labels, batches and mixed inputs.
+        on_progress: Called as on_progress(done, total), which count optimizer steps.
+        on_stage: Called as on_stage(index, model so far, error before, error after) after each stage. Errors are
+            squared, relative to the target, over all images, plus the price of ranks that are being chosen.
+        start: The first stage to learn, where `model` has the stages before it already; the result is the same, bit for
+            bit.
+
+    Returns:
+        The model with the learned parameters of every stage that training improved.
     """
     config = complete(config, NO_RECONSTRUCTION)
     mesh, arithmetic = local_mesh(config.batch), gradient_arithmetic()

@@ -10,10 +10,14 @@ from cptv_jax.options import options
 
 @options
 class ReconstructionConfig:
-    """Block reconstruction after the base method; a rate of 0 leaves its parameters as they are."""
+    """Block reconstruction after the base method; a rate of 0 leaves its parameters as they are.
+
+    Example:
+        >>> ReconstructionConfig(steps=300, batch=32, rounding_rate=0)
+    """
 
     steps: int | None = Field(default=None, ge=0)
-    """Optimizer steps per stage; 0 turns reconstruction off; null means the base method's (most have none)."""
+    """Optimizer steps per stage; 0 turns reconstruction off; null takes the base method's default (0 for most)."""
     batch: int = Field(default=16, ge=1)
     """Images per step."""
     images: int | None = Field(default=None, ge=1)
@@ -25,12 +29,12 @@ class ReconstructionConfig:
     rounding_rate: float = Field(default=3e-3, ge=0, allow_inf_nan=False)
     """Rate of quantized weights, in steps of their channel."""
     weight_rate: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
-    """Rate of what stays in float (biases, LayerNorm), absolute."""
+    """Rate of arrays that stay in float (biases, LayerNorm), absolute."""
     low_rank_rate: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Rate of low-rank terms, absolute."""
     easy_first: float | None = Field(default=None, ge=0, le=1)
     """Share of the images, those with the least error, that a stage begins with, growing to all in half of the steps;
-    null means the base method's (most take all)."""
+    null takes the base method's default (all for most)."""
     float_input: float = Field(default=0.5, ge=0, le=1)
     """Probability that an element of a stage's input is the float model's instead of the quantized one's."""
     importance: Literal["fisher", "none"] = "fisher"
@@ -45,10 +49,10 @@ def complete(config: ReconstructionConfig, defaults: ReconstructionConfig) -> Re
 
     Args:
         config: The configuration.
-        defaults: What stands where it is null.
+        defaults: The values to take where it is null.
 
     Returns:
-        The configuration without a null field, but for those that are null in both.
+        The configuration; only fields that are null in both are still null.
     """
     given = {name: value for name, value in vars(config).items() if value is not None}
     return dataclasses.replace(defaults, **given)

@@ -15,18 +15,25 @@ from cptv_jax.runtime.stages import StageFunction
 
 @partial(jax.jit, static_argnums=0)
 def _pull_back(function: StageFunction, state: PyTree, x: Tensor, gradient: Array) -> Array:
-    """The gradient by a stage's input values from that by its output values."""
+    """Returns the gradient with respect to a stage's input values, from that with respect to its output values."""
     _, pullback = jax.vjp(lambda values: array_of(function(state, Tensor(values))), x.values)
     return pullback(gradient)[0]
 
 
 def output_importance(teacher: Model, images: np.ndarray, chunk: int, key: Array) -> dict[str, Float[Array, "..."]]:
-    """Mean squared gradient of the teacher's loss by each element of a stage's output, over the images, mean 1.
+    """Computes the mean squared gradient of the teacher's loss with respect to each element of a stage's output.
 
-    This is the diagonal of the Fisher information (BRECQ, Li et al. 2021, equation 10), with labels drawn from the
-    teacher's own predictions, as the true Fisher information has it, averaged over images. By stage name, without the
-    last stage. images: normalised, [images, height, width, channels]; so many at a time as `chunk` says. key: of the
-    labels.
+    This is the diagonal of the Fisher information (BRECQ, Li et al. 2021, equation 10), averaged over images, with
+    labels drawn from the teacher's own predictions, as in the true Fisher information.
+
+    Args:
+        teacher: The float model.
+        images: Normalised images, [images, height, width, channels].
+        chunk: How many images to compute at a time.
+        key: Random key of the labels.
+
+    Returns:
+        The importance, scaled to mean 1, by stage name, without the last stage.
     """
     stages = teacher.stages()
     totals: dict[str, Array] = {}

@@ -1,4 +1,4 @@
-"""What block reconstruction learns of a stage, and one optimizer step of it."""
+"""What block reconstruction learns in a stage, and one optimizer step of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from cptv_jax.runtime.forward import array_of
 from cptv_jax.runtime.mesh import compiler_options
 from cptv_jax.runtime.optimizers import zero_nonfinite
 
-_PREFERENCE_RATE = 0.1  # of the preferences among ranks: steps of a logit
-_TINY = 1e-12  # relative errors of a target of zeros stay finite
+_PREFERENCE_RATE = 0.1  # of the preferences among ranks, in units of a logit
+_TINY = 1e-12  # keeps the relative error of a target of zeros finite
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------
-# What is learned are steps of three kinds: "sites", of a candidate that holds what quantizers and biases have to move
-# (a dictionary of Free by site, which a search could go on with); "kernels", of quantized weights whose quantizer has
-# no learned rounding; "weights", of arrays that stay in float. The last two are added, by the array's path.
+# Training learns steps of three kinds: "sites" move a candidate of the free values of quantizers and biases (a
+# dictionary of Free by site, from which a search can go on); "kernels" are added to quantized weights whose quantizer
+# has no learned rounding; "weights" are added to arrays that stay in float. The last two are keyed by the array's path.
 
 
 @jax.tree_util.register_dataclass
@@ -38,10 +38,11 @@ class Learnable:
     """A stage before it learns.
 
     Attributes:
-        state: Of its differentiable form.
-        candidate: What is learned of its sites, as it stands.
-        units: Like the parameters: how much of each is one unit of its group's rate. A rate means the same for every
-            site and width: a zero point's is in codes, a start's and a rounding's in steps, a bias's in input units.
+        state: The state of its differentiable form.
+        candidate: The present values of its sites that are learned.
+        units: How much of each parameter is one unit of its group's rate, shaped like the parameters. A rate means the
+            same for every site and width: a zero point's is in codes, a start's and a rounding's in steps, a bias's in
+            input units.
     """
 
     state: PyTree
@@ -50,12 +51,19 @@ class Learnable:
 
 
 def round_zero_point(quantizer: Quantizer) -> Quantizer:
-    """The quantizer with an integral zero point, which reconstruction works on (RepQ-ViT leaves fractional ones)."""
+    """Rounds a quantizer's zero point, for reconstruction works on integral ones (RepQ-ViT leaves fractional ones).
+
+    Args:
+        quantizer: The quantizer.
+
+    Returns:
+        The quantizer with an integral zero point.
+    """
     return quantizer.round_zero_point() if isinstance(quantizer, FractionalUniform) else quantizer
 
 
 def _choose_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
-    """The fields of Free that are learned of a site; where there are power-of-two factors, the zero point stays too."""
+    """Returns the fields of Free that are learned for a site; with power-of-two factors, the zero point stays too."""
     rates = {
         "scale": config.scale_rate,
         "bias": config.weight_rate,
@@ -67,11 +75,11 @@ def _choose_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
 
 
 def _units_of(quantizer: Quantizer, free: Free, bias: MovableBias | None) -> Free:
-    """One unit of a rate for each field of a site's candidate."""
+    """Returns one unit of a rate for each field of a site's candidate."""
     steps, ones = quantizer.free_units(), jax.tree.map(lambda leaf: jnp.ones((), jnp.float32), free)
     measured = {name: getattr(steps, name) for name in free.names if getattr(steps, name) is not None}
     if free.bias is not None and bias is not None:
-        # Outputs without any weight have no unit to move a bias by, and keep theirs.
+        # The bias of an output whose weights are all zero has no unit to move by, and stays.
         measured["bias"] = jnp.where(bias.unit > 0, 1 / jnp.maximum(bias.unit, jnp.finfo(jnp.float32).tiny), 0.0)
     return replace(ones, **measured)
 
@@ -79,9 +87,16 @@ def _units_of(quantizer: Quantizer, free: Free, bias: MovableBias | None) -> Fre
 def _floats(
     state: PyTree, candidate: Candidate, kernels: Mapping[tuple[str, ...], str], config: ReconstructionConfig
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Units of the arrays of a stage that are learned themselves: quantized kernels, and those that stay in float.
+    """Finds the arrays of a stage that are learned themselves. Whatever a candidate moves is not among them.
 
-    kernels: the sites of quantized weights, by the path of their layer. What a candidate moves is no part of either.
+    Args:
+        state: The stage's state.
+        candidate: What is learned of its sites.
+        kernels: The sites of quantized weights, by the path of their layer.
+        config: Rates of 0 leave their arrays out.
+
+    Returns:
+        Units of quantized kernels, and of arrays that stay in float, by the array's path.
     """
     quantized: dict[str, Array] = {}
     plain: dict[str, Array] = {}
@@ -101,19 +116,21 @@ def _floats(
 def make_learnable(
     model: QuantizedModel, name: str, config: ReconstructionConfig, arithmetic: ArithmeticName | None = None
 ) -> tuple[ModelStageFunction, Binding, Learnable, PyTree]:
-    """What training needs of one stage.
+    """Prepares one stage for training.
+
+    Quantizers with a learned rounding (uniform ones) learn it as such, in `Free.rounding`; it is not folded into the
+    kernels. So the float weights stay the float model's, which closed-form proposals measure against; moments that bias
+    correction restores stay the original's; and a search goes on from what was learned. Kernels of other weight
+    quantizers move themselves.
 
     Args:
-        model: Whose stage learns. Of quantizers with a learned rounding (uniform ones) roundings are learned as such,
-            in `Free.rounding`, and are not folded into the kernels: the float weights stay the float model's, which
-            closed-form proposals measure against, moments that bias correction restores stay the original's, and a
-            search goes on from what was learned. Kernels of other weight quantizers move themselves.
-        name: The stage's.
-        config: Rates of 0 leave their parameters out.
-        arithmetic: As of `Differentiable`.
+        model: The model.
+        name: The name of the stage that learns.
+        config: The options; rates of 0 leave their parameters out.
+        arithmetic: See `Differentiable`.
 
     Returns:
-        The differentiable stage's function, what binds candidates to its state, the stage before it learns, and its
+        The differentiable stage's function, the binding of candidates to its state, the stage before it learns, and its
         parameters: zeros, with which `bind_learned` changes nothing.
     """
     parts = model.parts(name)
@@ -141,12 +158,12 @@ def make_learnable(
 
 
 def bind_learned(bind: Binding, learnable: Learnable, parameters: PyTree) -> PyTree:
-    """The state of a stage with what it has learned in place.
+    """Places what a stage has learned in its state.
 
     Args:
-        bind: The differentiable stage's.
-        learnable: The stage before.
-        parameters: Steps, see `Free.move`; those of kernels and float arrays are added.
+        bind: The differentiable stage's binding.
+        learnable: The stage before it learns.
+        parameters: The steps, see `Free.move`; those of kernels and float arrays are added.
 
     Returns:
         A state whose "weights" and "quantizers" are those of an ordinary quantized model.
@@ -166,7 +183,7 @@ def bind_learned(bind: Binding, learnable: Learnable, parameters: PyTree) -> PyT
 
 
 def _labels(parameters: PyTree) -> PyTree:
-    """The group of every parameter."""
+    """Returns the group of every parameter."""
     fields = {"bias": "weight", "start": "zero_point"}
 
     def of_site(free: Free) -> Free:
@@ -182,7 +199,14 @@ def _labels(parameters: PyTree) -> PyTree:
 
 
 def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation:
-    """Adam with a cosine schedule to zero and a rate for each group of parameters."""
+    """Makes Adam with a cosine schedule to zero and a rate for each group of parameters.
+
+    Args:
+        config: The options: steps and rates.
+
+    Returns:
+        The optimizer; it replaces non-finite gradients by zero.
+    """
     assert config.steps is not None
     rates = {
         "scale": config.scale_rate,
@@ -202,18 +226,44 @@ def make_optimizer(config: ReconstructionConfig) -> optax.GradientTransformation
 def relative_error(
     output: Float[Array, "batch ..."], target: Float[Array, "batch ..."], importance: Float[Array, "..."]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted squared error, and the weighted squared target to divide it by."""
+    """Computes the weighted squared error, and the weighted squared target to divide it by.
+
+    Args:
+        output: The stage's output.
+        target: The float stage's output.
+        importance: Weight of each element, or ().
+
+    Returns:
+        The mean squared error and the mean squared target.
+    """
     return jnp.mean(importance * (output - target) ** 2), jnp.mean(importance * target**2) + _TINY
 
 
 def price(quantizers: Mapping[str, Quantizer]) -> Float[Array, ""]:
-    """What the terms cost whose ranks are being chosen, relative to the stage's output; 0 where there are none."""
+    """Sums the prices of terms whose ranks are being chosen, relative to the stage's output.
+
+    Args:
+        quantizers: The stage's quantizers.
+
+    Returns:
+        The price; 0 where no rank is being chosen.
+    """
     searched = [quantizer for quantizer in quantizers.values() if isinstance(quantizer, RankSearch)]
     return sum((quantizer.price for quantizer in searched), jnp.zeros(()))
 
 
 def mix_inputs(x: Tensor, other: Float[Array, "..."], probability: float, key: Array) -> Tensor:
-    """x with elements replaced, each with a probability, by those of the float model (QDrop, Wei et al. 2022)."""
+    """Replaces elements, each with a probability, by those of the float model (QDrop, Wei et al. 2022).
+
+    Args:
+        x: The stage's quantized input.
+        other: The float model's input of the stage, in input units.
+        probability: The probability.
+        key: Random key.
+
+    Returns:
+        The mixed input.
+    """
     steps = other if x.scale is None else other / x.scale
     return Tensor(jnp.where(jax.random.bernoulli(key, probability, x.shape), steps, x.steps), x.scale)
 
@@ -231,7 +281,11 @@ def _train_step(
     importance: Float[Array, "..."],
     key: Array,
 ) -> tuple[PyTree, PyTree]:
-    """One step on one batch: the new parameters and optimizer state."""
+    """Takes one optimizer step on one batch.
+
+    Returns:
+        The new parameters and optimizer state.
+    """
     if config.float_input:
         x = mix_inputs(x, x_float, config.float_input, key)
 
@@ -242,12 +296,12 @@ def _train_step(
 
     gradients = jax.grad(loss_of)(parameters)
     updates, optimizer_state = make_optimizer(config).update(gradients, optimizer_state)
-    # Adam's updates are of the size of the rate, whatever a parameter is measured in.
+    # Adam's updates are as large as the rate, whatever unit a parameter has.
     updates = jax.tree.map(lambda update, unit: update * unit, updates, learnable.units)
     return optax.apply_updates(parameters, updates), optimizer_state
 
 
 @cache
 def train_step_program() -> Callable[..., tuple[PyTree, PyTree]]:
-    """`_train_step`, compiled once for all stages that compute alike."""
+    """Returns `_train_step`, compiled once for all stages that compute alike."""
     return jax.jit(_train_step, static_argnums=(0, 1, 2), compiler_options=compiler_options())

@@ -19,29 +19,32 @@ from jaxtyping import PyTree
 from cptv_jax.errors import InputError
 
 _LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network and user-space file systems answer
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of some network and user-space file systems
 _PACKAGES = ("cptv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 _logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, whatever happens in between.
+    """Writes a text file so that a reader sees either the old content or the new, whatever happens in between.
 
     Args:
-        path: the file to write or to replace; its folder exists.
-        text: the content, written as UTF-8. Bytes of a file name that are not UTF-8 appear as escapes.
+        path: The file to write or to replace; its folder exists.
+        text: The content, written as UTF-8. Bytes of a file name that are not UTF-8 appear as escapes.
     """
     content = text.encode("utf-8", "backslashreplace")
     replace_atomically(path, lambda file: file.write(content))
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Lets a function write a file that then appears under its name whole; an error leaves nothing behind.
+    """Lets a function write a file that appears under its name only when it is whole; an error leaves nothing behind.
 
     Args:
-        path: the file to write or to replace; its folder exists.
-        write: writes the content to an open binary file.
+        path: The file to write or to replace; its folder exists.
+        write: Writes the content to an open binary file.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -56,7 +59,11 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def digest_files(directory: Path) -> dict[str, str]:
-    """Returns the sha256 of every file below a directory, by relative path."""
+    """Returns the sha256 of every file below a directory, by relative path.
+
+    Args:
+        directory: The directory.
+    """
     digests = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         with file.open("rb") as opened:
@@ -65,7 +72,11 @@ def digest_files(directory: Path) -> dict[str, str]:
 
 
 def digest(tree: PyTree) -> str:
-    """Returns the sha256 over the shapes, dtypes and bytes of a pytree's arrays."""
+    """Returns the sha256 over the shapes, dtypes and bytes of a pytree's arrays.
+
+    Args:
+        tree: The pytree.
+    """
     hashed = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         array = np.asarray(leaf, order="C")
@@ -84,11 +95,11 @@ def refuse_foreign(path: Path, kind: str = "run") -> None:
     """Refuses a path where no run can live: a file, or a directory that holds something else.
 
     Args:
-        path: the directory that --out names; it need not exist.
-        kind: what shall live there, as in the name of its file {kind}.json.
+        path: The directory that --out names; it need not exist.
+        kind: What is to live there, as in the name of its file {kind}.json.
 
     Raises:
-        InputError: the path cannot be used.
+        InputError: The path cannot be used.
     """
     refuse_undecodable(path)
     if path.exists() and not path.is_dir():
@@ -102,7 +113,14 @@ def refuse_foreign(path: Path, kind: str = "run") -> None:
 
 
 def refuse_undecodable(path: Path) -> None:
-    """Raises InputError for a checkpoint's path that is not UTF-8: Orbax can neither write nor read there."""
+    """Refuses a checkpoint's path that is not UTF-8: Orbax can neither write nor read there.
+
+    Args:
+        path: The path.
+
+    Raises:
+        InputError: The path is not UTF-8.
+    """
     try:
         os.fspath(path.absolute()).encode("utf-8")
     except UnicodeEncodeError:
@@ -112,17 +130,21 @@ def refuse_undecodable(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path, kind: str = "run") -> Iterator[None]:
-    """Holds the directory of a run (or of another kind of work), made if need be, for one process at a time.
+    """Holds the directory of a run (or of another kind of work) for one process at a time, and makes it if need be.
 
     The system releases the lock when the process ends, however it ends; the (hidden, empty) file stays. On a file
     system without locks there is only a warning.
 
     Args:
-        path: the directory.
-        kind: see `refuse_foreign`.
+        path: The directory.
+        kind: See `refuse_foreign`.
+
+    Yields:
+        Nothing, while the lock is held.
 
     Raises:
-        InputError: the directory cannot be used, or another process holds it.
+        InputError: The directory cannot be used, or another process holds it.
+        OSError: The directory cannot be made or locked.
     """
     refuse_foreign(path, kind)
     path.mkdir(parents=True, exist_ok=True)
@@ -140,7 +162,16 @@ def lock(path: Path, kind: str = "run") -> Iterator[None]:
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> str | None:
-    """Says in words where two nested mappings of plain data differ first; None where they are equal."""
+    """Describes the first difference of two nested mappings of plain data.
+
+    Args:
+        a: The mapping, or a value in it, that was there before.
+        b: The mapping, or a value in it, that is given here.
+        name: The value's path in the mappings.
+
+    Returns:
+        The path and both values in words; None where the two are equal.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
             different = first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)

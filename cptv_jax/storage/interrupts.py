@@ -12,6 +12,9 @@ def defer_interrupts() -> Iterator[None]:
     """Holds a SIGINT back until the block has ended, and then has it handled as if it came then.
 
     Outside the main thread, which no signal ever interrupts, and where SIGINT is ignored, it changes nothing.
+
+    Yields:
+        Nothing, while interrupts are deferred.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

@@ -34,7 +34,7 @@ def _architecture_to_json(architecture: Architecture) -> dict[str, Any]:
 
 
 def _to_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that configurations are made of."""
+    """Returns JSON's lists as the tuples that configurations consist of."""
     return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
 
 
@@ -59,7 +59,7 @@ def _architecture_from_json(path: Path, data: Mapping[str, Any]) -> Architecture
 
 
 def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without its places, which the architecture has."""
+    """Returns a recipe without its places, which follow from the architecture."""
     plain = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "places"}
     return {**plain, "sites": {site: asdict(spec) for site, spec in recipe.sites.items()}}
 
@@ -71,7 +71,14 @@ def _recipe_from_json(data: Mapping[str, Any], architecture: Architecture) -> Re
 
 
 def _quantizer_to_json(site: str, quantizer: Quantizer) -> dict[str, Any]:
-    """The registered names of a quantizer's class and of those within it. Raises InputError where one has none."""
+    """Describes a quantizer by the registered names of its class and of those nested in it.
+
+    Returns:
+        The names, nested as the quantizers are.
+
+    Raises:
+        InputError: A class is not registered.
+    """
     kind = name_of_quantizer(quantizer)
     if kind is None:
         cls = type(quantizer).__name__
@@ -104,7 +111,18 @@ def _quantizer_from(where: str, description: Mapping[str, Any], arrays: Mapping[
 
 
 def save_model(path: Path, model: Model | QuantizedModel) -> None:
-    """Writes a float or quantized model as a checkpoint directory. Raises InputError when `path` exists."""
+    """Writes a float or quantized model as a checkpoint directory.
+
+    Args:
+        path: The directory to make.
+        model: The model.
+
+    Raises:
+        InputError: The path exists, is not UTF-8, or is on a full disk; or a quantizer's class is not registered.
+
+    Example:
+        >>> save_model(Path("deit_tiny"), load_model("hub:timm/deit_tiny_patch16_224.fb_in1k"))
+    """
     plain = model.model if isinstance(model, QuantizedModel) else model
     tree: dict[str, Any] = {"weights": plain.weights}
     metadata: dict[str, Any] = {
@@ -157,21 +175,21 @@ def _load_checkpoint(path: Path) -> Model | QuantizedModel:
 def load_model(source: str, architecture: str | Architecture | None = None) -> Model | QuantizedModel:
     """Loads a model.
 
-    Example:
-        >>> model = load_model("hub:timm/deit_tiny_patch16_224.fb_in1k")
-        >>> mine = load_model("mixer.safetensors", my_architecture)
-
     Args:
         source: A checkpoint, a run directory, a raw file of weights (.safetensors, .npz, .pth) or a hub id.
-        architecture: What a raw file holds: a timm name of the zoo, needed where the file's name does not contain it,
-            or a user's own architecture. A checkpoint knows its own; this must then be the same.
+        architecture: The architecture of a raw file: a timm name of the zoo, needed where the file's name does not
+            contain it, or a user's own architecture. A checkpoint knows its own, which must then be the same.
 
     Returns:
         The model, quantized if it was saved so.
 
     Raises:
-        InputError: For a source that is missing, damaged or of another kind, for another architecture's weights, and
-            for a checkpoint of a family that is not registered.
+        InputError: The source is missing, damaged or of another kind, holds another architecture's weights, or is a
+            checkpoint of a family that is not registered.
+
+    Example:
+        >>> model = load_model("hub:timm/deit_tiny_patch16_224.fb_in1k")
+        >>> mine = load_model("mixer.safetensors", my_architecture)
     """
     wanted = architecture_named(architecture) if isinstance(architecture, str) else architecture
     path = Path(source)
@@ -194,17 +212,20 @@ def load_model(source: str, architecture: str | Architecture | None = None) -> M
 
 
 def load_float_model(source: str, architecture: str | Architecture | None = None) -> Model:
-    """Does what `load_model` does, for float models only.
+    """Loads a model as `load_model` does, and refuses a quantized one.
 
     Args:
-        source: As of `load_model`.
-        architecture: As of `load_model`.
+        source: See `load_model`.
+        architecture: See `load_model`.
 
     Returns:
         The model.
 
     Raises:
         InputError: As `load_model` does, and for a quantized model.
+
+    Example:
+        >>> model = load_float_model("vit_small.safetensors", "vit_small_patch16_224")
     """
     model = load_model(source, architecture)
     if isinstance(model, QuantizedModel):

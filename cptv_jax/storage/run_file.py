@@ -14,13 +14,13 @@ def read_run_file(path: Path) -> dict[str, Any]:
     """Reads the run.json of a run.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
-        Its content, of this cptv's format.
+        Its content, in the format of this cptv.
 
     Raises:
-        InputError: the file is damaged, or of an older or newer format.
+        InputError: The file is damaged, or of an older or newer format.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -39,13 +39,13 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def refuse_config_of_other_format(config: Path) -> None:
-    """Refuses the config.yaml of a run that another cptv made, as its fields are others.
+    """Refuses the config.yaml of a run that another cptv made, because its fields differ.
 
     Args:
-        config: a configuration file, of a run or not.
+        config: A configuration file, of a run or not.
 
     Raises:
-        InputError: the file lies beside a run.json of an older or newer format.
+        InputError: The file lies next to a run.json of an older or newer format.
     """
     beside = config.parent / RUN_FILE
     if config.name != "config.yaml" or not beside.is_file():
@@ -53,9 +53,9 @@ def refuse_config_of_other_format(config: Path) -> None:
     try:
         number = json.loads(beside.read_text(encoding="utf-8")).get("format", 1)
     except (ValueError, AttributeError):
-        return  # what the file itself says is then checked field by field
+        return  # the configuration's own fields are then checked one by one
     if number != RUN_FORMAT:
         raise InputError(
             f"{config} belongs to a run of format {number}, but this cptv reads {RUN_FORMAT}; "
-            "write it anew from a shipped configuration (cptv configs lists them)"
+            "write it again from a shipped configuration (cptv configs lists them)"
         )

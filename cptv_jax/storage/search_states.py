@@ -1,7 +1,7 @@
-"""Where a search stands, saved so that a part that did not change is not written again.
+"""The state of a search, saved so that a part that did not change is not written again.
 
 A folder holds `state.json`, which names every part by the digest of its arrays, and a file `DIGEST.npz` for each
-distinct part. Files appear whole, state.json last; what it does not name is left over and removed.
+distinct part. Files appear whole, state.json last; files that it does not name are leftovers and are removed.
 """
 
 import json
@@ -19,17 +19,20 @@ from cptv_jax.storage.files import digest, replace_atomically, write_atomically
 Parts = Mapping[str, Mapping[str, PyTree]]  # nested dictionaries of arrays, by tree and part
 
 _INDEX = "state.json"
-_KINDS = "biufc"  # of the dtypes that .npz files keep without pickle: booleans and numbers
+_KINDS = "biufc"  # kinds of dtypes that .npz files keep without pickle: booleans and numbers
 
 
 def save_search_state(folder: Path, parts: Parts, described: Mapping[str, Any]) -> None:
-    """Replaces the saved state; a process that ends at any moment leaves the state before or this one.
+    """Replaces the saved state; a process that ends at any moment leaves either the previous state or this one.
 
     Args:
-        folder: the state's own folder, made if need be.
-        parts: arrays in nested dictionaries with string keys, by the name of a tree and of a part of it. Each part is
-            a file, written only if no part of the state before has the same arrays.
-        described: the rest of the state, as JSON keeps it.
+        folder: The state's own folder, made if need be.
+        parts: Arrays in nested dictionaries with string keys, by the name of a tree and of a part of it. Each part is a
+            file, written only if no part of the previous state has the same arrays.
+        described: The rest of the state, as plain data for JSON.
+
+    Raises:
+        TypeError: A key is not a string, or an array does not hold numbers.
     """
     folder.mkdir(exist_ok=True)
     index: dict[str, Any] = {"parts": {}, "described": dict(described)}
@@ -49,10 +52,16 @@ def save_search_state(folder: Path, parts: Parts, described: Mapping[str, Any]) 
 
 
 def load_search_state(folder: Path) -> tuple[dict[str, dict[str, PyTree]], dict[str, Any]] | None:
-    """Reads the saved state: the arrays (NumPy) and the rest, as `save_search_state` took them; None without one.
+    """Reads the saved state.
+
+    Args:
+        folder: The state's own folder.
+
+    Returns:
+        The arrays (NumPy) and the rest, as `save_search_state` took them; None where none is saved.
 
     Raises:
-        InputError: a file is damaged or missing.
+        InputError: A file is damaged or missing.
     """
     index = _read_index(folder)
     if index is None:
@@ -69,7 +78,11 @@ def load_search_state(folder: Path) -> tuple[dict[str, dict[str, PyTree]], dict[
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the files of a state's folder that the saved state does not name."""
+    """Removes the files of a state's folder that the saved state does not name.
+
+    Args:
+        folder: The state's own folder; it need not exist.
+    """
     if not folder.exists():
         return
     index = _read_index(folder)
@@ -81,7 +94,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _number_leaves(tree: PyTree, arrays: list[np.ndarray]) -> Any:
-    """Appends the arrays of nested dictionaries to a list; the same dictionaries with their places there."""
+    """Appends the arrays of nested dictionaries to a list.
+
+    Returns:
+        The same dictionaries with the arrays' places in the list.
+
+    Raises:
+        TypeError: A key is not a string, or an array does not hold numbers.
+    """
     if isinstance(tree, Mapping):
         if not all(isinstance(key, str) for key in tree):
             raise TypeError(f"keys of saved dictionaries are strings, but these are {list(tree)}")
@@ -94,6 +114,7 @@ def _number_leaves(tree: PyTree, arrays: list[np.ndarray]) -> Any:
 
 
 def _restore_leaves(structure: Any, arrays: list[np.ndarray]) -> PyTree:
+    """Returns nested dictionaries with the arrays at their places; inverse of `_number_leaves`."""
     if isinstance(structure, dict):
         return {key: _restore_leaves(value, arrays) for key, value in structure.items()}
     return arrays[structure]
@@ -127,4 +148,5 @@ def _read_part(folder: Path, wanted: str) -> list[np.ndarray]:
 
 
 def _damage_error(path: Path, state: str, folder: Path) -> InputError:
+    """Returns the error for a file that is damaged or missing."""
     return InputError(f"{path} is {state}; remove {folder}, and the same command begins the search again")

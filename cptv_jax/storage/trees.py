@@ -26,12 +26,12 @@ def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     """Writes nested dictionaries of arrays and their metadata as a new directory; it appears whole or not at all.
 
     Args:
-        path: the directory to make, and its parents.
-        tree: nested dictionaries of arrays.
-        metadata: plain data, which `restore_tree` returns with the arrays.
+        path: The directory to make, with its parents.
+        tree: Nested dictionaries of arrays.
+        metadata: Plain data, which `restore_tree` returns with the arrays.
 
     Raises:
-        InputError: `path` exists, is not UTF-8, or is on a disk that has no room.
+        InputError: `path` exists, is not UTF-8, or is on a disk without enough room.
     """
     import orbax.checkpoint as ocp  # here, not above: it takes a third of a second to import
 
@@ -62,7 +62,11 @@ def save_tree(path: Path, tree: PyTree, metadata: Mapping[str, Any]) -> None:
 
 
 def _refuse_full_disk(path: Path, needed: int) -> None:
-    """Raises InputError for too little space for so many bytes: Orbax would print tracebacks from its threads."""
+    """Refuses a disk that lacks `needed` bytes: Orbax would print tracebacks from its threads.
+
+    Raises:
+        InputError: The disk has too little room.
+    """
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise InputError(
@@ -72,9 +76,16 @@ def _refuse_full_disk(path: Path, needed: int) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint directory.
+    """Reads the metadata of a checkpoint directory.
 
-    Raises InputError where it is not one, is damaged, or is of a newer format.
+    Args:
+        path: The directory.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        InputError: The directory is not a checkpoint, is damaged, or is of a newer format.
     """
     try:
         metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
@@ -98,19 +109,19 @@ def restore_tree(path: Path) -> tuple[PyTree, dict[str, Any]]:
     """Reads a checkpoint directory.
 
     Args:
-        path: the directory.
+        path: The directory.
 
     Returns:
         Its nested dictionaries of arrays (NumPy), and its metadata.
 
     Raises:
-        InputError: it is no checkpoint, of a newer format, or damaged.
+        InputError: The directory is not a checkpoint, is of a newer format, or is damaged.
     """
     import orbax.checkpoint as ocp  # as in save_tree
 
     refuse_undecodable(path)
     metadata = read_metadata(path)
-    # Checked before Orbax reads them: of a damaged file it also prints tracebacks from its threads.
+    # Checked before Orbax reads them, because for a damaged file it also prints tracebacks from its threads.
     expected, found = metadata.get("files"), digest_files(path / _ARRAYS)
     if not isinstance(expected, dict) or not isinstance(metadata.get("tree"), dict):
         raise InputError(f"{path / METADATA} does not describe its arrays; import or quantize again")

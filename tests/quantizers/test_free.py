@@ -236,5 +236,5 @@ def test_names_of_classes_are_given_once_and_to_quantizers_alone() -> None:
     class Plain(ScaledQuantizer):
         pass
 
-    with pytest.raises(InputError, match="Plain is no registered dataclass"):
+    with pytest.raises(InputError, match="Plain is not a registered dataclass"):
         register_quantizer("Plain", Plain)
