@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 from cptv_jax.errors import InputError
 from cptv_jax.models.weight_files import read_weights
 
-WEIGHTS = {
+WEIGHTS: dict[str, Any] = {  # arrays; any, as NumPy's savez(**WEIGHTS) takes a bool too
     "head.weight": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
     "head.bias": np.array([0.5, -0.25], np.float32),
 }

@@ -116,7 +116,7 @@ def test_every_site_is_moved_by_its_own_entry_alone(
         changed = {
             name
             for name, quantizer in quantized.quantizers.items()
-            if jax.tree.structure(quantizer) != jax.tree.structure(other.quantizers[name])
+            if jax.tree.structure(quantizer) != jax.tree.structure(other.quantizers[name])  # type: ignore[operator]
             or any(map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, quantizer, other.quantizers[name]))))
         }
         assert changed == {f"stem.{site}"}
@@ -147,7 +147,7 @@ def test_such_a_model_is_searched_saved_and_continued(model: tuple[QuantizedMode
     kept.append(search(None, 1))
     restored = again.state()
     assert restored is not None and isinstance(restored.scales["stem"]["fc.bias"], Free)
-    assert jax.tree.structure(restored.scales) == jax.tree.structure(kept[0].scales)
+    assert jax.tree.structure(restored.scales) == jax.tree.structure(kept[0].scales)  # type: ignore[operator]
     finished = search(restored, 2)
     jax.tree.map(np.testing.assert_array_equal, free_to_plain(finished.scales), free_to_plain(whole.scales))
     found = quantized.with_candidates(finished.scales)
