@@ -1,5 +1,7 @@
 """The interval search of one layer against NumPy, and what dropping candidates early may not change."""
 
+from typing import Any, Literal
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,8 +48,8 @@ def linear_search(
     operation = Operation((jnp.asarray(kernel), jnp.asarray(bias)), jnp.float32(1))
     layer = Layer("layer", ("x", "layer.weight"), operation, samples)
     sides = (uniform(0.4), uniform(weight_scale))
-    operands = tuple(OperandSearch(q, scaled(q, FACTORS), 16) for q in sides)
-    return LayerSearch(layer, operands, options or LossOptions(metric))
+    first, second = (OperandSearch(q, scaled(q, FACTORS), 16) for q in sides)
+    return LayerSearch(layer, (first, second), options or LossOptions(metric))
 
 
 def matmul_search(options: LossOptions) -> LayerSearch:
@@ -124,7 +126,7 @@ def test_the_cosine_metric_is_one_minus_the_cosine_of_each_token() -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_losses_by_head(side: int) -> None:
+def test_losses_by_head(side: Literal[0, 1]) -> None:
     search = matmul_search(LossOptions("hessian"))
     found = search.losses(side, [None, None])
     assert found.shape == (len(FACTORS), HEADS, 1, 1)
@@ -213,7 +215,7 @@ def test_the_search_alternates_and_stops_repeating_itself() -> None:
     assert steps[0][1] == (None, None)
     assert len(steps) == len({(side, choices[1 - side]) for side, choices in steps}) < 40
     # At a fixed point each is the best beside the other.
-    choices = []
+    choices: list[Any] = []
     for operand, quantizer in zip(search.operands, found, strict=True):
         assert operand.candidates is not None and quantizer is not None
         choices.append(np.argmin(np.abs(np.asarray(operand.candidates.scale) - quantizer.scale)))

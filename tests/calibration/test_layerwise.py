@@ -1,6 +1,7 @@
 """What layers read, produce and matter for is what the float model's own forward and backward pass say."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp

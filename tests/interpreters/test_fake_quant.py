@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_vit import small_model
 from scipy.special import erf
-from small_vit import RNG, normal, quantized, small_images, small_model, uniform
+from small_vit import RNG, normal, quantized, small_images, uniform
 
 from cptv_jax.interpreters import FakeQuant, Float, Tensor, list_sites
 from cptv_jax.interpreters.integer_functions import integer_layer_norm

@@ -1,6 +1,7 @@
 """Sites know what linear layers and matmuls read, and find their weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 

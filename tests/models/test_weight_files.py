@@ -217,7 +217,7 @@ def test_counters_of_batch_norms_are_left_out_and_nothing_else_is(tmp_path: Path
 
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "complex64"])
 def test_tensors_that_are_not_floating_point_are_refused_by_key_and_type(tmp_path: Path, dtype: str) -> None:
-    np.savez(tmp_path / "w.npz", **WEIGHTS, **{"bn.num_batches_tracked": np.ones(2, dtype)})
+    np.savez(tmp_path / "w.npz", **{**WEIGHTS, "bn.num_batches_tracked": np.ones(2, dtype)})
     message = refusal(tmp_path / "w.npz")
     assert "'bn.num_batches_tracked'" in message
     assert dtype in message

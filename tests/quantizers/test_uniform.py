@@ -168,10 +168,10 @@ def test_a_learned_rounding_is_added_in_steps_before_rounding(seed: int, bits: i
     low, high, zero = (np.asarray(a) for a in (quantizer.low, quantizer.high, quantizer.zero_point))
     found = COMPILED_CODES(replace(quantizer, rounding=jnp.asarray(rounding)), x)
     np.testing.assert_array_equal(found, np.clip(np.rint(x / scale + zero + rounding), low, high))
-    offset = OffsetUniform(
-        quantizer.scale, quantizer.zero_point, quantizer.low, quantizer.high, jnp.asarray(rounding)
+    offset = OffsetUniform(quantizer.scale, quantizer.zero_point, quantizer.low, quantizer.high, jnp.asarray(rounding))
+    np.testing.assert_array_equal(
+        offset.codes(jnp.asarray(x)), np.clip(np.rint(x / scale + rounding) + zero, low, high)
     )
-    np.testing.assert_array_equal(offset.codes(jnp.asarray(x)), np.clip(np.rint(x / scale + rounding) + zero, low, high))
     np.testing.assert_array_equal(
         COMPILED_CODES(replace(quantizer, rounding=jnp.zeros_like(x)), x), COMPILED_CODES(quantizer, x)
     )

@@ -181,7 +181,11 @@ def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
         assert {name.partition(".")[0] for name in progress} == {"done", "losses", "step", "moment"}
         steps: list[int] = []
         again = proposer.propose(
-            scales, 1, jax.random.key(3), progress, Listener(lambda text, count: steps.append(count))  # noqa: B023
+            scales,
+            1,
+            jax.random.key(3),
+            progress,
+            Listener(lambda text, count: steps.append(count)),  # noqa: B023
         )
         assert len(steps) == STEPS - int(progress["done"])
         np.testing.assert_array_equal(flat(again), flat(whole))
