@@ -28,7 +28,8 @@ def small_model(folder: Path) -> Model:
 
 
 @lru_cache
-def images(folder: Path) -> np.ndarray:
+def images(folder: Path) -> Any:
+    """Calibration images, channels last: a NumPy array, which whatever takes JAX's takes too."""
     with np.load(folder / "data.npz") as file:
         return np.ascontiguousarray(file["calib_images"].transpose(0, 2, 3, 1))
 

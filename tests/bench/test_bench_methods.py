@@ -339,9 +339,9 @@ def test_rows_and_benches_of_an_older_form_are_read(options: Options) -> None:
         name: row[name] for name in ("seed", "recipe", "calibration", "reconstruction")
     }
     assert harness._present(found) == found
-    now = harness._present_settings(bench)
-    assert now["search"] == found["search"] and now["config"] == to_mapping(QuantizeConfig())
-    assert {name: now[name] for name in now if name not in ("search", "config")} == {
+    settings = harness._present_settings(bench)
+    assert settings["search"] == found["search"] and settings["config"] == to_mapping(QuantizeConfig())
+    assert {name: settings[name] for name in settings if name not in ("search", "config")} == {
         name: bench[name] for name in bench if name not in ("search", "config")
     }
 

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def test_all_channels_at_once_are_refined_as_each_by_itself(flips: int) -> None:
     nearest, down, up, moment = problem(20, 12)
     found = np.asarray(refine_rounding(nearest, down, up, moment, flips))
     for row in range(20):
-        arrays = (array[row].astype(np.float64) for array in (nearest, down, up))
-        expected = flip_one_at_a_time(*arrays, moment.astype(np.float64), flips)
+        errors = [array[row].astype(np.float64) for array in (nearest, down, up)]
+        expected = flip_one_at_a_time(errors[0], errors[1], errors[2], moment.astype(np.float64), flips)
         np.testing.assert_allclose(found[row], expected, atol=1e-5)  # sums of float32 steps up and down
 
 
@@ -87,18 +88,18 @@ def test_ridge_solves_the_normal_equations() -> None:
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("inputs", [1, 7, 40])
 def test_a_weight_quantized_by_halves_lies_on_the_grid_and_errs_less(inputs: int, biased: bool) -> None:
-    kernel = GENERATOR.normal(size=(inputs, 8)).astype(np.float32)
-    bias = GENERATOR.normal(size=8).astype(np.float32) if biased else None
+    kernel = jnp.asarray(GENERATOR.normal(size=(inputs, 8)), jnp.float32)
+    bias = jnp.asarray(GENERATOR.normal(size=8), jnp.float32) if biased else None
     rows = np.concatenate([GENERATOR.normal(size=(400, inputs)) @ mixing(inputs) + 0.5, np.ones((400, 1))], 1)
     quantizer = OffsetUniform(jnp.full(8, 0.5), jnp.full(8, 7.0), jnp.float32(0), jnp.float32(15))
     order = GENERATOR.permutation(inputs)
-    found, moved = quantize_by_halves(jnp.asarray(kernel), bias, quantizer, rows.T @ rows, 1e-3, 100, order)
+    found, moved = quantize_by_halves(kernel, bias, quantizer, rows.T @ rows, 1e-3, 100, order)
     np.testing.assert_allclose(quantizer.values(quantizer.codes(found)), found, atol=1e-5)
 
-    def output(kernel: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    def output(kernel: jax.Array, bias: jax.Array | None) -> np.ndarray:
         return rows[:, :-1] @ np.asarray(kernel) + (0 if bias is None else np.asarray(bias))
 
-    nearest = np.asarray(quantizer.values(quantizer.codes(kernel)))
+    nearest = quantizer.values(quantizer.codes(kernel))
     error = np.mean((output(found, moved) - output(kernel, bias)) ** 2)
     plain = np.mean((output(nearest, bias) - output(kernel, bias)) ** 2)
     assert (moved is None) == (bias is None)

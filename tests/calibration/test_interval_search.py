@@ -1,8 +1,11 @@
 """The interval search of one layer against NumPy, and what dropping candidates early may not change."""
 
+from typing import Any, Literal
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from cptv_jax.calibration.interval_search import LayerSearch, LossOptions, Metric, OperandSearch, pick, scale_by_factors
 from cptv_jax.calibration.layerwise import Layer, Operation, Samples
@@ -14,20 +17,19 @@ FACTORS = np.linspace(0.2, 1.2, 21).astype(np.float32)
 IMAGES, TOKENS, INPUTS, OUTPUTS, HEADS = 6, 5, 8, 12, 3
 
 
-def uniform(scale: np.ndarray | float, bits: int = 4) -> Uniform:
+def uniform(scale: ArrayLike, bits: int = 4) -> Uniform:
     low, high = grid(bits, signed=True)
-    scale = jnp.asarray(scale, jnp.float32)
-    return Uniform(scale, jnp.float32(0), jnp.float32(low), jnp.float32(high))
+    return Uniform(jnp.asarray(scale, jnp.float32), jnp.float32(0), jnp.float32(low), jnp.float32(high))
 
 
-def quantized(x: np.ndarray, scale: np.ndarray | float, bits: int = 4) -> np.ndarray:
+def quantized(x: np.ndarray, scale: np.ndarray | np.floating, bits: int = 4) -> np.ndarray:
     low, high = grid(bits, signed=True)
     return np.clip(np.round(x / scale), low, high) * scale
 
 
 def linear_search(
     metric: Metric,
-    weight_scale: np.ndarray,
+    weight_scale: ArrayLike,
     seed: int = 0,
     chunks: int = 3,
     gradient: float = 1.0,
@@ -46,8 +48,13 @@ def linear_search(
     operation = Operation((jnp.asarray(kernel), jnp.asarray(bias)), jnp.float32(1))
     layer = Layer("layer", ("x", "layer.weight"), operation, samples)
     sides = (uniform(0.4), uniform(weight_scale))
+<<<<<<< HEAD
     operands = tuple(OperandSearch(q, scale_by_factors(q, FACTORS), 16) for q in sides)
     return LayerSearch(layer, operands, options or LossOptions(metric))  # type: ignore[arg-type]
+=======
+    first, second = (OperandSearch(q, scaled(q, FACTORS), 16) for q in sides)
+    return LayerSearch(layer, (first, second), options or LossOptions(metric))
+>>>>>>> wt-e
 
 
 def matmul_search(options: LossOptions) -> LayerSearch:
@@ -90,7 +97,7 @@ def test_losses_of_weights_in_parts_are_mean_squared_errors_of_their_outputs(met
 
 
 def test_losses_of_activations_with_a_chosen_weight(metric: Metric = "l2") -> None:
-    search = linear_search(metric, np.float32(0.5))  # type: ignore[arg-type]
+    search = linear_search(metric, np.float32(0.5))
     x, kernel, bias, y, _ = arrays(search)
     found = search.losses(0, [None, np.asarray(3)])
     w = quantized(kernel, np.float32(0.5) * FACTORS[3])
@@ -124,9 +131,9 @@ def test_the_cosine_metric_is_one_minus_the_cosine_of_each_token() -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_losses_by_head(side: int) -> None:
+def test_losses_by_head(side: Literal[0, 1]) -> None:
     search = matmul_search(LossOptions("hessian"))
-    found = search.losses(side, [None, None])  # type: ignore[arg-type]
+    found = search.losses(side, [None, None])
     assert found.shape == (len(FACTORS), HEADS, 1, 1)
     a, b = (np.concatenate([np.asarray(s.operands[i]) for s in search.layer.samples]) for i in (0, 1))
     y, g = (np.concatenate([np.asarray(getattr(s, n)) for s in search.layer.samples]) for n in ("output", "gradient"))
@@ -140,12 +147,12 @@ def test_losses_by_head(side: int) -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "hessian", "cosine"])
 @pytest.mark.parametrize("scale", [np.float32(0.5), np.asarray([0.2, 0.5, 0.8], np.float32)])
-def test_dropping_candidates_early_finds_the_first_minimum(metric: Metric, scale: np.ndarray) -> None:
+def test_dropping_candidates_early_finds_the_first_minimum(metric: Metric, scale: ArrayLike) -> None:
     for seed in range(3):
         search = linear_search(metric, scale, seed)
         for side in (0, 1):
-            losses = search.losses(side, [None, None])  # type: ignore[arg-type]
-            best = search.best(side, [None, None])  # type: ignore[arg-type]
+            losses = search.losses(side, [None, None])
+            best = search.best(side, [None, None])
             np.testing.assert_array_equal(best, np.argmin(losses, 0))
 
 
@@ -161,7 +168,7 @@ def test_early_dropping_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
         return program(*arguments)
 
     monkeypatch.setattr(interval_search, "_program", lambda: counted)
-    search = linear_search("l2", np.float32(0.5), chunks=6)  # type: ignore[arg-type]
+    search = linear_search("l2", np.float32(0.5), chunks=6)
     search.losses(1, [None, None])
     everything = len(calls)
     calls.clear()
@@ -171,17 +178,22 @@ def test_early_dropping_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ties_go_to_the_first_and_no_information_to_the_neutral_candidate() -> None:
-    search = linear_search("hessian", np.float32(0.5), gradient=0.0)  # type: ignore[arg-type]
+    search = linear_search("hessian", np.float32(0.5), gradient=0.0)
     assert search.best(1, [None, None]) == search.operands[1].neutral == 16
     twice = uniform(0.4)
+<<<<<<< HEAD
     layer = linear_search("l2", np.float32(0.5)).layer  # type: ignore[arg-type]
     doubled = OperandSearch(twice, scale_by_factors(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
+=======
+    layer = linear_search("l2", np.float32(0.5)).layer
+    doubled = OperandSearch(twice, scaled(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
+>>>>>>> wt-e
     assert LayerSearch(layer, (doubled, OperandSearch()), LossOptions("l2")).best(0, [None, None]) == 1
 
 
 def test_how_many_candidates_are_computed_at_once_does_not_matter() -> None:
     for side in (0, 1):
-        one, many = (matmul_search(LossOptions("l2", at_once)).losses(side, [None, None]) for at_once in (1, 8))  # type: ignore[arg-type]
+        one, many = (matmul_search(LossOptions("l2", at_once)).losses(side, [None, None]) for at_once in (1, 8))
         np.testing.assert_allclose(one, many, rtol=1e-5)  # XLA sums in another order
 
 
@@ -192,14 +204,14 @@ def test_the_arithmetic_does_not_matter(name: ArithmeticName) -> None:
     for side in (0, 1):
         for make in (matmul_search, lambda options: linear_search("l2", np.float32(0.5), options=options)):
             plain, other = (
-                make(LossOptions("l2", arithmetic=Arithmetic(way, 4, 4))).losses(side, [None, None])  # type: ignore[arg-type]
+                make(LossOptions("l2", arithmetic=Arithmetic(way, 4, 4))).losses(side, [None, None])
                 for way in ("float32", name)
             )
             np.testing.assert_allclose(plain, other, rtol=1e-5)
 
 
 def test_the_search_alternates_and_stops_repeating_itself() -> None:
-    search = linear_search("l2", np.float32(0.5))  # type: ignore[arg-type]
+    search = linear_search("l2", np.float32(0.5))
     steps: list[tuple[int, tuple[int | None, ...]]] = []
 
     class Noted(LayerSearch):
@@ -213,12 +225,12 @@ def test_the_search_alternates_and_stops_repeating_itself() -> None:
     assert steps[0][1] == (None, None)
     assert len(steps) == len({(side, choices[1 - side]) for side, choices in steps}) < 40
     # At a fixed point each is the best beside the other.
-    choices = []
+    choices: list[Any] = []
     for operand, quantizer in zip(search.operands, found, strict=True):
         assert operand.candidates is not None and quantizer is not None
         choices.append(np.argmin(np.abs(np.asarray(operand.candidates.scale) - quantizer.scale)))
     for side in (0, 1):
-        assert np.argmin(search.losses(side, choices)) == choices[side]  # type: ignore[arg-type]
+        assert np.argmin(search.losses(side, choices)) == choices[side]
 
 
 def test_each_group_gets_its_own_candidate() -> None:

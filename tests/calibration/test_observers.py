@@ -12,6 +12,7 @@ from cptv_jax.quantizers import BiasCorrected, Log2, Uniform
 from cptv_jax.recipe.spec import SiteSpec
 
 EPS = np.finfo(np.float32).eps
+Extreme = np.ndarray | np.float64  # of each channel, or of the tensor
 
 
 def three_batches(shape: tuple[int, ...] = (5, 7, 8)) -> list[np.ndarray]:
@@ -46,7 +47,7 @@ def extremes(x: np.ndarray, per_channel: bool) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_the_range_is_that_of_all_batches(observer: str, per_channel: bool) -> None:
     batches = three_batches()
-    found = run(SiteSpec(observer=observer, per_channel=per_channel), batches)  # type: ignore[arg-type]
+    found = run(SiteSpec(observer=observer, per_channel=per_channel), batches)
     minimum, maximum = extremes(np.concatenate(batches), per_channel)
     np.testing.assert_array_equal(found.minimum, minimum)
     np.testing.assert_array_equal(found.maximum, maximum)
@@ -57,7 +58,7 @@ def test_the_range_is_that_of_all_batches(observer: str, per_channel: bool) -> N
 def test_a_moving_range_starts_at_the_first_batch_and_moves_by_a_hundredth(per_channel: bool) -> None:
     batches = three_batches()
     found = run(SiteSpec(observer="ema", per_channel=per_channel), batches)
-    minimum, maximum = (np.float64(a) for a in extremes(batches[0], per_channel))
+    minimum, maximum = (np.asarray(a, np.float64) for a in extremes(batches[0], per_channel))
     for batch in batches[1:]:
         low, high = extremes(batch, per_channel)
         minimum, maximum = minimum + 0.01 * (low - minimum), maximum + 0.01 * (high - maximum)
@@ -125,7 +126,7 @@ def test_the_zero_point_stays_on_the_grid_when_zero_is_outside_the_range() -> No
 @pytest.mark.parametrize("value", [0.0, 3.5, -2.0])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_constant_tensor_gives_a_scale_that_can_be_divided_by(observer: str, value: float, symmetric: bool) -> None:
-    spec = SiteSpec(observer=observer, per_channel=observer == "ptf", symmetric=symmetric, signed=symmetric)  # type: ignore[arg-type]
+    spec = SiteSpec(observer=observer, per_channel=observer == "ptf", symmetric=symmetric, signed=symmetric)
     x = np.full((3, 4), value, np.float32)
     quantizer = fit(spec, [x, x])
     # The power-of-two factor divides the guarded scale by up to 8.
@@ -139,7 +140,7 @@ def test_a_constant_tensor_gives_a_scale_that_can_be_divided_by(observer: str, v
 
 
 def brute_force_omse(
-    x: np.ndarray, minimum: np.ndarray, maximum: np.ndarray, bits: int, signed: bool, symmetric: bool
+    x: np.ndarray, minimum: Extreme, maximum: Extreme, bits: int, signed: bool, symmetric: bool
 ) -> tuple[int, np.ndarray]:
     """Index of the best of the 90 factors, and all scores, in float64."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
@@ -164,7 +165,7 @@ def test_omse_picks_the_factor_that_brute_force_picks(
 ) -> None:
     rng = np.random.default_rng(bits)
     x = (rng.standard_t(3, (40, 8)) * rng.uniform(0.5, 2, 8)).astype(np.float32)  # heavy tails: shrinking pays
-    minimum, maximum = (np.float64(a) for a in extremes(x, per_channel))
+    minimum, maximum = (np.asarray(a, np.float64) for a in extremes(x, per_channel))
     best, scores = brute_force_omse(x, minimum, maximum, bits, signed, symmetric)
     assert bits == 8 or best > 3
     assert np.sort(scores)[1] > scores[best] * (1 + 1e-5)  # float32 scores cannot change the order
@@ -245,10 +246,10 @@ def test_a_log2_site_has_as_many_powers_as_its_bits_say(bits: int) -> None:
 @pytest.mark.parametrize("observer", ["minmax", "omse"])
 def test_bias_correction_wraps_what_the_observer_found(observer: str) -> None:
     batches = three_batches((9, 8))
-    spec = SiteSpec(bits=4, per_channel=True, observer=observer, bias_correction=True)  # type: ignore[arg-type]
+    spec = SiteSpec(bits=4, per_channel=True, observer=observer, bias_correction=True)
     found = run(spec, batches)
     corrected = observers.fit(spec, found, jnp.asarray(batches[-1]))
     assert isinstance(corrected, BiasCorrected)
-    plain = fit(SiteSpec(bits=4, per_channel=True, observer=observer), batches)  # type: ignore[arg-type]
+    plain = fit(SiteSpec(bits=4, per_channel=True, observer=observer), batches)
     np.testing.assert_array_equal(corrected.scale, plain.scale)
     np.testing.assert_array_equal(corrected.base.zero_point, plain.zero_point)

@@ -51,6 +51,7 @@ def test_the_range_with_the_least_squared_error_wins(heavy: bool) -> None:
     np.testing.assert_allclose(found.scale, scale, rtol=1e-3)
     assert found.zero_point == zero_point
     channels = fit(CHANNELS, jnp.asarray(x))
+    assert isinstance(channels, OffsetUniform)
     for channel in range(30):
         scale, zero_point = best_range(x[:, channel], 4, PERCENTILES)
         np.testing.assert_allclose(channels.scale[channel], scale, rtol=1e-3)
@@ -71,7 +72,7 @@ def test_a_constant_channel_is_represented_exactly(value: float) -> None:
     assert np.isfinite(found.scale).all() and (np.asarray(found.scale) > 0).all()
     smallest = float(jnp.finfo(jnp.float32).eps)
     np.testing.assert_allclose(found.scale[1], max(abs(value) / 15, smallest), rtol=1e-6)
-    np.testing.assert_allclose(found.values(found.codes(x))[:, 1], x[:, 1], rtol=1e-6, atol=smallest)
+    np.testing.assert_allclose(found.values(found.codes(jnp.asarray(x)))[:, 1], x[:, 1], rtol=1e-6, atol=smallest)
     others = fit(CHANNELS, jnp.asarray(x[:, [0, 2]]))
     np.testing.assert_array_equal(found.scale[np.asarray([0, 2])], others.scale)
 
@@ -81,7 +82,7 @@ def test_a_channel_with_a_single_spike_falls_back_to_its_whole_range() -> None:
     x[7] = 3.0
     found = fit(CHANNELS, jnp.asarray(x))
     np.testing.assert_allclose(found.scale, [3.0 / 15], rtol=1e-6)
-    np.testing.assert_allclose(found.values(found.codes(x)).max(), 3.0, rtol=1e-6)
+    np.testing.assert_allclose(found.values(found.codes(jnp.asarray(x))).max(), 3.0, rtol=1e-6)
 
 
 def test_log_sqrt2_scale_is_the_percentile_with_the_least_squared_error() -> None:
@@ -119,17 +120,18 @@ def test_outlier_inputs_are_the_most_frequent_ones(inputs: int, outputs: int) ->
 
 
 def test_a_dual_uniform_weight_has_the_grid_of_each_part() -> None:
-    kernel = GENERATOR.normal(size=(40, 60)).astype(np.float32)
-    kernel[[3, 17, 20]] *= 6
-    found = fit_weight(DUAL, jnp.asarray(kernel))
+    values = GENERATOR.normal(size=(40, 60)).astype(np.float32)
+    values[[3, 17, 20]] *= 6
+    kernel = jnp.asarray(values)
+    found = fit_weight(DUAL, kernel)
     assert isinstance(found, DualUniform)
     assert np.flatnonzero(found.is_outlier).tolist() == [3, 17, 20]
-    single = fit_weight(CHANNELS, jnp.asarray(kernel))
+    single = fit_weight(CHANNELS, kernel)
     assert np.mean((found.values(found.codes(kernel)) - kernel) ** 2) < np.mean(
         (single.values(single.codes(kernel)) - kernel) ** 2
     )
     np.testing.assert_allclose(
-        found.outlier_scale, fit_weight(CHANNELS, jnp.asarray(kernel[[3, 17, 20]])).scale, rtol=2e-7
+        found.outlier_scale, fit_weight(CHANNELS, jnp.asarray(values[[3, 17, 20]])).scale, rtol=2e-7
     )
 
 

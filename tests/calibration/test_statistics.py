@@ -57,7 +57,8 @@ def test_sites_that_overrides_add_or_remove_are_fitted_or_left_out(golden: Path)
     quantizers = calibrate(small_model(golden), [images(golden)[:8]], recipe)
     assert list(quantizers) == list(recipe.sites)
     assert "blocks.1.mlp.gelu" not in quantizers and "blocks.0.mlp.gelu" in quantizers
-    assert quantizers["blocks.1.attn.query"].high == 63
+    query = quantizers["blocks.1.attn.query"]
+    assert isinstance(query, Uniform) and query.high == 63
 
 
 def test_ranges_are_those_of_the_float_forward_pass_stage_after_stage(golden: Path) -> None:
@@ -137,7 +138,7 @@ def test_log_int_softmax_acts_on_the_last_batch_alone(golden: Path) -> None:
     fields = {**PLAIN, "preset": "fq-vit"}
     logarithmic, plain = recipe_of(**fields), recipe_of(**fields, log_int_softmax=False)
 
-    def difference(batches: list[np.ndarray], site: str) -> float:
+    def difference(batches: list[jax.Array], site: str) -> float:
         found, reference = (calibrate(model, batches, recipe)[site].scale for recipe in (logarithmic, plain))
         return abs(float(found / reference) - 1)
 

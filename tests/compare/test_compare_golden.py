@@ -133,9 +133,9 @@ def test_each_loss_can_fail_and_the_exit_code_says_so(golden: Path, tmp_path: Pa
     def change(arrays: Arrays) -> None:
         for pair, name in enumerate(names):
             key = f"B32/pair{pair}/{name}"
-            arrays[key] = np.float32(arrays[key] * 1.001)
-        arrays["B32/pair0/kl_dim0_batchmean"] = np.float32(7)  # artefacts: not compared
-        arrays["B32/pair0/cosine_argmax_dim0"] = np.float32(7)
+            arrays[key] = np.asarray(arrays[key] * 1.001, np.float32)
+        arrays["B32/pair0/kl_dim0_batchmean"] = np.asarray(7, np.float32)  # artefacts: not compared
+        arrays["B32/pair0/cosine_argmax_dim0"] = np.asarray(7, np.float32)
 
     path = rewrite(copy_set(golden / "evolq_losses.npz", tmp_path), change)
     assert failures(path) == {("5 losses", f"B32/pair{pair}/{name}") for pair, name in enumerate(names)}

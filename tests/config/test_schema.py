@@ -106,17 +106,17 @@ def test_what_no_run_can_use_is_refused_by_name(data: Any, says: str) -> None:
     [
         (lambda: SearchConfig(strategy="evolq"), "strategy is 'evolq'; did you mean 'evol-q'?"),
         (lambda: SearchConfig("evolq"), "strategy is 'evolq'; did you mean 'evol-q'?"),
-        (lambda: JudgeConfig(teacher="publishd"), "teacher is 'publishd'; did you mean 'published'?"),
-        (lambda: Ptq4VitOptions(metric="hesian"), "metric is 'hesian'; did you mean 'hessian'?"),
-        (lambda: Ptq4VitOptions(softmax_form="pice"), "softmax_form is 'pice'"),
-        (lambda: ReconstructionConfig(importance="fischer"), "importance is 'fischer'; did you mean 'fisher'?"),
-        (lambda: EvolQ(passes="3"), "passes is '3'; it must be a whole number"),
-        (lambda: RecipeConfig(weight_bits="4"), "weight_bits is '4'; it must be a whole number"),
-        (lambda: CalibrationConfig("4"), "images is '4'; it must be a whole number"),
+        (lambda: JudgeConfig(teacher="publishd"), "teacher is 'publishd'; did you mean 'published'?"),  # type: ignore[arg-type]
+        (lambda: Ptq4VitOptions(metric="hesian"), "metric is 'hesian'; did you mean 'hessian'?"),  # type: ignore[arg-type]
+        (lambda: Ptq4VitOptions(softmax_form="pice"), "softmax_form is 'pice'"),  # type: ignore[arg-type]
+        (lambda: ReconstructionConfig(importance="fischer"), "importance is 'fischer'; did you mean 'fisher'?"),  # type: ignore[arg-type]
+        (lambda: EvolQ(passes="3"), "passes is '3'; it must be a whole number"),  # type: ignore[arg-type]
+        (lambda: RecipeConfig(weight_bits="4"), "weight_bits is '4'; it must be a whole number"),  # type: ignore[arg-type]
+        (lambda: CalibrationConfig("4"), "images is '4'; it must be a whole number"),  # type: ignore[arg-type]
         (lambda: AiqvitOptions(ranks=(0, 4)), "ranks.0 is 0; it must be at least 1"),
         (lambda: AiqvitOptions(ranks=()), "ranks is (); it must be a list that is not empty"),
         (lambda: ErqOptions(coe=float("inf")), "coe is inf; it must be a finite number"),
-        (lambda: SearchConfig(judge={"objective": "kl"}), "judge is {'objective': 'kl'}; it must be a JudgeConfig"),
+        (lambda: SearchConfig(judge={"objective": "kl"}), "judge is {'objective': 'kl'}; it must be a JudgeConfig"),  # type: ignore[arg-type]
         (lambda: QuantizeConfig(search=SearchConfig(), method="erc"), "method is 'erc'; did you mean 'erq'?"),
         (lambda: replace(Guided(), steps=0), "steps is 0; it must be at least 1"),
     ],

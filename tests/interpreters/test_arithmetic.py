@@ -81,7 +81,7 @@ def test_attention_s_products_are_exact_with_batch_and_heads_in_front() -> None:
 def test_without_a_zero_point_values_are_multiplied_as_float32() -> None:
     rng = np.random.default_rng(2)
     x, w = (Tensor(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((4, 8), (8, 3)))
-    exact = np.float64(x.stored) @ np.float64(w.stored)
+    exact = np.asarray(x.stored, np.float64) @ np.asarray(w.stored, np.float64)
     for name in supported_arithmetics():
         # Eight products of order 1 in float32.
         np.testing.assert_allclose(Arithmetic(name).matmul_weight(x, w), exact, rtol=0, atol=2e-6)
@@ -91,7 +91,7 @@ def test_without_a_zero_point_values_are_multiplied_as_float32() -> None:
 def test_approximate_products_are_those_of_values_rounded_to_bfloat16() -> None:
     rng = np.random.default_rng(3)
     x, w = (Tensor(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((2, 3, 5, 8), (2, 3, 8, 4)))
-    rounded = [np.float64(np.asarray(t.stored).astype(jnp.bfloat16)) for t in (x, w)]
+    rounded = [np.asarray(t.stored).astype(jnp.bfloat16).astype(np.float64) for t in (x, w)]
     # Eight products of order 1, whose sum is float32.
     np.testing.assert_allclose(Arithmetic(approximate=True).matmul(x, w), rounded[0] @ rounded[1], rtol=0, atol=2e-6)
 

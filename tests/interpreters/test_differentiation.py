@@ -102,7 +102,7 @@ def test_a_linear_layer_has_the_derivative_of_its_product_in_values(weight: str)
 def test_bfloat16_products_change_a_derivative_by_their_rounding_alone(weight: str) -> None:
     quantizers, x, kernel, bias = layer(weights()[weight])
     found, wanted = (
-        gradient(StraightThrough(quantizers, arithmetic=Arithmetic(name)), x, kernel, bias)  # type: ignore[arg-type]
+        gradient(StraightThrough(quantizers, arithmetic=Arithmetic(name)), x, kernel, bias)
         for name in ("bf16-codes", "float32")
     )
     # Two factors of 8 significant bits each, so 2^-8 a product, relative to the largest of the sum's terms.

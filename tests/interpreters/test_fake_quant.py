@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_vit import small_model
 from scipy.special import erf
-from small_vit import RNG, normal, quantized, small_images, small_model, uniform
+from small_vit import RNG, normal, quantized, small_images, uniform
 
 from cptv_jax.interpreters import FakeQuant, Float, Tensor, list_sites
 from cptv_jax.interpreters.integer_functions import integer_layer_norm
@@ -52,13 +53,13 @@ def float64_block(x: np.ndarray, w: Mapping[str, np.ndarray], heads: int, epsilo
 def test_without_quantizers_a_block_is_the_plain_formula(golden: Path, block: int) -> None:
     with np.load(golden / "model.npz") as file:
         prefix = f"blocks.{block}."
-        weights = {k.removeprefix(prefix): np.float64(v) for k, v in file.items() if k.startswith(prefix)}
+        weights = {k.removeprefix(prefix): np.asarray(v, np.float64) for k, v in file.items() if k.startswith(prefix)}
     x = normal(0, 2, 17, 64)
     stage = {stage.name: stage for stage in small_model(golden).stages()}[f"blocks.{block}"]
     found = jax.jit(stage.function)(stage.state, Tensor(jnp.asarray(x)))
     assert found.scale is None
     # float32 sums of 64 to 256 terms of order 1 (2^-24 * sqrt(256) * a few operations) against float64.
-    expected = float64_block(np.float64(x), weights, 4, 1e-6)
+    expected = float64_block(x.astype(np.float64), weights, 4, 1e-6)
     # Of the last block the head reads the class token alone, and no other is computed.
     expected = expected[:, :1] if block == 2 else expected
     np.testing.assert_allclose(found.values, expected, rtol=0, atol=1e-5)
@@ -110,7 +111,7 @@ def test_a_quantized_linear_layer_is_the_float_layer_of_the_dequantized_tensors(
     x = normal(3, 4, 5, 24)
     quantizer = INPUT_SCALES[granularity]
     tensor = Tensor(jnp.asarray(x))
-    exact_x = np.float64(x)
+    exact_x = x.astype(np.float64)
     if quantizer is not None:
         tensor, exact_x = Tensor(quantizer.steps(jnp.asarray(x)), quantizer.scale), dequantized(quantizer, x)
     exact_weight = dequantized(WEIGHT_QUANTIZER, KERNEL)
@@ -181,9 +182,10 @@ def test_operands_are_quantized_only_where_the_recipe_says_so() -> None:
 
 
 def test_integer_layer_norm_runs_only_when_asked_and_where_input_and_output_are_quantized() -> None:
-    x = Tensor(jnp.asarray(RNG(0).integers(-60, 60, (3, 16)), jnp.float32), jnp.full(16, 0.05))
+    scale = jnp.full(16, 0.05)
+    x = Tensor(jnp.asarray(RNG(0).integers(-60, 60, (3, 16)), jnp.float32), scale)
     weight, bias, out = jnp.ones(16) * 1.7, jnp.zeros(16), uniform(0.01, 128.0)
-    steps = np.asarray(integer_layer_norm(x.steps, x.scale, weight, bias, out.scale))
+    steps = np.asarray(integer_layer_norm(x.steps, scale, weight, bias, out.scale))
     clipped = np.clip(steps, -128, 127)
     assert (clipped != steps).any()
 
@@ -213,11 +215,12 @@ def test_without_rounding_values_pass_unrounded_but_carry_their_scale() -> None:
 
 
 def test_without_rounding_the_integer_layer_norm_still_acts_and_does_not_clamp() -> None:
-    x = Tensor(jnp.asarray(RNG(0).integers(-60, 60, (3, 16)), jnp.float32), jnp.full(16, 0.05))
+    scale = jnp.full(16, 0.05)
+    x = Tensor(jnp.asarray(RNG(0).integers(-60, 60, (3, 16)), jnp.float32), scale)
     weight, bias, out = jnp.ones(16) * 1.7, jnp.zeros(16), uniform(0.01, 128.0)
     ops = FakeQuant({"n": out}, integer_layer_norm=True, rounding=False)
     found = ops.layer_norm("n", weight, bias, 1e-6, x)
-    np.testing.assert_array_equal(found.steps, integer_layer_norm(x.steps, x.scale, weight, bias, out.scale))
+    np.testing.assert_array_equal(found.steps, integer_layer_norm(x.steps, scale, weight, bias, out.scale))
     assert np.abs(np.asarray(found.steps)).max() > 128
 
 

@@ -104,7 +104,7 @@ def test_a_constant_token_normalizes_to_the_bias(value: int, channels: int) -> N
     weight, bias = rng.normal(size=(2, channels)).astype(F)
     found = np.asarray(LAYER_NORM(steps, F(0.05), weight, bias, F(0.03)))
     np.testing.assert_array_equal(found[0], np.rint(bias / F(0.03)))
-    ordinary = published_layer_norm(steps[1:], np.asarray(F(0.05)), weight, bias, F(0.03))[0]
+    ordinary = published_layer_norm(steps[1:], np.asarray(F(0.05)), weight, bias, np.asarray(F(0.03)))[0]
     assert np.abs(found[1] - ordinary).max() <= 1  # sums of 192 channels round
 
 

@@ -1,6 +1,7 @@
 """Sites know what linear layers and matmuls read, and find their weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ def test_what_each_linear_layer_and_matmul_reads() -> None:
         "mlp.fc1.weight": ("norm2",),
         "mlp.fc2.weight": ("mlp.gelu",),
     }
-    expected = {"embed.proj.weight": ("embed.input",)}
+    expected: dict[str, tuple[str, ...]] = {"embed.proj.weight": ("embed.input",)}
     for i in range(2):
         expected |= {f"blocks.{i}.{k}": tuple(f"blocks.{i}.{name}" for name in v) for k, v in block.items()}
     expected |= {"head.fc.weight": ("head.norm",), "head.fc_dist.weight": ("head.norm",)}
@@ -48,11 +49,11 @@ def test_a_site_finds_its_weights_and_replaces_only_them() -> None:
             assert model.layer(site.name.removesuffix(".weight"))["kernel"].shape == site.shape
         if site.kind == "layer_norm":
             assert set(model.layer(site.name)) == {"weight", "bias"}
-    changed = model.with_layers({"blocks.1.mlp.fc1": {"bias": np.ones(32, np.float32)}})
+    changed = model.with_layers({"blocks.1.mlp.fc1": {"bias": jnp.ones(32)}})
     differs = jax.tree.map(lambda a, b: not np.array_equal(a, b), model.weights, changed.weights)
     assert sum(jax.tree.leaves(differs)) == 1 and differs["blocks.1"]["mlp"]["fc1"]["bias"]
     with pytest.raises(KeyError, match="wieght"):
-        model.with_layers({"blocks.1.norm1": {"wieght": np.ones(8, np.float32)}})
+        model.with_layers({"blocks.1.norm1": {"wieght": jnp.ones(8)}})
 
 
 def test_capturing_keeps_what_the_wanted_layers_read_and_produce() -> None:

@@ -205,7 +205,7 @@ def test_its_image_site_is_what_recipes_take_for_the_image(quantize_input: bool)
 
 def test_a_file_of_its_weights_is_read_by_its_table(tmp_path: Path) -> None:
     model = make_model()
-    tensors = to_timm(model.weights, ARCHITECTURE)
+    tensors: dict[str, Any] = to_timm(model.weights, ARCHITECTURE)
     assert tensors["layers.1.up.weight"].shape == (5, 6)
     np.savez(tmp_path / "weights.npz", **tensors)
     again = load_model(str(tmp_path / "weights.npz"), ARCHITECTURE)
@@ -218,7 +218,7 @@ def test_a_file_of_its_weights_is_read_by_its_table(tmp_path: Path) -> None:
 
 def test_a_table_that_does_not_fit_the_modules_is_refused(tmp_path: Path) -> None:
     family = replace(MIXER, weight_table=lambda config: weight_table(config)[1:])
-    tensors = to_timm(make_model().weights, ARCHITECTURE)
+    tensors: dict[str, Any] = to_timm(make_model().weights, ARCHITECTURE)
     del tensors["patches.weight"]
     np.savez(tmp_path / "weights.npz", **tensors)
     with pytest.raises(InputError, match=r"weight table of family mixer-of-a-test does not fit .*'stem\.proj\.kernel'"):

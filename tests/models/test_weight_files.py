@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 from cptv_jax.errors import InputError
 from cptv_jax.models.weight_files import read_weights
 
-WEIGHTS = {
+WEIGHTS: dict[str, Any] = {  # arrays; any, as NumPy's savez(**WEIGHTS) takes a bool too
     "head.weight": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
     "head.bias": np.array([0.5, -0.25], np.float32),
 }
@@ -216,7 +217,7 @@ def test_counters_of_batch_norms_are_left_out_and_nothing_else_is(tmp_path: Path
 
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "complex64"])
 def test_tensors_that_are_not_floating_point_are_refused_by_key_and_type(tmp_path: Path, dtype: str) -> None:
-    np.savez(tmp_path / "w.npz", **WEIGHTS, **{"bn.num_batches_tracked": np.ones(2, dtype)})
+    np.savez(tmp_path / "w.npz", **{**WEIGHTS, "bn.num_batches_tracked": np.ones(2, dtype)})
     message = refusal(tmp_path / "w.npz")
     assert "'bn.num_batches_tracked'" in message
     assert dtype in message

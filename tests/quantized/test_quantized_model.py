@@ -116,7 +116,7 @@ def test_one_stage_alone_is_that_of_all(model: QuantizedModel, execution: Execut
             whole.name, whole.function, whole.bind, whole.move
         )  # fmt: skip
         one, all_of_them = (jax.tree.flatten((stage.state, stage.candidate)) for stage in (alone, whole))
-        assert one[1] == all_of_them[1]
+        assert one[1] == all_of_them[1]  # type: ignore[operator]
         jax.tree.map(np.testing.assert_array_equal, one[0], all_of_them[0])
 
 

@@ -12,10 +12,10 @@ from flax import nnx
 from cptv_jax import Model, load_model, save_model
 from cptv_jax.calibration.statistics import calibrate
 from cptv_jax.interpreters import Operations, Tensor
-from cptv_jax.models import architecture as architectures
 from cptv_jax.models.architecture import Architecture, sites_of
+from cptv_jax.models.family import Family, register_family
+from cptv_jax.models.layers import Linear
 from cptv_jax.models.preprocessing import Preprocessing
-from cptv_jax.models.vit import Linear
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.execution import Differentiable, Execution, Simulated
 from cptv_jax.quantized.model import QuantizedModel
@@ -24,7 +24,7 @@ from cptv_jax.recipe.resolve import RecipeConfig, resolve
 from cptv_jax.runtime.forward import forward
 from cptv_jax.runtime.stages import Output
 from cptv_jax.search import Evaluator, Generational, Objective
-from cptv_jax.search.loop import run_search
+from cptv_jax.search.loop import Hooks, Search, run_search
 from cptv_jax.search.state import SearchState, initial_state
 from cptv_jax.storage.run_directory import RunDirectory
 
@@ -82,15 +82,15 @@ class Named(nnx.Module):
         return {"stem": self.first, "stem.head": self.second}
 
 
+NAMED = register_family(Family("of-site-names", Config, Named, weight_table=lambda config: []))
 LOCAL = {"input", "fc", "fc.weight", "relative_position.bias", "relative_position.bias.weight", "gate.weight"} | {
     f"fc.{field}" for field in FIELDS
 }
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> tuple[QuantizedModel, np.ndarray]:
-    monkeypatch.setitem(architectures.FAMILIES, "named", (Config, Named))
-    architecture = Architecture("named", "named", Config(), Preprocessing(image_size=4))
+def model() -> tuple[QuantizedModel, np.ndarray]:
+    architecture = Architecture("named", NAMED, Config(), Preprocessing(image_size=4))
     sites = sites_of(architecture)
     recipe = resolve(RecipeConfig(preset="evol-q", weight_bits=4, activation_observer="minmax"), sites)
     images = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype(np.float32)
@@ -116,7 +116,7 @@ def test_every_site_is_moved_by_its_own_entry_alone(
         changed = {
             name
             for name, quantizer in quantized.quantizers.items()
-            if jax.tree.structure(quantizer) != jax.tree.structure(other.quantizers[name])
+            if jax.tree.structure(quantizer) != jax.tree.structure(other.quantizers[name])  # type: ignore[operator]
             or any(map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, quantizer, other.quantizers[name]))))
         }
         assert changed == {f"stem.{site}"}
@@ -138,16 +138,16 @@ def test_such_a_model_is_searched_saved_and_continued(model: tuple[QuantizedMode
 
     def search(state: SearchState | None, passes: int) -> SearchState:
         judge = Evaluator(stages, [images], [teacher], Objective("mse", "logits", 1.0))
-        strategy = Generational(0.1, 2, 1, 1)
+        strategy = Generational(passes=passes, rounds=1, children=2, survivors=1, sigma=0.1)
         start = state or initial_state(judge)
-        return run_search(judge, lambda *_: strategy, passes, jax.random.key(0), start, on_stage=run.save_state)
+        return run_search(judge, Search(strategy, jax.random.key(0)), start, Hooks(on_stage=run.save_state))
 
     whole = search(None, 2)
     again = RunDirectory(tmp_path / "run", {"config": {}})
     kept.append(search(None, 1))
     restored = again.state()
     assert restored is not None and isinstance(restored.scales["stem"]["fc.bias"], Free)
-    assert jax.tree.structure(restored.scales) == jax.tree.structure(kept[0].scales)
+    assert jax.tree.structure(restored.scales) == jax.tree.structure(kept[0].scales)  # type: ignore[operator]
     finished = search(restored, 2)
     jax.tree.map(np.testing.assert_array_equal, free_to_plain(finished.scales), free_to_plain(whole.scales))
     found = quantized.with_candidates(finished.scales)

@@ -33,7 +33,8 @@ def effective(quantizer: BiasCorrected, weight: np.ndarray, steps: jnp.ndarray |
     steps = quantizer.steps(jnp.asarray(weight)) if steps is None else steps
     gain, shift = quantizer.correction(moments(jnp.asarray(weight)), steps)
     assert gain.shape == shift.shape == (OUTPUTS,)
-    return np.float64(gain) * np.float64(steps) * np.float64(quantizer.scale) + np.float64(shift)
+    gain64, steps64, scale, shift64 = (np.asarray(a, np.float64) for a in (gain, steps, quantizer.scale, shift))
+    return gain64 * steps64 * scale + shift64
 
 
 @settings(deadline=None, max_examples=30)
@@ -80,10 +81,9 @@ def test_a_factor_multiplies_the_corrected_weight_of_its_channel() -> None:
     found = effective(replace(quantizer, factor=jnp.asarray(factor)), weight)
     np.testing.assert_allclose(found, effective(quantizer, weight) * factor, rtol=0, atol=TOLERANCE)
     # And a factor of one is no rounding at all.
+    given = moments(jnp.asarray(weight)), quantizer.steps(jnp.asarray(weight))
     for a, b in zip(
-        replace(quantizer, factor=jnp.ones(OUTPUTS)).correction(moments(jnp.asarray(weight)), quantizer.steps(weight)),
-        quantizer.correction(moments(jnp.asarray(weight)), quantizer.steps(weight)),
-        strict=True,
+        replace(quantizer, factor=jnp.ones(OUTPUTS)).correction(*given), quantizer.correction(*given), strict=True
     ):
         np.testing.assert_array_equal(a, b)
 

@@ -6,12 +6,20 @@ import numpy as np
 from cptv_jax.quantizers import DualUniform, FractionalUniform, OffsetUniform, Uniform
 
 GENERATOR = np.random.default_rng(0)
-KERNEL = GENERATOR.normal(0, 1, (6, 4)).astype(np.float32)
+KERNEL = jnp.asarray(GENERATOR.normal(0, 1, (6, 4)), jnp.float32)
 OUTLIERS = np.asarray([False, True, False, False, True, False])
 SCALE, RATIO = np.asarray([0.1, 0.2, 0.15, 0.3], np.float32), np.asarray([2, 1.5, 3, 1.25], np.float32)
 ZERO, OUTLIER_ZERO = np.asarray([7, 8, 6, 7], np.float32), np.asarray([8, 7, 9, 5], np.float32)
 LOW, HIGH = jnp.float32(0), jnp.float32(15)
-DUAL = DualUniform(*map(jnp.asarray, (SCALE, ZERO, RATIO, OUTLIER_ZERO, OUTLIERS)), LOW, HIGH)
+DUAL = DualUniform(
+    jnp.asarray(SCALE),
+    jnp.asarray(ZERO),
+    jnp.asarray(RATIO),
+    jnp.asarray(OUTLIER_ZERO),
+    jnp.asarray(OUTLIERS),
+    LOW,
+    HIGH,
+)
 
 
 def test_rounding_comes_before_the_zero_point() -> None:
@@ -38,7 +46,7 @@ def test_each_input_is_quantized_on_its_own_grid() -> None:
     ordinary = OffsetUniform(jnp.asarray(SCALE), jnp.asarray(ZERO), LOW, HIGH)
     outlier = OffsetUniform(jnp.asarray(SCALE * RATIO), jnp.asarray(OUTLIER_ZERO), LOW, HIGH)
     for rounding in (jnp.round, jnp.floor, jnp.ceil):
-        codes = np.asarray(DUAL.codes(KERNEL, rounding))
+        codes = DUAL.codes(KERNEL, rounding)
         np.testing.assert_array_equal(codes[~OUTLIERS], ordinary.codes(KERNEL[~OUTLIERS], rounding))
         np.testing.assert_array_equal(codes[OUTLIERS], outlier.codes(KERNEL[OUTLIERS], rounding))
     codes = DUAL.codes(KERNEL)

@@ -32,8 +32,8 @@ def test_the_inference_form_shifts_bits_and_chooses_a_scale_by_parity() -> None:
 @settings(deadline=None, max_examples=100)
 @given(x=st.floats(2.0**-20, 1.5), bits=st.integers(2, 4), scale=st.floats(0.05, 1.0))
 def test_values_between_are_rounded_in_the_exponent(x: float, bits: int, scale: float) -> None:
-    x, scale = np.float32(x), np.float32(scale)
-    exact = -2 * np.log2(np.float64(x) / scale)
+    x, scale = float(np.float32(x)), float(np.float32(scale))
+    exact = -2 * np.log2(x / scale)
     if abs(exact % 1 - 0.5) > 1e-4:  # float32 decides the ties
         assert float(make(bits, scale).codes(jnp.asarray(x))) == np.clip(np.rint(exact), 0, 2**bits)
 

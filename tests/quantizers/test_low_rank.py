@@ -81,5 +81,6 @@ def test_scales_are_searched_as_those_of_the_weight() -> None:
     quantizer = fit_low_rank(BASE, jnp.asarray(KERNEL), 2)
     moved = quantizer.with_scale(quantizer.scale * 2)
     assert type(moved) is LowRank
-    np.testing.assert_array_equal(moved.codes(KERNEL), BASE.with_scale(BASE.scale * 2).codes(KERNEL))
+    kernel = jnp.asarray(KERNEL)
+    np.testing.assert_array_equal(moved.codes(kernel), BASE.with_scale(BASE.scale * 2).codes(kernel))
     np.testing.assert_array_equal(moved.down, quantizer.down)

@@ -21,7 +21,7 @@ from cptv_jax.quantizers import (
 )
 
 UNIFORM = Uniform(jnp.asarray([0.5, 0.25]), jnp.float32(2.0), jnp.float32(0.0), jnp.float32(15.0))
-EVERY = {
+EVERY: dict[str, tuple[Quantizer, int]] = {
     "uniform": (UNIFORM, 4),
     "bias corrected": (BiasCorrected(UNIFORM, jnp.ones(2)), 5),
     "twin softmax": (TwinSoftmax(jnp.float32(0.03), jnp.float32(8.0), jnp.float32(7.0), jnp.float32(0.0)), 4),
@@ -35,7 +35,10 @@ EVERY = {
     "log-sqrt2": (LogSqrt2(jnp.float32(2.0), jnp.float32(15.0)), 2),
     "dual uniform": (
         DualUniform(
-            *(jnp.asarray(pair, jnp.float32) for pair in ((0.5, 0.25), (2, 3), (1.5, 3), (1, 0))),
+            jnp.asarray([0.5, 0.25]),
+            jnp.asarray([2.0, 3.0]),
+            jnp.asarray([1.5, 3.0]),
+            jnp.asarray([1.0, 0.0]),
             jnp.arange(7) % 3 == 0,
             UNIFORM.low,
             UNIFORM.high,

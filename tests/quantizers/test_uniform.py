@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy.typing import ArrayLike
 
 from cptv_jax.quantizers import OffsetUniform, Uniform, grid
 
@@ -16,7 +17,7 @@ CHANNELS = 8
 SCALES = st.floats(2.0**-20, 2.0**10, width=32)
 
 
-def make(scale: np.ndarray | float, zero_point: float, bits: int, signed: bool = False) -> Uniform:
+def make(scale: ArrayLike, zero_point: float, bits: int, signed: bool = False) -> Uniform:
     low, high = grid(bits, signed)
     return Uniform(*(jnp.asarray(value, jnp.float32) for value in (scale, zero_point, low, high)))
 
@@ -167,15 +168,17 @@ def test_a_learned_rounding_is_added_in_steps_before_rounding(seed: int, bits: i
     low, high, zero = (np.asarray(a) for a in (quantizer.low, quantizer.high, quantizer.zero_point))
     found = COMPILED_CODES(replace(quantizer, rounding=jnp.asarray(rounding)), x)
     np.testing.assert_array_equal(found, np.clip(np.rint(x / scale + zero + rounding), low, high))
-    offset = OffsetUniform(*(getattr(quantizer, name) for name in ("scale", "zero_point", "low", "high")), rounding)
-    np.testing.assert_array_equal(offset.codes(x), np.clip(np.rint(x / scale + rounding) + zero, low, high))
+    offset = OffsetUniform(quantizer.scale, quantizer.zero_point, quantizer.low, quantizer.high, jnp.asarray(rounding))
+    np.testing.assert_array_equal(
+        offset.codes(jnp.asarray(x)), np.clip(np.rint(x / scale + rounding) + zero, low, high)
+    )
     np.testing.assert_array_equal(
         COMPILED_CODES(replace(quantizer, rounding=jnp.zeros_like(x)), x), COMPILED_CODES(quantizer, x)
     )
 
 
 def test_a_learned_rounding_has_the_slope_of_a_step_within_the_grid() -> None:
-    quantizer = make(np.float32([0.5, 0.25]), 0.0, 2)  # codes 0 to 3
+    quantizer = make([0.5, 0.25], 0.0, 2)  # codes 0 to 3
     x = jnp.asarray([[0.6, 0.3], [-1.0, 9.0]])  # a row within the grid, and one beyond it
 
     def total(rounding: jax.Array) -> jax.Array:

@@ -97,8 +97,9 @@ def test_the_result_is_an_ordinary_quantized_model(golden: Path, tmp_path: Path)
     # A search goes on from what was learned.
     site = "blocks.1.attn.qkv.weight"
     stage = model.stage("blocks.1", space=Space([site], offsets=True, rounding=True))
-    start = stage.candidate["attn.qkv.weight"]
-    np.testing.assert_array_equal(2 * start.rounding, model.quantizers[site].rounding)
+    start, quantizer = stage.candidate["attn.qkv.weight"], model.quantizers[site]
+    assert isinstance(quantizer, Uniform)
+    np.testing.assert_array_equal(2 * start.rounding, quantizer.rounding)
     assert np.any(start.rounding)
     np.testing.assert_array_equal(
         model.model.layer("blocks.1.attn.qkv")["kernel"], base.model.layer("blocks.1.attn.qkv")["kernel"]
@@ -313,7 +314,7 @@ def test_constant_images_give_a_finite_model_that_is_no_worse(golden: Path) -> N
         errors: list[tuple[float, float]] = []
         model = reconstruct(
             small_model(golden), base_of(golden, name), constant, config, KEY,
-            on_stage=lambda index, model, before, after, errors=errors: errors.append((before, after)),
+            on_stage=lambda index, model, before, after: errors.append((before, after)),  # noqa: B023
         )  # fmt: skip
         assert all(np.isfinite(leaf).all() for leaf in arrays(model))
         assert all(np.isfinite(after) and after <= before for before, after in errors)

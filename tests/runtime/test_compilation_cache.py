@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from stopped_runs import tiny_model, write_digits
+from tiny_vit import TINY
 
 from cptv_jax import InputError, save_model
 from cptv_jax.runtime import compilation_cache
@@ -101,7 +102,7 @@ def test_processors_that_know_other_instructions_are_other_kinds(
 
 @pytest.mark.slow
 def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", tiny_model())
+    save_model(tmp_path / "model", tiny_model(TINY))
     images, _ = write_digits(tmp_path)
     programs = tmp_path / "programs"
     counts = []

@@ -106,7 +106,7 @@ def make_toy() -> Callable[..., Subject]:
             return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
         patches = {"kernel": normal(4, 6), "scale": jnp.full(6, 0.4, jnp.float32)}
-        merge = {
+        merge: dict[str, Any] = {
             "kernel": normal(24, 10),
             "weight": {"scale": jnp.full(10, 0.5, jnp.float32)},
             "input": {"scale": jnp.float32(0.2)},

@@ -113,7 +113,7 @@ def test_objectives_of_a_vit_do_not_depend_on_how_many_candidates_are_computed_a
     """An objective is sums of floats, which XLA orders by shape; so each candidate's is computed alone."""
     index = 3
     population = population_of(vit.stages[index], 5)
-    values = [evaluator(vit, 25, 25, Objective(name), width=w).losses(index, population) for w in (1, width)]  # type: ignore[arg-type]
+    values = [evaluator(vit, 25, 25, Objective(name), width=w).losses(index, population) for w in (1, width)]
     np.testing.assert_array_equal(values[1], values[0])
 
 

@@ -39,7 +39,7 @@ def run(strategy: Evosax, rounds: int, seed: int = 0) -> tuple[Any, list[float]]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_approaches_the_optimum_and_never_leaves_its_best(algorithm: str) -> None:
+def test_every_algorithm_approaches_the_optimum_and_never_leaves_its_best(algorithm: Any) -> None:
     strategy = Evosax(algorithm=algorithm, sigma=0.05, children=16)
     state, losses = run(strategy, 40)
     assert losses == sorted(losses, reverse=True)
@@ -49,7 +49,7 @@ def test_every_algorithm_approaches_the_optimum_and_never_leaves_its_best(algori
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_population_is_positive_has_the_asked_size_and_depends_on_its_key_alone(algorithm: str) -> None:
+def test_a_population_is_positive_has_the_asked_size_and_depends_on_its_key_alone(algorithm: Any) -> None:
     strategy = Evosax(algorithm=algorithm, sigma=0.05, children=6)
     state = strategy.init(START, 1.0)
     one, again, other = (strategy.ask(state, jax.random.key(seed))[0] for seed in (1, 1, 2))

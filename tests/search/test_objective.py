@@ -177,7 +177,7 @@ def test_an_overflown_output_counts_as_infinitely_bad(name: str, bad: float) -> 
 def test_the_named_output_is_compared(name: str) -> None:
     (s, t), (fs, ft) = pair(11), pair(12, dim=17)
     student, teacher = output(s, fs), output(t, ft)
-    found = {on: float(Objective(name, on, 3.0)(student, teacher)) for on in ("logits", "features")}  # type: ignore[arg-type]
+    found = {on: float(Objective(name, on, 3.0)(student, teacher)) for on in ("logits", "features")}
     np.testing.assert_allclose(found["logits"], oracle(name, s, t, 3.0), rtol=RELATIVE, atol=1e-6)
     np.testing.assert_allclose(found["features"], oracle(name, fs, ft, 3.0), rtol=RELATIVE, atol=1e-6)
 

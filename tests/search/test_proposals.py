@@ -113,7 +113,7 @@ def test_a_search_with_proposals_stopped_anywhere_ends_as_if_it_had_not(
     good, _ = finer_and_coarser(toy)
     opening = Towards(toy.stages, -0.2, every_pass=False, losses=())
     states: list[SearchState] = []
-    options = {"held_out": true_held_out(toy), "proposers": [opening, good]}
+    options: dict[str, Any] = {"held_out": true_held_out(toy), "proposers": [opening, good]}
     whole = search(make_evaluator(), on_stage=states.append, **options)
     # The start, half the opening and all of it, then every pass's half proposal, proposal and stages.
     assert len(states) == 3 + 2 * (2 + 3)

@@ -16,8 +16,9 @@ Subject = Any  # tests/search/conftest.py
 
 
 def pair(toy: Subject, batch: int = 3) -> tuple[Evaluator, RacingEvaluator]:
-    options: Any = (toy.stages, toy.batches(batch), toy.teacher(batch), Objective("mse"))
-    return Evaluator(*options, images=3), RacingEvaluator(*options, images=3)
+    options: dict[str, Any] = {"stages": toy.stages, "batches": toy.batches(batch), "teacher": toy.teacher(batch)}
+    options |= {"loss": Objective("mse"), "images": 3}
+    return Evaluator(**options), RacingEvaluator(**options)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_as_many_children_are_asked_for_and_as_many_survive_as_set(children: int
     assert len(np.unique(rows(population), axis=0)) == children
     state = strategy.tell(state, population, np.arange(children, dtype=float))
     assert rows(state.parents).shape[0] == survivors == len(state.losses)
-    assert jax.tree.structure(strategy.best(state)[0]) == jax.tree.structure(candidate())
+    assert jax.tree.structure(strategy.best(state)[0]) == jax.tree.structure(candidate())  # type: ignore[operator]
 
 
 def test_children_are_their_parents_times_a_log_normal_factor() -> None:

@@ -119,7 +119,7 @@ def test_the_description_says_what_is_inside(quantized: QuantizedModel, tmp_path
     save_model(tmp_path / "q", quantized)
     metadata = json.loads((tmp_path / "q" / "metadata.json").read_text())
     assert metadata["kind"] == "quantized"
-    described = {"name": TINY.name, "family": "vit"}
+    described: dict[str, Any] = {"name": TINY.name, "family": "vit"}
     described |= {"config": asdict(TINY.config), "preprocessing": asdict(TINY.preprocessing)}
     assert metadata["architecture"] == json.loads(json.dumps(described))
     assert metadata["architecture"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5]

@@ -30,7 +30,7 @@ def searched(site: str) -> bool:
 
 
 def stages_of(model: QuantizedModel, execution: Execution = Simulated()) -> tuple[Stage, ...]:  # noqa: B008 - frozen
-    return model.stages(execution, Space(filter(searched, model.quantizers), offsets=True))
+    return model.stages(execution, Space([site for site in model.quantizers if searched(site)], offsets=True))
 
 
 def paired_stages(model: QuantizedModel, images: np.ndarray) -> list[Stage]:
@@ -139,7 +139,7 @@ def test_more_pieces_take_memory_for_their_stage_inputs_alone(vit_model: tuple[Q
     def temporaries(pieces: int) -> int:
         x = jnp.zeros((pieces, 5, *images.shape[1:]))
         gradient = jax.jit(jax.grad(_loss, 5), static_argnums=(0, 1, 2))
-        compiled = gradient.lower(tuple(runs), PAIR_LOSS, 5 * pieces, states, candidates, steps, x).compile()
+        compiled: Any = gradient.lower(tuple(runs), PAIR_LOSS, 5 * pieces, states, candidates, steps, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     tokens = 5 * 17 * 64 * 4  # bytes of a stage's input, five images
@@ -179,9 +179,13 @@ def test_a_proposal_that_was_interrupted_goes_on_with_the_same_bits(
     for progress in saved:
         # Names that tell what is what, also on disk.
         assert {name.partition(".")[0] for name in progress} == {"done", "losses", "step", "moment"}
-        steps: list[str] = []
+        steps: list[int] = []
         again = proposer.propose(
-            scales, 1, jax.random.key(3), progress, Listener(lambda text, _, steps=steps: steps.append(text))
+            scales,
+            1,
+            jax.random.key(3),
+            progress,
+            Listener(lambda text, count: steps.append(count)),  # noqa: B023
         )
         assert len(steps) == STEPS - int(progress["done"])
         np.testing.assert_array_equal(flat(again), flat(whole))
@@ -222,7 +226,7 @@ def test_later_passes_take_smaller_steps_with_the_same_program(
 
 
 def test_the_tensors_of_stacked_blocks_are_each_relative_to_their_own_gradients() -> None:
-    def unused(*arguments: Any) -> Any:
+    def unused(state: Any, x: Any) -> Any:
         raise AssertionError
 
     runs = tuple(Run(unused, unused, unused, length) for length in (1, 3, 2))

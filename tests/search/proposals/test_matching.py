@@ -57,7 +57,7 @@ def test_variances_are_those_of_each_channel_over_images_and_tokens(
     outputs = stage_inputs(model.model.stages(), jnp.asarray(images[:10]))[1:-1]
     variances = channel_variances(model.model.stages(), jnp.asarray(images[:10]), array_of)
     for output, variance in zip(outputs, variances, strict=True):
-        values = np.float64(array_of(output))
+        values = np.asarray(array_of(output), np.float64)
         np.testing.assert_allclose(variance, values.reshape(-1, values.shape[-1]).var(0), rtol=1e-4)
 
 

@@ -50,7 +50,7 @@ def assert_same(a: SearchState, b: SearchState) -> None:
     for field in dataclasses.fields(SearchState):
         x, y = getattr(a, field.name), getattr(b, field.name)
         if field.name in ("scales", "best_scales", "direction"):
-            assert jax.tree.structure(x) == jax.tree.structure(y)
+            assert jax.tree.structure(x) == jax.tree.structure(y)  # type: ignore[operator]
             for one, other in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
                 assert np.asarray(one).dtype == np.asarray(other).dtype == np.float32
                 np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
