@@ -48,13 +48,8 @@ def linear_search(
     operation = Operation((jnp.asarray(kernel), jnp.asarray(bias)), jnp.float32(1))
     layer = Layer("layer", ("x", "layer.weight"), operation, samples)
     sides = (uniform(0.4), uniform(weight_scale))
-<<<<<<< HEAD
-    operands = tuple(OperandSearch(q, scale_by_factors(q, FACTORS), 16) for q in sides)
-    return LayerSearch(layer, operands, options or LossOptions(metric))  # type: ignore[arg-type]
-=======
-    first, second = (OperandSearch(q, scaled(q, FACTORS), 16) for q in sides)
+    first, second = (OperandSearch(q, scale_by_factors(q, FACTORS), 16) for q in sides)
     return LayerSearch(layer, (first, second), options or LossOptions(metric))
->>>>>>> wt-e
 
 
 def matmul_search(options: LossOptions) -> LayerSearch:
@@ -181,13 +176,8 @@ def test_ties_go_to_the_first_and_no_information_to_the_neutral_candidate() -> N
     search = linear_search("hessian", np.float32(0.5), gradient=0.0)
     assert search.best(1, [None, None]) == search.operands[1].neutral == 16
     twice = uniform(0.4)
-<<<<<<< HEAD
-    layer = linear_search("l2", np.float32(0.5)).layer  # type: ignore[arg-type]
-    doubled = OperandSearch(twice, scale_by_factors(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
-=======
     layer = linear_search("l2", np.float32(0.5)).layer
-    doubled = OperandSearch(twice, scaled(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
->>>>>>> wt-e
+    doubled = OperandSearch(twice, scale_by_factors(twice, np.asarray([0.1, 1, 1, 0.1], np.float32)))
     assert LayerSearch(layer, (doubled, OperandSearch()), LossOptions("l2")).best(0, [None, None]) == 1
 
 

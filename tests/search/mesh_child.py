@@ -48,11 +48,10 @@ stages = quantized.stages(
     space=Space([site for site in quantized.quantizers if site.endswith(("attn.qkv.weight", "attn.proj.weight"))])
 )
 batches = [images[:24], images[24:]]
-<<<<<<< HEAD
-teacher = [compute_outputs(model.stages(), lambda start, stop, b=batch: b[start:stop], len(batch)) for batch in batches]
-=======
-teacher = [outputs(model.stages(), lambda start, stop: batch[start:stop], len(batch)) for batch in batches]  # noqa: B023
->>>>>>> wt-e
+teacher = [
+    compute_outputs(model.stages(), lambda start, stop: batch[start:stop], len(batch))  # noqa: B023
+    for batch in batches
+]
 strategy = Generational(sigma=0.05, children=8)
 for name in meshes:
     evaluator = Evaluator(stages, batches, teacher, Objective(), 16, 4, make_mesh(*map(int, name.split("x"))))
