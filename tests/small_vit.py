@@ -4,11 +4,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from golden_vit import recipe_of, small_model
 
-from cptv_jax.calibration.statistics import calibrate
+from cptv_jax.methods.registry import METHODS
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.quantizers import Uniform
 
@@ -34,4 +35,5 @@ def small_images(folder: Path) -> tuple[Any, Any]:
 def quantized(folder: Path, preset: str) -> QuantizedModel:
     model, recipe = small_model(folder), recipe_of(preset=preset, weight_bits=4)
     images = small_images(folder)[0]
-    return QuantizedModel(model, recipe, calibrate(model, [images[:8], images[8:16]], recipe))
+    (method,) = [method for method in METHODS.values() if preset in method.presets]
+    return method.quantize(model, [jnp.asarray(images[:8]), jnp.asarray(images[8:16])], recipe, jax.random.key(0))

@@ -64,7 +64,11 @@ CASES: dict[str, tuple[str, str, str]] = {
     "checkpoint without a list of arrays": (FROM % "treeless", "metadata.json does not describe its arrays", "import"),
     "checkpoint of a newer cptv": (FROM % "newer", "has checkpoint version 2", "use the cptv that wrote it"),
     "checkpoint of unknown sizes": (FROM % "odd_sizes", "metadata.json describes no architecture", "use the cptv that"),
-    "checkpoint of an unknown quantizer": (FROM % "odd_quantizer", "describes no recipe", "use the cptv that wrote it"),
+    "checkpoint of an unknown quantizer": (
+        FROM % "odd_quantizer",
+        "the quantizer of head.fc is of class 'Ternary', which is not registered here",
+        "import the code that registers it",
+    ),
     "checkpoint of other sizes": (FROM % "other_sizes", "holds the weights of another model", "import again"),
     "model quantized already": (FROM % "run", "is quantized already", "give the float model"),
     "hub id malformed": ("import hub:name --out {out}", "hub:name is not a hub id", "write hub:org/name"),

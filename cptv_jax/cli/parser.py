@@ -61,7 +61,7 @@ def value_of(words: Sequence[str], option: str) -> str | None:
         The last value given; None without one.
     """
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words, None][1:], strict=True):
         if word == option:
             found = following
         elif word.startswith(f"{option}="):

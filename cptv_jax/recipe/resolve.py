@@ -85,6 +85,9 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     if preset_name not in PRESETS:
         raise InputError(f"unknown recipe preset '{preset_name}'{did_you_mean(preset_name, PRESETS)}")
     preset = PRESETS[preset_name]
+    for field in ("weight_observer", "activation_observer"):
+        if getattr(config, field) is not None:
+            OBSERVERS.find(getattr(config, field), f"recipe.{field}")
     known = {site.name: site for site in sites}
 
     def choice(name: str) -> Any:

@@ -289,8 +289,8 @@ def test_a_search_that_only_fits_its_own_images_is_undone(
     best = int(np.argmin(held_out))
     assert state.best_pass == best
     for stage, sites in state.best_scales.items():
-        for site, scale in sites.items():
-            np.testing.assert_array_equal(found.model.quantizers[f"{stage}.{site}"].scale, scale)
+        for site, free in sites.items():
+            np.testing.assert_array_equal(found.model.quantizers[f"{stage}.{site}"].scale, free.scale)
     if best == 0:
         for x, y in zip(quantizers(found.base), quantizers(found.model), strict=True):
             np.testing.assert_array_equal(x, y)

@@ -67,7 +67,7 @@ def test_what_is_asked_for_and_not_given_is_noted() -> None:
     config = replace(config, calibration=CalibrationConfig(23, 8))
     leftover, layer_norm = make_plan(model, images, config).notes
     assert leftover == "7 of the 23 calibration images asked for make no whole batch of 8 and are not used."
-    assert layer_norm.startswith("LayerNorm runs in float arithmetic, although preset evol-q has it in integers")
+    assert layer_norm.startswith("LayerNorm runs in float arithmetic: preset evol-q asks for integer arithmetic")
     said = replace(config, recipe=replace(config.recipe, integer_layer_norm=False))
     assert make_plan(model, images, said).notes == (leftover,)
 

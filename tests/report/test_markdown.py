@@ -118,7 +118,7 @@ def test_where_everything_came_from_is_said(text: str, outcome: Quantization) ->
     # What the method decides is filled in.
     told = config_from(read_yaml(found[1], "report"), "report")
     assert told.reconstruction.steps == 0 and told == outcome.config
-    assert (told.search.judge.objective, told.search.judge.images) == ("infonce", 20)
+    assert (told.search.judge.objective, told.search.judge.images) == ("infonce", 8)
     assert replace(told, reconstruction=CONFIG.reconstruction, search=CONFIG.search) == CONFIG
     assert re.search(r"python 3\.\d+\.\d+, cptv-jax .*, jax \d", text)
 

@@ -210,7 +210,7 @@ def test_the_published_choice_is_the_default() -> None:
         ({"on": "feature"}, "did you mean 'features'?"),
         ({"temperature": 0.0}, "it must be greater than 0"),
         ({"temperature": -1.0}, "it must be greater than 0"),
-        ({"temperature": math.nan}, "it must be greater than 0"),
+        ({"temperature": math.nan}, "it must be a finite number"),
     ],
 )
 def test_unusable_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
