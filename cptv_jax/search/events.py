@@ -1,4 +1,4 @@
-"""What a search tells of its course, one event after the other; a line of JSON each in log.jsonl."""
+"""Events that a search reports, in order; each is a line of JSON in log.jsonl."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def to_record(event: Event) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> Event:
-    """Reads what `to_record` made.
+    """Reads a record that `to_record` made.
 
     Args:
         record: A line of log.jsonl.

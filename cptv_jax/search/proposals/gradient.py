@@ -26,11 +26,15 @@ _KEPT = jax.checkpoint_policies.save_only_these_names(TEACHER)
 
 @dataclass(frozen=True)
 class Descent:
-    """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
+    """Adam on the steps of candidates (see `Stage.move`), with a rate that falls along a half cosine over all passes.
 
-    steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
-    step, which the devices share. passes: how many passes share the schedule; each begins with fresh moments, so that
-    nothing of the optimizer outlives a pass. mixup: see `mixed`.
+    Attributes:
+        steps: Optimizer steps per pass.
+        rate: Rate at the start; a step of 0.01 is one percent of a scale.
+        batch: Images per step, which the devices share.
+        passes: How many passes share the schedule; each begins with fresh moments, so that no state of the optimizer
+            outlives a pass.
+        mixup: Whether to mix images (see `mixed`).
     """
 
     steps: int
@@ -40,7 +44,14 @@ class Descent:
     mixup: bool = False
 
     def rate_at(self, step: Array | int) -> Array:
-        """The rate of a step, counted from the first pass on."""
+        """Computes the rate of a step.
+
+        Args:
+            step: The step, counted from the first pass on.
+
+        Returns:
+            The rate.
+        """
         return self.rate * 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(step / (self.steps * self.passes), 1.0)))
 
 
@@ -122,9 +133,16 @@ def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarr
 def mixed(
     images: Float[np.ndarray, "batch height width channels"], rng: np.random.Generator
 ) -> Float[np.ndarray, "batch height width channels"]:
-    """Each image and another one of the batch in random proportions (mixup, arXiv 1710.09412).
+    """Mixes each image with another one of the batch in random proportions (mixup, arXiv 1710.09412).
 
-    A teacher can be asked about them too, and there are more of them than there are images (arXiv 2106.05237).
+    A teacher can label them too, and there are more mixtures than images (arXiv 2106.05237).
+
+    Args:
+        images: Normalised images [batch, height, width, channels].
+        rng: Source of the proportions and the pairs.
+
+    Returns:
+        Mixed images [batch, height, width, channels].
     """
     share = rng.uniform(size=(len(images), 1, 1, 1)).astype(np.float32)
     return share * images + (1 - share) * images[rng.permutation(len(images))]
@@ -140,9 +158,14 @@ def _pieces(batch: int, limit: int, devices: int) -> tuple[int, int]:
 class GradientProposer:
     """Proposes steps for the candidates of all stages at once.
 
-    stages: differentiable ones, with candidates like those that the evaluator has. read(indices): images for the first
-    stage, of which there are `count`. loss: of the last stage's output for a batch. at_once: how many images are
-    computed at once, on all devices together. mesh: these are divided among its data axis.
+    Args:
+        stages: Differentiable stages, with candidates like those of the evaluator.
+        read: read(indices) returns images for the first stage.
+        count: How many images there are to read.
+        loss: Loss of the last stage's output for a batch.
+        descent: The optimizer.
+        at_once: How many images are computed at once, on all devices together.
+        mesh: Divides these images among its data axis.
     """
 
     def __init__(
@@ -187,14 +210,14 @@ class GradientProposer:
         progress: Progress | None = None,
         listener: Listener = Listener(),  # noqa: B008 - immutable
     ) -> Proposal:
-        """Proposes the steps that a pass of descent arrives at (see Proposer.propose).
+        """Proposes the steps that a pass of descent arrives at (see `Proposer.propose`).
 
         Args:
             scales: The candidates to start from, by stage.
             pass_index: The pass, from 0 on, which decides the rate.
-            key: Of the order of the images, and of what mixup draws.
-            progress: What the listener was last told, to go on from there with the same bits.
-            listener: Told the loss of every batch, and now and then the progress.
+            key: Key of the order of the images and of the mixup draws.
+            progress: The last progress that the listener received, to continue from there with the same bits.
+            listener: Receives the loss of every batch and, now and then, the progress.
 
         Returns:
             Steps by stage, and the mean loss of every 25 batches on the way.

@@ -35,9 +35,14 @@ def _algorithm(name: str, children: int, structure: Any, shapes: tuple[tuple[int
 
 @dataclass(frozen=True)
 class State:
-    """start: the candidate that steps lead away from. inner: evosax's state, of steps in units of sigma.
+    """Where the evolution stands.
 
-    parent, loss: the best candidate so far. told: rounds so far.
+    Attributes:
+        start: The candidate that steps are relative to.
+        inner: evosax's state, for steps in units of sigma.
+        parent: The best candidate so far.
+        loss: Its loss.
+        told: Number of rounds so far.
     """
 
     start: PyTree
@@ -61,7 +66,11 @@ def _steps(start: PyTree, population: PyTree, sigma: Array) -> PyTree:
 class Evosax(Strategy):
     """A search distribution of the library evosax over log-scales, around the stage's candidate at first.
 
-    Raises InputError where evosax is not installed, or for an odd number of children where they come in pairs.
+    Raises:
+        InputError: If evosax is not installed, or if the number of children is odd for an algorithm that draws pairs.
+
+    Example:
+        >>> config = QuantizeConfig(search=SearchConfig(strategy=Evosax(algorithm="CMA_ES")))
     """
 
     name: ClassVar[str] = "evosax"
@@ -72,9 +81,9 @@ class Evosax(Strategy):
     children: int = Field(default=8, ge=1)
     """Candidates per generation; an even number for Open_ES and PGPE, which draw pairs."""
     algorithm: Algorithm = "Sep_CMA_ES"
-    """The distribution."""
+    """Search distribution to evolve."""
     sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
-    """Its deviation at first, in log-scale."""
+    """Deviation of the distribution at first, in log-scale."""
 
     def __post_init__(self) -> None:
         if find_spec("evosax") is None:

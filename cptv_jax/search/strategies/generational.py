@@ -19,7 +19,13 @@ TARGET_SUCCESS = 0.2  # Rechenberg's one-fifth rule
 
 @dataclass(frozen=True)
 class State:
-    """parents: candidates [survivors, ...], best first; losses: [survivors], float64; sigma: step in log-scale."""
+    """Where the evolution stands.
+
+    Attributes:
+        parents: Candidates [survivors, ...], best first.
+        losses: Their losses [survivors], float64.
+        sigma: Deviation of the steps, in log-scale.
+    """
 
     parents: PyTree
     losses: np.ndarray
@@ -53,6 +59,9 @@ class Generational(Strategy):
     A (survivors + children) evolution strategy. Children multiply a random survivor's scales by exp(sigma * normal), so
     scales stay positive and a step means the same at every bit width. sigma grows when more than a fifth of the
     children beat the best parent, else it shrinks.
+
+    Example:
+        >>> config = QuantizeConfig(search=SearchConfig(strategy=Generational(children=16)))
     """
 
     name: ClassVar[str] = "generational"
@@ -63,7 +72,7 @@ class Generational(Strategy):
     children: int = Field(default=8, ge=1)
     """Candidates per generation."""
     survivors: int = Field(default=2, ge=1)
-    """How many of them, and of their parents, are the next parents."""
+    """How many of the children and their parents become the next parents."""
     sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     """Deviation of the steps at first, in log-scale."""
 
