@@ -23,7 +23,8 @@ def load_config(path: str | Path | None) -> QuantizeConfig:
         The configuration, with defaults for the fields that the file leaves out.
 
     Raises:
-        InputError: If the file is missing or malformed, a field is unknown, or a value has a wrong type or is out of bounds.
+        InputError: If the file is missing or malformed, a field is unknown, or a value has a wrong type or is out of
+            bounds.
 
     Example:
         >>> config = load_config("guided_w4a8")
@@ -66,7 +67,8 @@ def config_from(data: Any, source: str) -> QuantizeConfig:
         The configuration.
 
     Raises:
-        InputError: If a field is unknown or has an invalid value, or if the configuration has the form of an older cptv.
+        InputError: If a field is unknown or has an invalid value, or if the configuration has the form of an older
+            cptv.
     """
     if isinstance(data, Mapping):
         refuse_older(data, source)

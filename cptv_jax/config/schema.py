@@ -38,15 +38,15 @@ class JudgeConfig:
     """
 
     objective: ObjectiveName | None = None
-    """Objective of the search: infonce, kl, mse or cosine, or a sum such as kl+cosine; null means the strategy's: infonce, as
-    published, and kl for guided."""
+    """Objective of the search: infonce, kl, mse or cosine, or a sum such as kl+cosine; null means the strategy's:
+    infonce, as published, and kl for guided."""
     on: Compared = "logits"
     """Outputs to compare: logits, penultimate features or both."""
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Temperature of infonce and kl; null means 3 for infonce and 1 for kl."""
     teacher: Literal["float", "published"] = "float"
-    """Model to compare with: the full-precision model, or the published code's, in which integer LayerNorm and softmax stay
-    active."""
+    """Model to compare with: the full-precision model, or the published code's, in which integer LayerNorm and softmax
+    stay active."""
     images: int | None = Field(default=None, ge=1)
     """How many images judge candidates, in whole batches; null means the strategy's: all that are not held out, and
     about 200 for guided."""
@@ -68,8 +68,8 @@ class SpaceConfig:
     """Name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
     attention's weights, as published, and all weights for guided."""
     offsets: bool | None = None
-    """Also search zero points, starts of focusing intervals, exponents of power-of-two factors, factors of bias-corrected
-    channels and biases; null means the strategy's: only guided does, and only guided can."""
+    """Also search zero points, starts of focusing intervals, exponents of power-of-two factors, factors of
+    bias-corrected channels and biases; null means the strategy's: only guided does, and only guided can."""
     rounding: bool | None = None
     """Also search which way each element of a searched weight rounds; null means the value of offsets."""
 
@@ -148,7 +148,8 @@ class QuantizeConfig:
     method: one_of(METHODS) = FqVitOptions()  # type: ignore[valid-type]
     """The base method."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of everything that is drawn: image order, held-out slice, and the draws of method, reconstruction and search."""
+    """Seed of everything that is drawn: image order, held-out slice, and the draws of method, reconstruction and
+    search."""
     recipe: RecipeConfig = RecipeConfig()
     """Which sites are quantized, and how."""
     calibration: CalibrationConfig = CalibrationConfig()

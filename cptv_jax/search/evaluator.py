@@ -77,23 +77,23 @@ def _losses_program() -> Any:
 class Evaluator:
     """Losses of candidates against a teacher, over batches of calibration images.
 
-    The prefix cache holds the inputs of stages, so that a candidate of stage b costs only stages b and later. It holds as
-    many stages as fit, ending at the one in use, and is computed again when another is needed: a search that goes from the
-    last stage to the first computes it once per pass if all of them fit. It is exact: it is dropped when a stage before a
-    cached one changes. In a fully quantized model it holds uint8 codes.
+    The prefix cache holds the inputs of stages, so that a candidate of stage b costs only stages b and later. It holds
+    as many stages as fit, ending at the one in use, and is computed again when another is needed: a search that goes
+    from the last stage to the first computes it once per pass if all of them fit. It is exact: it is dropped when a
+    stage before a cached one changes. In a fully quantized model it holds uint8 codes.
 
     Args:
         stages: The stages of the quantized model.
-        batches: Inputs of the first stage, [batch, ...] each, on the host. A loss is computed over a whole batch, since the
-            contrastive loss couples its images; the forward pass goes piece by piece.
+        batches: Inputs of the first stage, [batch, ...] each, on the host. A loss is computed over a whole batch, since
+            the contrastive loss couples its images; the forward pass goes piece by piece.
         teacher: The teacher's output for each batch.
         loss: loss(output, teacher) returns a scalar; hashable as a function.
         images: How many images are computed at once, on all devices together.
         width: How many candidates are computed at once. Activations take memory for width times images, whatever the
-            population and the number of images. A population is padded to a multiple of width, so that every call has one
-            shape.
-        mesh: Divides candidates among its population axis and images among its data axis; None takes all devices for the
-            images. Losses do not depend on it.
+            population and the number of images. A population is padded to a multiple of width, so that every call has
+            one shape.
+        mesh: Divides candidates among its population axis and images among its data axis; None takes all devices for
+            the images. Losses do not depend on it.
         cache_bytes: Bound on the prefix cache (one stage is always held).
         on_refresh: on_refresh(done, total) is called as the cache is computed.
 
@@ -241,8 +241,8 @@ class Evaluator:
         Args:
             index: The stage that the candidate belongs to.
             candidate: The candidate.
-            found: Where it was evaluated: how many calls of `losses` ago (1 is the last), and in which row; None if it was not
-                evaluated since the last call of `accept`.
+            found: Where it was evaluated: how many calls of `losses` ago (1 is the last), and in which row; None if it
+                was not evaluated since the last call of `accept`.
         """
         self.stages[index] = self._placed(
             self.stages[index].with_candidate(place(self.mesh, jax.tree.map(jnp.asarray, candidate)))

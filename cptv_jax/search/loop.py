@@ -24,11 +24,11 @@ class Search:
 
     Attributes:
         strategy: The strategy that evolves each stage.
-        key: Key of the whole search; each pass, stage and round folds in its index, so that a resumed search draws the same
-            numbers as an uninterrupted one.
+        key: Key of the whole search; each pass, stage and round folds in its index, so that a resumed search draws the
+            same numbers as an uninterrupted one.
         proposers: Propose steps for all stages at the start of a pass, which the true loss then judges.
-        held_out_loss: Loss of a list of stages on images that the search does not see; it picks the best among the start
-            and the passes. Without it the last pass is the best.
+        held_out_loss: Loss of a list of stages on images that the search does not see; it picks the best among the
+            start and the passes. Without it the last pass is the best.
         patience: End after this many passes in a row that did not lower the held-out loss; None runs all passes.
         widths: Bits of the searched weights, by stage.
     """
@@ -48,8 +48,8 @@ class Hooks:
     Attributes:
         on_round: on_round(stage, candidates evaluated, best loss), after every round.
         on_step: on_step(what a proposer does, in words; the number of its steps that this took).
-        on_stage: on_stage(state), after every stage and whenever a proposer can be interrupted; for saving. The scales in
-            the state may be saved as float32.
+        on_stage: on_stage(state), after every stage and whenever a proposer can be interrupted; for saving. The scales
+            in the state may be saved as float32.
     """
 
     on_round: Callable[[str, int, float], None] = lambda stage, evaluated, best: None
@@ -65,7 +65,8 @@ class Evolution(NamedTuple):
         loss: Its loss.
         accepted: (round, loss) for each round that improved on all before it.
         carried: See `Strategy.carried`.
-        place: Where the candidate was evaluated (see `Evaluator.accept`); None if it is the one that the stage had before.
+        place: Where the candidate was evaluated (see `Evaluator.accept`); None if it is the one that the stage had
+            before.
     """
 
     candidate: PyTree

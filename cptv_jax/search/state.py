@@ -22,8 +22,8 @@ class SearchState:
         pass_index: The pass, from 0 on.
         position: The next stage to visit, as an index into the visiting order.
         proposed: How many of the proposers have had their turn in this pass.
-        direction: The steps (see `Stage.move`) of this pass's last proposal that were taken; if none were, steps that point
-            away from half of it.
+        direction: The steps (see `Stage.move`) of this pass's last proposal that were taken; if none were, steps that
+            point away from half of it.
         progress: Progress of the unfinished proposal.
         loss: Loss of the present scales on the search batches; None before the first evaluation.
         evaluations: Candidates evaluated so far.

@@ -40,8 +40,8 @@ class StageContext:
 
     Attributes:
         widths: Bits of the searched weights, in the order of their sites.
-        direction: Steps in the candidate's structure that the pass's proposal took here, or that point away from one that
-            was not taken; None without a proposal.
+        direction: Steps in the candidate's structure that the pass's proposal took here, or that point away from one
+            that was not taken; None without a proposal.
         move: Moves a candidate by steps (see `cptv_jax.Stage`).
         carried: The value of `Strategy.carried` at the stage before; None at the first.
 

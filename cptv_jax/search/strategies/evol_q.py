@@ -112,7 +112,8 @@ class EvolQ(Strategy):
             draws: The cycle's random numbers.
 
         Returns:
-            Index of the sampled member with the least loss; among equals, of the one that stands first in the population.
+            Index of the sampled member with the least loss; among equals, of the one that stands first in the
+            population.
         """
         return int(min(draws.samples, key=lambda index: (state.losses[index], index)))
 

@@ -66,11 +66,11 @@ def _children(move: Move, parent: PyTree, direction: PyTree, sigma: Float[Array,
 class Guided(Strategy):
     """Closed forms and gradients propose for all stages at once, evolution goes on from there, the true loss decides.
 
-    A (1 + children) evolution strategy around the proposed direction. In every group of five children, one goes further or
-    back along the direction, one takes back a random half of it (crossover with the candidate that the proposal started
-    from), and one takes a random step; the fourth goes along the direction by a separate length for each leaf of the
-    candidate, and the fifth takes some of these back whole. sigma follows the success of the random ones (one-fifth
-    rule), from one stage to the next.
+    A (1 + children) evolution strategy around the proposed direction. In every group of five children, one goes further
+    or back along the direction, one takes back a random half of it (crossover with the candidate that the proposal
+    started from), and one takes a random step; the fourth goes along the direction by a separate length for each leaf
+    of the candidate, and the fifth takes some of these back whole. sigma follows the success of the random ones
+    (one-fifth rule), from one stage to the next.
 
     Example:
         >>> config = QuantizeConfig(search=SearchConfig(strategy=Guided(passes=2, steps=60)))
@@ -100,8 +100,8 @@ class Guided(Strategy):
     objective: ObjectiveName | None = None
     """Objective that is differentiated; null means search.judge.objective, and infonce if that is null too."""
     matching: float = Field(default=100.0, ge=0, allow_inf_nan=False)
-    """Weight, added to the objective, of the distance between the outputs of all stages and the teacher's (mean squared error
-    relative to the variance)."""
+    """Weight, added to the objective, of the distance between the outputs of all stages and the teacher's (mean squared
+    error relative to the variance)."""
     mirror: bool = True
     """Also show the optimizer mirror images."""
     mixup: bool = True
