@@ -1,4 +1,4 @@
-"""What the search asks of a strategy, and what a strategy decides where the configuration is silent."""
+"""The interface between the search and its strategies, and the defaults that a strategy sets for a search."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,11 +62,11 @@ class Strategy:
     """Evolution of one stage's candidate at a time; subclasses are options too (see `cptv_jax.options.options`).
 
     Methods are pure, and the state is opaque to the search. A candidate is a pytree of arrays; it is moved by
-    `StageContext.move`, or leaf by leaf where all of its leaves are positive scales.
+    `StageContext.move`, or leaf by leaf if all of its leaves are positive scales.
 
     Attributes:
-        name: What configurations call the strategy.
-        defaults: What a search by this strategy does where the configuration is silent.
+        name: The strategy's name in configurations.
+        defaults: Values for null fields of the search's configuration.
         moves_offsets: Whether it can search candidates that hold more than positive scales.
         passes: Sweeps over the stages, last stage first; 0 means that there is no search.
         rounds: How often `ask` and `tell` alternate at each stage in a pass.
