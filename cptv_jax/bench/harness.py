@@ -298,7 +298,7 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
 
 
 def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, str]:
-    """Why runs cannot be, by name. Raises InputError where none can, for one reason."""
+    """Collects the reasons why runs cannot work, by name. Raises InputError if none can, all for one reason."""
     refused = {}
     for run in runs:
         try:

@@ -1,7 +1,8 @@
 """One run of a bench in a separate process, so that its memory peak and its failure stay its own.
 
 `python -m cptv_jax.bench.worker` reads a task as one line of JSON from stdin and measures it; when stdin ends (its
-parent is gone) it ends too."""
+parent is gone) it ends too.
+"""
 
 import json
 import math

@@ -75,17 +75,20 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     _add_source(precision, held_out=False)
     precision.add_argument("--bits", nargs="+", type=int, metavar="N", help="widths a site may have (default: 2 to 8)")
     precision.add_argument("--judges", type=int, default=200, metavar="N", help="images that judge (default: 200)")
-    precision.add_argument("--generations", type=int, default=6, metavar="N", help="generations of the evolution
-    (default: 6)") precision.add_argument("--children", type=int, default=4, metavar="N", help="candidates per
-    generation (default: 4)") text = "sites with separate widths (default: weights); all: also activations that products
-    read" precision.add_argument("--genes", default="weights", metavar="WHAT", help=text)
+    text = "generations of the evolution (default: 6)"
+    precision.add_argument("--generations", type=int, default=6, metavar="N", help=text)
+    precision.add_argument(
+        "--children", type=int, default=4, metavar="N", help="candidates per generation (default: 4)"
+    )
+    text = "sites with separate widths (default: weights); all: also activations that products read"
+    precision.add_argument("--genes", default="weights", metavar="WHAT", help=text)
     text = "cost in which mixed widths may equal uniform ones: bytes of the weights, or bit-operations (default: bytes)"
     precision.add_argument("--budget", default="bytes", metavar="COST", help=text)
     precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
 
 def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
-    """What every bench reads and where it writes."""
+    """Adds the options that every bench has: its inputs and its directory."""
     parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
     parser.add_argument("--arch", help="timm name, where the file's name does not contain it")
     parser.add_argument("--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND")

@@ -122,7 +122,7 @@ def groups_of(value: Any, prefix: str = "", title: str = "general") -> list[Grou
 
 
 def _class(value: Any) -> Any:
-    """The class of options, or that of what is registered."""
+    """The class of options of a value, or of a registered entry."""
     return options_of(value) if isinstance(value, type) or hasattr(value, "options") else type(value)
 
 

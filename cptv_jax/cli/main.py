@@ -60,7 +60,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _prepare(compilation_cache: str | None) -> None:
-    """What a command that computes asks of JAX, before JAX starts."""
+    """Sets up JAX for a command that computes, before JAX starts."""
     from cptv_jax.runtime.compilation_cache import use_compilation_cache
 
     use_compilation_cache(compilation_cache)  # before JAX is imported

@@ -19,7 +19,7 @@ from cptv_jax.quantizers import BiasCorrected, Free, Quantizer, Uniform, spread,
 from cptv_jax.recipe.sites import Site
 from cptv_jax.search.proposals.base import Scales
 
-_FITTED = ("factor", "start", "zero_point")  # of a grid of least error, beside its scale
+_FITTED = ("factor", "start", "zero_point")  # fields of a grid of least error, in addition to its scale
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter
 _RIDGE = 0.01  # of the mean square of what a layer reads
 _NOISE = 1e-5  # of a sum of squares in float32, relative to it
@@ -102,7 +102,7 @@ def steps_to_least_output_error(
             on_layer(layer_name)
             site = searched[layer_name]
             present, changes = scales[site.stage][site.local], {}
-            for name, value in _rounded_anew(moved, site, moments).items():
+            for name, value in _round_again(moved, site, moments).items():
                 if getattr(present, name) is not None:
                     old = np.asarray(getattr(present, name), np.float64)
                     change = np.log(value / old) if name == "factor" else value - old
@@ -141,7 +141,7 @@ def _on_grid(model: QuantizedModel, weight: Site) -> bool:
     return bool(np.all(np.abs(error) <= _ROUNDED * grid.scale))
 
 
-def _rounded_anew(model: QuantizedModel, weight: Site, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
+def _round_again(model: QuantizedModel, weight: Site, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
     """The fields "rounding" and "factor" of a weight's Free."""
     layer, quantizer = model.model.layer(weight.layer_name), model.quantizers[weight.name]
     kernel, grid = np.asarray(layer["kernel"], np.float64), _grid_of(quantizer, layer["kernel"])

@@ -35,7 +35,7 @@ _AT_ONCE = 25  # of them go through a stage
 
 
 def _reader(batches: Sequence[Images]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """What reads images by their number, for the first stage, from batches of one size; and how many there are."""
+    """Makes a function that reads images by number, for the first stage, from batches of one size; and counts them."""
     size = len(batches[0])
 
     def read(rows: np.ndarray) -> np.ndarray:

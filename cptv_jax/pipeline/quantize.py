@@ -119,7 +119,7 @@ def _continue(
     progress: bool,
     on_phase: Callable[[str], None],
 ) -> Quantization:
-    """Whatever of a run is still to be done."""
+    """Does the remaining parts of a run."""
     base = run.base() if run else None
     if base is None:
         on_phase("base")

@@ -48,7 +48,7 @@ class Meter:
         """Shows a text and advances the bar.
 
         Args:
-            text: The text to show beside the bar.
+            text: The text to show next to the bar.
             steps: Number of steps to advance.
         """
         self._shown.set_postfix_str(text)

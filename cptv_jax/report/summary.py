@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STAGES = {"float": "full precision", "base": "base method", "final": "after the search"}
 _ROUNDING = "rounding"
-_NOT_STORED = (_ROUNDING, "low", "high")  # of a quantizer beside its codes: a rounding is in these, bounds in the width
+_NOT_STORED = (_ROUNDING, "low", "high")  # in addition to codes: these hold roundings, the width the bounds
 _FLOAT_BYTES = 4
 _WORDS = {
     "scale": "scales",

@@ -164,7 +164,7 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, pro
 def _propose(
     evaluator: Evaluator, search: Search, state: SearchState, hooks: Hooks, order: Sequence[int], key: Array
 ) -> SearchState:
-    """What the next proposer makes of the state. key: of the pass."""
+    """Gives the next proposer its turn. key: the pass's key."""
     proposer = search.proposers[state.proposed]
     done = replace(state, proposed=state.proposed + 1, progress={})
     if not proposer.every_pass and state.pass_index:
@@ -187,7 +187,7 @@ def _propose(
 def _evolve(
     evaluator: Evaluator, search: Search, state: SearchState, hooks: Hooks, index: int, key: Array
 ) -> SearchState:
-    """What the strategy makes of the state at a stage. key: of the stage in this pass."""
+    """Runs the strategy at a stage and records the result. key: the key of the stage in this pass."""
     name = evaluator.stages[index].name
     evaluated = 0
 
@@ -255,7 +255,7 @@ def _exhausted(state: SearchState, patience: int | None) -> bool:
 
 
 def _idle(state: SearchState, visited: Sequence[str]) -> int:
-    """How many of the stages visited in this pass, the last ones, did not lower the loss."""
+    """Counts the stages, from the last one visited in this pass backwards, that did not lower the loss."""
     number = state.pass_index + 1
     lowered = {event.stage for event in state.log if isinstance(event, Accepted) and event.number == number}
     return next((i for i, name in enumerate(reversed(visited)) if name in lowered), len(visited))

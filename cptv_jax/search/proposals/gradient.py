@@ -67,11 +67,11 @@ def _loss(
     steps: Sequence[PyTree],
     x: PyTree,
 ) -> Array:
-    """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...]; what is there
-    beyond `batch` only makes the pieces equal.
+    """Computes the loss of a batch with the candidates moved by steps.
 
-    Only the inputs of stages (and a teacher's outputs) are kept; the activations within are computed again, piece by
-    piece, for the derivative.
+    x: its images in pieces [pieces, images, ...]; images beyond `batch` only make the pieces equal. Only the inputs of
+    stages (and a teacher's outputs) are kept; the activations within are computed again, piece by piece, for the
+    derivative.
     """
     for run, *trees in zip(runs, states, candidates, steps, strict=True):
 
@@ -103,7 +103,7 @@ def _descend(
 
 
 def _by_stage(runs: tuple[Run, ...], function: Callable[..., Any], *trees: Sequence[PyTree]) -> list[Any]:
-    """What a function makes of each stage's own part of the trees, by run, stacked as they are."""
+    """Applies a function to each stage's own part of the trees, by run; the results are stacked as the trees are."""
     return [
         function(*of_run) if run.length == 1 else jax.vmap(function, axis_size=run.length)(*of_run)
         for run, *of_run in zip(runs, *trees, strict=True)
@@ -149,8 +149,10 @@ def mixed(
 
 
 def _pieces(batch: int, limit: int, devices: int) -> tuple[int, int]:
-    """In how many pieces a batch is computed, and how many images each has room for: whole ones for every device, and
-    no more than the limit if the devices allow."""
+    """Divides a batch: the number of pieces, and the number of images that each has room for.
+
+    Each device gets whole images, and a piece no more than the limit if the number of devices allows it.
+    """
     pieces = math.ceil(batch / (max(1, limit // devices) * devices))
     return pieces, math.ceil(batch / (pieces * devices)) * devices
 

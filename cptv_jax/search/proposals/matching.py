@@ -89,6 +89,15 @@ class PairFunction:
     values: Values | None
 
     def __call__(self, state: PyTree, x: Any) -> Pair:
+        """Computes the stage for both models.
+
+        Args:
+            state: The state of the pair.
+            x: Images at the first stage, else the Pair of the stage before.
+
+        Returns:
+            The outputs, and the error so far.
+        """
         before = x if isinstance(x, Pair) else Pair(x, x, jnp.zeros(x.shape[0]))
         target = jax.lax.stop_gradient(self.teacher(state["teacher"], before.teacher))
         target = checkpoint_name(target, TEACHER)
@@ -110,6 +119,15 @@ class PairBinding:
     bind: Callable[[PyTree, PyTree], PyTree]
 
     def __call__(self, state: PyTree, candidate: PyTree) -> PyTree:
+        """Places a candidate.
+
+        Args:
+            state: The state of the pair.
+            candidate: The student's candidate.
+
+        Returns:
+            The state with the candidate in it.
+        """
         return {**state, "student": self.bind(state["student"], candidate)}
 
 
@@ -157,5 +175,13 @@ class MatchingLoss:
     stages: int
 
     def __call__(self, pair: Pair) -> Float[Array, ""]:
+        """Computes the loss of a batch.
+
+        Args:
+            pair: The outputs of the last stage, and the error of the stages before.
+
+        Returns:
+            The loss [].
+        """
         loss = self.objective(pair.student, pair.teacher)
         return loss + self.weight * jnp.mean(pair.error) / self.stages if self.stages else loss

@@ -36,7 +36,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a strategy may know of the stage that it searches.
+    """The facts that a strategy may use about the stage that it searches.
 
     Attributes:
         widths: Bits of the searched weights, in the order of their sites.

@@ -77,6 +77,17 @@ class EvolQ(Strategy):
     """Half-width of the mutation, in input units; null means 1e-4 for 8-bit weights and 1e-3 otherwise."""
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        """Begins at a stage.
+
+        Args:
+            candidate: The stage's present candidate.
+            loss: Its loss.
+            context: Further facts about the stage.
+
+        Returns:
+            The state.
+        """
+
         def copies(leaf: Any) -> np.ndarray:
             return np.repeat(np.asarray(leaf, np.float64)[None], self.population, 0)
 
@@ -133,14 +144,41 @@ class EvolQ(Strategy):
         )
 
     def ask(self, state: State, key: jax.Array) -> tuple[PyTree, State]:
+        """Proposes one mutated child of the tournament's winner.
+
+        Args:
+            state: The state.
+            key: This round's key.
+
+        Returns:
+            The candidates [K, ...] to evaluate, and the state to pass to `tell`.
+        """
         return self.mutate(state, self.draw(state, key)), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        """Replaces the worst member by the child if the child is better.
+
+        Args:
+            state: The state that `ask` returned.
+            population: The candidates [K, ...].
+            losses: Their losses [K], float64.
+
+        Returns:
+            The state.
+        """
         order = np.argsort(np.append(state.losses, losses), kind="stable")[: self.population]
         candidates = jax.tree.map(lambda old, new: np.concatenate([old, new])[order], state.candidates, population)
         return replace(state, candidates=candidates, losses=np.append(state.losses, losses)[order])
 
     def best(self, state: State) -> tuple[PyTree, float]:
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         winner = int(np.argmin(state.losses))
         return jax.tree.map(lambda members: members[winner].astype(np.float32), state.candidates), float(
             state.losses[winner]

@@ -97,6 +97,7 @@ class Evosax(Strategy):
 
     @property
     def candidates(self) -> int:
+        """The number of children in a generation."""
         return self.children
 
     def _of(self, candidate: PyTree) -> Any:
@@ -104,6 +105,16 @@ class Evosax(Strategy):
         return _algorithm(self.algorithm, self.children, structure, tuple(jnp.shape(leaf) for leaf in leaves))
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        """Begins at a stage.
+
+        Args:
+            candidate: The stage's present candidate.
+            loss: Its loss.
+            context: Further facts about the stage.
+
+        Returns:
+            The state.
+        """
         candidate = jax.tree.map(jnp.asarray, candidate)
         algorithm = self._of(candidate)
         # The key is not used by these algorithms: the mean is given.
@@ -111,11 +122,30 @@ class Evosax(Strategy):
         return State(candidate, inner, candidate, loss)
 
     def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        """Draws candidates from the search distribution.
+
+        Args:
+            state: The state.
+            key: This round's key.
+
+        Returns:
+            The candidates [K, ...] to evaluate, and the state to pass to `tell`.
+        """
         algorithm = self._of(state.start)
         steps, inner = algorithm.ask(key, state.inner, algorithm.default_params)
         return _moved(state.start, steps, jnp.float32(self.sigma)), replace(state, inner=inner)
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        """Updates the search distribution and the best candidate.
+
+        Args:
+            state: The state that `ask` returned.
+            population: The candidates [K, ...].
+            losses: Their losses [K], float64.
+
+        Returns:
+            The state.
+        """
         algorithm = self._of(state.start)
         parameters, key = algorithm.default_params, jax.random.key(state.told)  # the key is not used here either
         finite = np.where(np.isfinite(losses), losses, np.finfo(np.float32).max)
@@ -128,4 +158,12 @@ class Evosax(Strategy):
         return replace(state, parent=jax.tree.map(lambda leaf: leaf[winner], population), loss=float(losses[winner]))
 
     def best(self, state: State) -> tuple[PyTree, float]:
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         return state.parent, state.loss

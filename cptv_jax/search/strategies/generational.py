@@ -78,16 +78,46 @@ class Generational(Strategy):
 
     @property
     def candidates(self) -> int:
+        """The number of children in a generation."""
         return self.children
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        """Begins at a stage.
+
+        Args:
+            candidate: The stage's present candidate.
+            loss: Its loss.
+            context: Further facts about the stage.
+
+        Returns:
+            The state.
+        """
         parents = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], self.survivors, 0), candidate)
         return State(parents, np.full(self.survivors, loss), self.sigma)
 
     def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        """Proposes mutated children of random survivors.
+
+        Args:
+            state: The state.
+            key: This round's key.
+
+        Returns:
+            The candidates [K, ...] to evaluate, and the state to pass to `tell`.
+        """
         return _children(state.parents, jnp.float32(state.sigma), key, self.children), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        """Selects the survivors and adapts the deviation.
+
+        Args:
+            state: The state that `ask` returned.
+            population: The candidates [K, ...].
+            losses: Their losses [K], float64.
+
+        Returns:
+            The state.
+        """
         success = float(np.mean(losses < state.losses[0]))
         every = np.concatenate([state.losses, losses])
         order = np.argsort(every, kind="stable")[: self.survivors]
@@ -95,4 +125,12 @@ class Generational(Strategy):
         return State(_select(state.parents, population, jnp.asarray(order)), every[order], sigma)
 
     def best(self, state: State) -> tuple[PyTree, float]:
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         return jax.tree.map(lambda members: members[0], state.parents), float(state.losses[0])

@@ -109,32 +109,76 @@ class Guided(Strategy):
 
     @property
     def candidates(self) -> int:
+        """The number of children in a generation."""
         return self.children
 
     @property
     def patience_of_stages(self) -> int | None:
+        """The number of stages in a row without a lower loss after which a pass ends; None visits all."""
         return self.idle_stages
 
     def complete(self, objective: str | None) -> Self:
+        """Fills in the objective that is differentiated.
+
+        Args:
+            objective: The objective that judges; None if the configuration does not name it.
+
+        Returns:
+            The strategy with its `objective` set: its own, else the judging one, else infonce.
+        """
         return replace(self, objective=self.objective or objective or _PROPOSING)
 
     def proposers(self) -> Sequence[ProposerOptions]:
+        """Lists the proposers that the strategy asks for.
+
+        Returns:
+            Closed forms, then gradients.
+        """
         objective = self.objective or _PROPOSING
         return ClosedForms(), Gradients(
             self.steps, self.rate, self.batch, objective, self.matching, self.mirror, self.mixup
         )
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        """Begins at a stage.
+
+        Args:
+            candidate: The stage's present candidate.
+            loss: Its loss.
+            context: Further facts about the stage.
+
+        Returns:
+            The state.
+        """
         candidate = jax.tree.map(jnp.asarray, candidate)
         direction = jax.tree.map(jnp.zeros_like, candidate) if context.direction is None else context.direction
         sigma = self.sigma if context.carried is None else context.carried
         return State(candidate, loss, sigma, direction, context.move)
 
     def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        """Proposes children along the direction and at random.
+
+        Args:
+            state: The state.
+            key: This round's key.
+
+        Returns:
+            The candidates [K, ...] to evaluate, and the state to pass to `tell`.
+        """
         sigma = jnp.float32(state.sigma)
         return _children(state.move, state.parent, state.direction, sigma, key, self.children), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        """Keeps the best candidate and adapts the deviation.
+
+        Args:
+            state: The state that `ask` returned.
+            population: The candidates [K, ...].
+            losses: Their losses [K], float64.
+
+        Returns:
+            The state.
+        """
         random = losses[_RANDOM::_KINDS]
         success = float(np.mean(random < state.loss)) if len(random) else TARGET_SUCCESS
         state = replace(state, sigma=state.sigma * math.exp((success - TARGET_SUCCESS) / 2))
@@ -144,7 +188,23 @@ class Guided(Strategy):
         return replace(state, parent=jax.tree.map(lambda leaf: leaf[winner], population), loss=float(losses[winner]))
 
     def best(self, state: State) -> tuple[PyTree, float]:
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         return state.parent, state.loss
 
     def carried(self, state: State) -> float:
+        """Returns the adapted deviation for the next stage.
+
+        Args:
+            state: The state at the end of a stage.
+
+        Returns:
+            The deviation of random steps.
+        """
         return state.sigma
