@@ -1,4 +1,4 @@
-"""What all benches share: a table whose rows are runs of `cptv quantize`, each in a process of its own."""
+"""The parts that all benches share: a table whose rows are runs of `cptv quantize`, each in a separate process."""
 
 import json
 import os
@@ -40,9 +40,15 @@ _WIDTHS = re.compile(r"W(\d+)A(\d+)")
 
 @dataclass(frozen=True)
 class Source:
-    """What all runs of a bench read, and how they are run.
+    """The inputs of all runs of a bench, and how they are run.
 
-    held_out: further calibration images that only the objective sees. jobs: how many runs at once.
+    Attributes:
+        weights: The float model, as `cptv quantize` takes it.
+        images: Calibration images, as `cptv quantize` takes them.
+        evaluation: Labelled images.
+        arch: The timm name; None if the weights tell it.
+        held_out: Number of further calibration images that only the objective is measured on.
+        jobs: How many runs go at once.
     """
 
     weights: str
@@ -55,7 +61,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Table:
-    """How a bench shows what was measured. name: of its files."""
+    """How a bench shows its measurements.
+
+    Attributes:
+        name: Stem of its files.
+        lines_of: Turns cells into lines of plain data.
+        markdown: Turns these lines into a Markdown table.
+    """
 
     name: str
     lines_of: Callable[[Sequence[Cell]], list[Line]]
@@ -64,7 +76,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the bench; name: of its directory and its files."""
+    """A run of a bench.
+
+    Attributes:
+        bits: The widths, such as W4A8.
+        label: The run's name in the table.
+        config: Its configuration.
+    """
 
     bits: str
     label: str
@@ -72,15 +90,35 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name of the run's directory and its files."""
         label = re.sub(r"[^\w.+]+", "-", self.label)  # what a file can be named by
         return f"{label}_{self.bits}_seed{self.config.seed}"
 
     def cell(self, measured: dict[str, Any], reason: str) -> Cell:
+        """Makes the run's cell.
+
+        Args:
+            measured: What the worker measured; empty if there is nothing yet.
+            reason: Why there is nothing.
+
+        Returns:
+            The cell.
+        """
         return Cell(self.bits, self.label, self.config.seed, self.config.search.strategy.name, measured, reason)
 
 
 def seeds_from(words: Sequence[str]) -> tuple[int, ...] | None:
-    """Seeds, or None for "auto". Raises InputError for anything else."""
+    """Reads the words of --seeds.
+
+    Args:
+        words: Whole numbers, or "auto" alone.
+
+    Returns:
+        The seeds without repetitions; None for "auto".
+
+    Raises:
+        InputError: If a word is not a whole number from 0 to 2^32 - 1.
+    """
     if list(words) == ["auto"]:
         return None
     if not all(word.isdecimal() and int(word) < 2**32 for word in words):
@@ -89,7 +127,18 @@ def seeds_from(words: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def with_bits(config: QuantizeConfig, bits: str) -> QuantizeConfig:
-    """The configuration at widths such as W4A8. Raises InputError for anything else."""
+    """Sets the widths of a configuration.
+
+    Args:
+        config: The configuration.
+        bits: Widths such as W4A8.
+
+    Returns:
+        The configuration with these widths.
+
+    Raises:
+        InputError: If the text does not have this form, or a width is out of bounds.
+    """
     parts = _WIDTHS.fullmatch(bits)
     if parts is None or not all(MIN_BITS <= int(part) <= MAX_BITS for part in parts.groups()):
         raise InputError(
@@ -99,7 +148,15 @@ def with_bits(config: QuantizeConfig, bits: str) -> QuantizeConfig:
 
 
 def refuse_set(config: QuantizeConfig, options: Mapping[str, str]) -> None:
-    """Raises InputError where a bench's --config sets what its other options are for, by dotted name of the field."""
+    """Refuses a --config that sets fields for which a bench has other options.
+
+    Args:
+        config: The configuration of --config.
+        options: The bench's option by dotted name of the field or section.
+
+    Raises:
+        InputError: If such a field differs from its default.
+    """
     given, usual = flatten(config), flatten(QuantizeConfig())
     for prefix, option in options.items():
         for name in given:
@@ -108,9 +165,14 @@ def refuse_set(config: QuantizeConfig, options: Mapping[str, str]) -> None:
 
 
 class Bench:
-    """The runs of a bench, each in a child process, and what came of them so far.
+    """The runs of a bench, each in a child process, and their results so far.
 
-    refused: reasons known beforehand, by name of the run.
+    Args:
+        source: The inputs of all runs.
+        out: The bench's directory.
+        table: How the results are shown.
+        identity: Settings that tell this bench from others.
+        refused: Reasons known beforehand why runs cannot work, by name of the run.
     """
 
     def __init__(
@@ -128,7 +190,12 @@ class Bench:
         self.folder.mkdir(exist_ok=True)
 
     def run(self, runs: Sequence[Run], progress: bool) -> None:
-        """Measures those that are not measured yet."""
+        """Measures the runs that are not measured yet.
+
+        Args:
+            runs: The runs.
+            progress: Whether to show a bar.
+        """
         self._order |= {run.name: len(self._order) + i for i, run in enumerate(runs)}
         with bar("bench", len(runs), progress) as shown, ThreadPoolExecutor(self.source.jobs) as pool:
             waiting = {pool.submit(self._cell, run): run.name for run in runs}
@@ -145,8 +212,13 @@ class Bench:
                 raise
 
     def write(self) -> list[Line]:
-        """The table so far, as it is written to a Markdown and a JSON file; the latter names every set of versions that
-        rows were measured with."""
+        """Writes the table so far to a Markdown and a JSON file.
+
+        The JSON file names every set of versions that rows were measured with.
+
+        Returns:
+            The lines of the table.
+        """
         lines = self.table.lines_of([self.cells[name] for name in sorted(self.cells, key=self._order.__getitem__)])
         measured = [cell.measured for cell in self.cells.values() if cell.done]
         teacher = next((found["accuracy"]["float"] for found in measured), None)
@@ -179,10 +251,20 @@ class Bench:
 
 @contextmanager
 def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], runs: Sequence[Run]) -> Iterator[Bench]:
-    """A bench in a directory that this process holds; one that was interrupted goes on.
+    """Opens a bench in a directory that this process locks; an interrupted bench continues.
 
-    settings: what makes it another bench, beside the source; what all runs have in common. runs: the first seed's.
-    Raises InputError for what no run can use, and for an `out` that is something else than this bench.
+    Args:
+        source: The inputs of all runs.
+        out: The bench's directory.
+        table: How the results are shown.
+        settings: Further settings that tell this bench from others: those that all runs share.
+        runs: The first seed's runs.
+
+    Yields:
+        The bench.
+
+    Raises:
+        InputError: If no run can use the settings, or if `out` holds something other than this bench.
     """
     if source.jobs < 1:
         raise InputError(f"--jobs is {source.jobs}; give 1 or more")
@@ -216,7 +298,7 @@ def opened(source: Source, out: Path, table: Table, settings: dict[str, Any], ru
 
 
 def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, str]:
-    """Why runs cannot be, by name. Raises InputError where none can, for one reason."""
+    """Collects the reasons why runs cannot work, by name. Raises InputError if none can, all for one reason."""
     refused = {}
     for run in runs:
         try:
@@ -229,7 +311,15 @@ def _refusals(model: Model, images: Images, runs: Sequence[Run]) -> dict[str, st
 
 
 def check_identity(out: Path, identity: dict[str, Any]) -> None:
-    """Writes what a bench is, or raises InputError where `out` holds another one."""
+    """Writes the identity of a bench, or compares it with the one already there.
+
+    Args:
+        out: The bench's directory.
+        identity: Settings that tell this bench from others.
+
+    Raises:
+        InputError: If `out` holds another bench.
+    """
     path = out / f"{KIND}.json"
     if path.exists():
         _refuse_other(f"{out} holds a bench", _present_settings(read_measured(path)), identity)
@@ -265,7 +355,11 @@ def _refuse_other(what: str, there: dict[str, Any], here: dict[str, Any]) -> Non
 
 
 class Children:
-    """Processes that measure tasks. environment: what is set for them, unless it is set already."""
+    """Child processes that measure tasks.
+
+    Args:
+        environment: Environment variables for them; those that are set already win.
+    """
 
     def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.environment = {**environment, **os.environ}
@@ -274,7 +368,15 @@ class Children:
         self._lock = threading.Lock()
 
     def run(self, task: Task, log: Path) -> tuple[int, str]:
-        """Measures a task in a process of its own; its exit code, and the last it said where that is not 0."""
+        """Measures a task in a separate process.
+
+        Args:
+            task: The task.
+            log: The file that receives the process's output.
+
+        Returns:
+            Its exit code, and the last line of its output if the code is not 0.
+        """
         command = [sys.executable, "-m", "cptv_jax.bench.worker"]
         with (
             log.open("w", encoding="utf-8") as said,
@@ -306,7 +408,7 @@ class Children:
         return code, f"{lines[-1] if lines else f'exit code {code}'}; see {log}"
 
     def end(self) -> None:
-        """Ends those that run, and any that begins later."""
+        """Kills the running processes, and any that starts later."""
         with self._lock:
             self._ended = True
             for child in self._running:

@@ -30,14 +30,26 @@ _OWN_OPTIONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What `cptv bench methods` is asked.
+    """The options of `cptv bench methods`.
 
-    methods: names in METHODS or NAME/PRESET, each perhaps with +reconstruction (of its blocks, with the steps of
-    `config` or RECONSTRUCTION_STEPS), or YAML files of a configuration, of which everything counts but what the bench
-    says of all: widths, calibration, search and seed. bits: such as W4A8. calibration, batch: images of a run, as in
-    CalibrationConfig. held_out: further images that only the objective sees. seeds: None means
-    the first of AUTO_SEEDS for all, and all of them for runs that are near another. search: on top of each base
-    method. config: what all runs share; options of its method count for the runs of that method.
+    Attributes:
+        weights: The float model, as `cptv quantize` takes it.
+        images: Calibration images, as `cptv quantize` takes them.
+        evaluation: Labelled images.
+        out: The bench's directory.
+        arch: The timm name; None if the weights tell it.
+        methods: Names in METHODS or NAME/PRESET, each optionally with +reconstruction (of its blocks, with the steps of
+            `config` or RECONSTRUCTION_STEPS), or YAML files of a configuration. From a file, everything counts except
+            the settings that the bench shares among all runs: widths, calibration, search and seed. Empty means all
+            methods.
+        bits: Widths such as W4A8.
+        calibration: Calibration images of a run, as in CalibrationConfig.
+        batch: Images per batch, as in CalibrationConfig.
+        held_out: Number of further images that only the objective is measured on.
+        seeds: None means the first of AUTO_SEEDS for all runs, and all of them for runs that are near another.
+        search: The search on top of each base method.
+        config: Settings that all runs share; options of its method count for the runs of that method.
+        jobs: How many runs go at once.
     """
 
     weights: str
@@ -57,7 +69,14 @@ class Options:
 
 
 def search_from(text: str | None) -> SearchConfig:
-    """The search that --search names: the `search` section of a YAML file, or no search for "none"."""
+    """Reads the search that --search names.
+
+    Args:
+        text: A YAML file whose `search` section counts, or "none"; None means DEFAULT_SEARCH.
+
+    Returns:
+        The search's configuration.
+    """
     if text is None:
         return DEFAULT_SEARCH
     return SearchConfig(strategy=NoSearch()) if text == "none" else load_config(text).search
@@ -118,11 +137,20 @@ def _runs(options: Options, seed: int) -> list[Run]:
 
 
 def bench_methods(options: Options, progress: bool = True) -> list[Line]:
-    """Runs what is not yet measured, writes methods.md and methods.json into `options.out` after each run, and returns
-    the lines of the table.
+    """Measures every base method at every width, without and with the search.
 
-    A run that fails has its reason in the table and stops no other. Raises InputError for settings that no run can
-    use, and for an `out` that is something else than this bench.
+    Only missing runs are measured; methods.md and methods.json in `options.out` are written after each run. A run that
+    fails has its reason in the table and stops no other.
+
+    Args:
+        options: The options.
+        progress: Whether to show a bar.
+
+    Returns:
+        The lines of the table.
+
+    Raises:
+        InputError: If no run can use the settings, or if `out` holds something other than this bench.
     """
     first, *others = AUTO_SEEDS if options.seeds is None else options.seeds
     runs = _runs(options, first)

@@ -41,14 +41,19 @@ _COLUMNS = ("uniform top-1 %", "mixed top-1 %", "uniform objective", "mixed obje
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """What `cptv bench precision` is asked.
+    """The options of `cptv bench precision`.
 
-    bits: the widths a site may have. images: calibration images that judge genes, of those of `config`, in whole
-    batches. generations,
-    children: of the evolution at every budget. config: base method, recipe (its weight_bits are replaced), calibration,
-    objective (null means KL) and seed. genes: what has a width of its own, "weights" or "all" that products read;
-    other activations have the recipe's. budget: what mixed widths may cost as much of as uniform ones, a key of
-    BUDGETS.
+    Attributes:
+        source: The inputs of the bench.
+        out: The bench's directory.
+        bits: The widths that a site may have.
+        images: How many of the calibration images of `config` judge genes, in whole batches.
+        generations: Generations of the evolution at every budget.
+        children: Candidates per generation.
+        config: Base method, recipe (its weight_bits are replaced), calibration, objective (null means KL) and seed.
+        genes: The sites with separate widths: "weights", or "all" that products read; other activations have the
+            recipe's.
+        budget: The cost in which mixed widths may equal uniform ones, a key of BUDGETS.
     """
 
     source: Source
@@ -157,11 +162,20 @@ class _Kept:
 
 
 def bench_precision(options: PrecisionOptions, progress: bool = True) -> list[Line]:
-    """Measures uniform widths and, at the cost of each but the widest, mixed ones; writes precision.md, .json and .png
-    and the mixed models into `options.out`, and returns the lines of the table.
+    """Measures uniform widths and, at the cost of each but the widest, mixed ones.
 
-    Genes are chosen by the objective on calibration images; evaluation images only fill the table.
-    Raises InputError for settings that cannot work, and for an `out` that is something else than this bench.
+    Genes are chosen by the objective on calibration images; evaluation images only fill the table. The function writes
+    precision.md, .json and .png and the mixed models into `options.out`.
+
+    Args:
+        options: The options.
+        progress: Whether to show a bar.
+
+    Returns:
+        The lines of the table.
+
+    Raises:
+        InputError: If the settings cannot work, or if `out` holds something other than this bench.
     """
     source, config = options.source, options.config
     widths = tuple(sorted(set(options.bits)))
@@ -266,7 +280,14 @@ def _both(
 
 
 def markdown(lines: list[Line]) -> str:
-    """The table as Markdown."""
+    """Formats the table as Markdown.
+
+    Args:
+        lines: The lines that `bench_precision` returns.
+
+    Returns:
+        The table.
+    """
     rows = []
     title, unit = BUDGETS[lines[0]["budget"]]
     for line in lines:

@@ -25,13 +25,20 @@ _HEADER = (
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What `cptv bench search` is asked.
+    """The options of `cptv bench search`.
 
-    source: weights and images. searches: names of strategies, with their default settings, or YAML files whose search
-    section counts; either with passes of its own, behind a colon or in the file. bits: such as W3A8. passes: the
-    budgets of the others. objectives: such as "kl" or "kl+cosine@features" (see Objective; without @ on what the
-    search has), or "infonce/kl", where the first is differentiated and the second decides; none means the search's own.
-    config: base method, recipe and calibration of all runs.
+    Attributes:
+        source: The inputs of all runs.
+        out: The bench's directory.
+        searches: Names of strategies, with their default settings, or YAML files whose search section counts; either
+            may set its passes, behind a colon or in the file.
+        bits: Widths such as W3A8.
+        passes: The budgets of the searches that do not set their passes.
+        seeds: The seeds.
+        config: Base method, recipe and calibration of all runs.
+        objectives: Objectives such as "kl" or "kl+cosine@features" (see Objective; without @ on the outputs that the
+            search compares), or "infonce/kl", where the first is differentiated and the second decides; none means the
+            search's own.
     """
 
     source: Source
@@ -108,7 +115,14 @@ def _runs(options: SearchOptions, seed: int) -> list[Run]:
 
 
 def lines_of(cells: Sequence[Cell]) -> list[Line]:
-    """The table as data: for each width the base, then every search with the values of its seeds."""
+    """Turns cells into the table's lines: for each width the base, then every search with the values of its seeds.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        The lines, as plain data.
+    """
     lines: list[Line] = []
     for bits in dict.fromkeys(cell.bits for cell in cells):
         here = [cell for cell in cells if cell.bits == bits]
@@ -151,7 +165,14 @@ def _mean(values: Sequence[float | None], digits: int) -> str:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The table as Markdown; means over seeds with their standard deviations."""
+    """Formats the table as Markdown, with means over seeds and their standard deviations.
+
+    Args:
+        lines: The lines that `lines_of` returns.
+
+    Returns:
+        The table.
+    """
     return rows_of(
         _HEADER,
         [
@@ -177,8 +198,19 @@ TABLE = Table("search", lines_of, markdown)
 
 
 def bench_search(options: SearchOptions, progress: bool = True) -> list[Line]:
-    """Runs what is not yet measured, writes search.md and search.json into `options.out` after each run, and returns
-    the lines of the table. Raises InputError as `bench_methods` does.
+    """Measures searches at every width and budget.
+
+    Only missing runs are measured; search.md and search.json in `options.out` are written after each run.
+
+    Args:
+        options: The options.
+        progress: Whether to show a bar.
+
+    Returns:
+        The lines of the table.
+
+    Raises:
+        InputError: If no run can use the settings, or if `out` holds something other than this bench.
     """
     first, *others = options.seeds
     runs = _runs(options, first)

@@ -1,4 +1,4 @@
-"""The table of a bench of methods: what was measured, by width and method, one line without and one with CPT-V."""
+"""The table of a bench of methods: measurements by width and method, one line without and one with CPT-V."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,10 +14,15 @@ _HEADER = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a bench and what came of it.
+    """One run of a bench and its result.
 
-    label: of the method. search: name of its strategy, or "none". measured: see `worker.measure`; empty if there is
-    nothing yet. reason: why there is nothing.
+    Attributes:
+        bits: The widths, such as W4A8.
+        label: Name of the method in the table.
+        seed: The run's seed.
+        search: Name of the strategy, or "none".
+        measured: See `worker.measure`; empty if there is nothing yet.
+        reason: Why there is nothing.
     """
 
     bits: str
@@ -29,11 +34,19 @@ class Cell:
 
     @property
     def done(self) -> bool:
+        """Whether the run was measured to its end."""
         return bool(self.measured.get("done"))
 
 
 def lines_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The table as data: for each width and method, the seeds' values of the base and, after it, of the search."""
+    """Turns cells into the table's lines: for each width and method, the seeds' values of the base, then of the search.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        The lines, as plain data.
+    """
     grouped: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         grouped.setdefault((cell.bits, cell.label), []).append(cell)
@@ -64,7 +77,15 @@ def lines_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def near(cells: Sequence[Cell], points: float) -> list[Cell]:
-    """Runs with an accuracy within so many points of another line's at the same width."""
+    """Finds runs whose accuracy is close to that of another line at the same width.
+
+    Args:
+        cells: The cells.
+        points: The largest difference, in points of top-1 accuracy.
+
+    Returns:
+        The cells of these runs.
+    """
     values = [
         (cell, stage, cell.measured["accuracy"][stage]["top1"])
         for cell in cells
@@ -107,7 +128,14 @@ def _images(line: dict[str, Any]) -> str:
 
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """The table as Markdown."""
+    """Formats the table as Markdown.
+
+    Args:
+        lines: The lines that `lines_of` returns.
+
+    Returns:
+        The table.
+    """
     rows = []
     for line in lines:
         several = f" (seeds {', '.join(map(str, line['seeds']))})" if len(line["seeds"]) > 1 else ""
@@ -132,7 +160,15 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def rows_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of text; line breaks and bars in it are made harmless."""
+    """Formats text as a Markdown table; line breaks are replaced and bars escaped.
+
+    Args:
+        header: The titles of the columns.
+        rows: The fields of each row.
+
+    Returns:
+        The table.
+    """
     lines = [" | ".join(" ".join(field.split()).replace("|", "\\|") for field in row) for row in [header, *rows]]
     lines = [f"| {line} |" for line in lines]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"

@@ -1,6 +1,6 @@
-"""One run of a bench, in a process of its own: its peak of memory is nobody else's, and its failure stays its own.
+"""One run of a bench in a separate process, so that its memory peak and its failure stay its own.
 
-`python -m cptv_jax.bench.worker` reads a task as one line of JSON from stdin and measures it; at the end of stdin (its
+`python -m cptv_jax.bench.worker` reads a task as one line of JSON from stdin and measures it; when stdin ends (its
 parent is gone) it ends too.
 """
 
@@ -40,8 +40,15 @@ _KIB, _MIB = 2**10, 2**20
 class Task:
     """A run to measure.
 
-    weights, arch, images, evaluation: as `cptv quantize` takes them. held_out: how many images beyond those of the
-    configuration only judge. run: the run directory. measured: the file that what was measured goes to.
+    Attributes:
+        weights: The float model, as `cptv quantize` takes it.
+        arch: The timm name; None if the weights tell it.
+        images: Calibration images, as `cptv quantize` takes them.
+        evaluation: Labelled images.
+        held_out: Number of images, beyond those of the configuration, that only the objective is measured on.
+        config: The configuration.
+        run: The run directory.
+        measured: The file that receives the measurements.
     """
 
     weights: str
@@ -54,12 +61,24 @@ class Task:
     measured: Path
 
     def to_json(self) -> str:
-        """One line, which `from_json` reads."""
+        """Writes the task as text.
+
+        Returns:
+            One line of JSON, which `from_json` reads.
+        """
         config = {"config": to_mapping(self.config), "modules": _users_modules(self.config)}
         return json.dumps({**vars(self), **config}, default=str)  # paths as text
 
     @classmethod
     def from_json(cls, text: str) -> "Task":
+        """Reads a task, and imports the modules that register its method and strategy.
+
+        Args:
+            text: One line of JSON.
+
+        Returns:
+            The task.
+        """
         values = json.loads(text)
         for module in values.pop("modules"):
             import_module(module)
@@ -76,7 +95,14 @@ def _users_modules(config: QuantizeConfig) -> list[str]:
 
 
 def read_measured(path: Path) -> dict[str, Any]:
-    """What a file of measurements holds so far; nothing where it is absent or damaged."""
+    """Reads a file of measurements.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content so far; empty if it is absent or damaged.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -85,7 +111,11 @@ def read_measured(path: Path) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """The largest resident memory of this process so far, in MiB."""
+    """Measures the largest resident memory of this process so far.
+
+    Returns:
+        MiB; NaN if the platform does not tell.
+    """
     try:
         # Not ru_maxrss where this is to be had: Linux starts it at the peak of the process that began this one.
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -104,6 +134,9 @@ class Phases:
 
     A phase that an earlier process began and did not end is marked as resumed: its seconds and its peak are those of
     this process alone.
+
+    Args:
+        path: The file of measurements.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +146,11 @@ class Phases:
         self._start = 0.0
 
     def begin(self, name: str) -> None:
-        """Ends the phase before, if any."""
+        """Ends the phase before, if any, and begins the next.
+
+        Args:
+            name: The phase.
+        """
         self.end()
         earlier = self.found.get(name, {})
         self.found[name] = {"resumed": bool(earlier)}
@@ -121,6 +158,7 @@ class Phases:
         self._write()
 
     def end(self) -> None:
+        """Ends the present phase, if any."""
         if self._current is not None:
             self.found[self._current] |= {"seconds": time.perf_counter() - self._start, "peak_mib": peak_mib()}
             self._current = None
@@ -131,7 +169,17 @@ class Phases:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Runs a task to its end and returns what its row needs; an interrupted one goes on. Raises InputError."""
+    """Runs a task to its end; an interrupted one continues.
+
+    Args:
+        task: The task.
+
+    Returns:
+        The measurements for its row of the table.
+
+    Raises:
+        InputError: If the task cannot work.
+    """
     model = load_float_model(task.weights, task.arch)
     preprocessing, config = model.architecture.preprocessing, task.config
     wanted = config.calibration.images
@@ -178,7 +226,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Measures the task on stdin; exits with 2, and the reason in the file of measurements, for what cannot be."""
+    """Measures the task on stdin; exits with 2, and the reason in the file of measurements, if it cannot work."""
     task = Task.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_all_cores()

@@ -11,7 +11,11 @@ _OF_CHILDREN = ("methods", "search")  # benches whose work is done by processes 
 
 
 def add_benches(parser: argparse.ArgumentParser) -> None:
-    """Adds a subcommand for each bench."""
+    """Adds a subcommand for each bench.
+
+    Args:
+        parser: The parser of `cptv bench`.
+    """
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     summary = "Every base method at every width, without and with CPT-V on top; repeat the command to continue it."
     methods = benches.add_parser("methods", help=summary, description=summary)
@@ -40,7 +44,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         help="the search on top, as a configuration has it (default: guided, with 60 steps)",
     )
     methods.add_argument(
-        "--config", metavar="YAML", help="what all runs share, with options for the runs of its method"
+        "--config", metavar="YAML", help="settings that all runs share, with options for the runs of its method"
     )
 
     summary = "Search strategies, objectives and budgets on one base method; repeat the command to continue it."
@@ -71,17 +75,20 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     _add_source(precision, held_out=False)
     precision.add_argument("--bits", nargs="+", type=int, metavar="N", help="widths a site may have (default: 2 to 8)")
     precision.add_argument("--judges", type=int, default=200, metavar="N", help="images that judge (default: 200)")
-    precision.add_argument("--generations", type=int, default=6, metavar="N", help="of the evolution (default: 6)")
-    precision.add_argument("--children", type=int, default=4, metavar="N", help="a generation (default: 4)")
-    text = "what has a width of its own (default: weights); all: activations that products read, too"
+    text = "generations of the evolution (default: 6)"
+    precision.add_argument("--generations", type=int, default=6, metavar="N", help=text)
+    precision.add_argument(
+        "--children", type=int, default=4, metavar="N", help="candidates per generation (default: 4)"
+    )
+    text = "sites with separate widths (default: weights); all: also activations that products read"
     precision.add_argument("--genes", default="weights", metavar="WHAT", help=text)
-    text = "what mixed widths may cost as much of as uniform ones (default: bytes, of the weights); or bit-operations"
+    text = "cost in which mixed widths may equal uniform ones: bytes of the weights, or bit-operations (default: bytes)"
     precision.add_argument("--budget", default="bytes", metavar="COST", help=text)
     precision.add_argument("--config", metavar="YAML", help="base method, recipe, calibration, objective and seed")
 
 
 def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
-    """What every bench reads and where it writes."""
+    """Adds the options that every bench has: its inputs and its directory."""
     parser.add_argument("--weights", required=True, help="checkpoint, timm weight file or hub:ORG/NAME")
     parser.add_argument("--arch", help="timm name, where the file's name does not contain it")
     parser.add_argument("--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND")
@@ -96,9 +103,15 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the bench that was asked for and prints its table; see cptv_jax.cli.main.run.
+    """Runs the chosen bench and prints its table.
 
-    Returns 1 where no run could be measured.
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code: 1 if no run could be measured, else 0.
     """
     parser = Parser(prog=prog, description=summary)
     add_benches(parser)

@@ -7,7 +7,16 @@ from cptv_jax.cli.parser import Parser, add_compilation_cache
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the command; see cptv_jax.cli.main.run."""
+    """Compares this library with result files of PyTorch code.
+
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code.
+    """
     parser = Parser(prog=prog, description=summary)
     parser.add_argument("files", nargs="+", metavar="FILE", help="result files (.npz)")
     add_compilation_cache(parser)

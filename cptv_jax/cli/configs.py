@@ -7,7 +7,16 @@ from cptv_jax.config.shipped import names, summary_of
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the command; see cptv_jax.cli.main.run."""
+    """Lists the shipped configurations.
+
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code.
+    """
     Parser(prog=prog, description=summary).parse_args(words)
     width = max(map(len, names()))
     for name in names():

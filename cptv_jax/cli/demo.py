@@ -9,7 +9,16 @@ from cptv_jax.demo import run_demo
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the command; see cptv_jax.cli.main.run."""
+    """Runs the demo and prints its outcome.
+
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code.
+    """
     parser = Parser(prog=prog, description=summary)
     parser.add_argument("--out", default="runs/demo", help="run directory (default: runs/demo)")
     add_compilation_cache(parser)

@@ -1,4 +1,4 @@
-"""Flags of the command line for the fields of options: made from the classes, read as YAML."""
+"""Command-line flags for the fields of options: derived from the classes, read as YAML."""
 
 import argparse
 import re
@@ -25,7 +25,7 @@ class Flag:
     Attributes:
         name: The field's dotted name, which is the flag's.
         field: The field.
-        value: What it is unless the flag is given.
+        value: The field's value unless the flag is given.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Flag:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it can be; empty where it is no choice."""
+        """The words to choose from; empty for a field that is not a choice."""
         return tuple(self.field.tag.registry) if self.field.tag else _words(self.field.annotation)
 
     @property
     def metavar(self) -> str:
-        """What stands for its value in the help."""
+        """The placeholder of the flag's value in the help."""
         if self.choices:
             return "NAME"
         return next((_METAVARS[kind] for kind in _types(self.field.annotation) if kind in _METAVARS), "LIST")
 
     @property
     def help(self) -> str:
-        """Its sentence, its choices and its default."""
+        """The flag's help: its sentence, its choices and its default."""
         default = type(self.value).name if self.field.tag else _shown(self.value)
         choices = f"choices: {', '.join(self.choices)}; " if self.choices else ""
         return f"{self.field.help} ({choices}default: {default})".replace("%", "%%")
@@ -58,8 +58,8 @@ class Group:
 
     Attributes:
         title: Its place in the configuration.
-        summary: The first line of the class's docstring.
-        flags: Of its fields.
+        summary: The first paragraph of the class's docstring.
+        flags: The flags of its fields.
     """
 
     title: str
@@ -99,12 +99,12 @@ def _shown(value: Any) -> str:
 
 
 def groups_of(value: Any, prefix: str = "", title: str = "general") -> list[Group]:
-    """Lists the flags of options, those of options within them included.
+    """Lists the flags of options, including those of nested options.
 
     Args:
         value: The options; their values are the defaults.
-        prefix: What the names of the flags begin with.
-        title: Of the first group.
+        prefix: The beginning of the flags' names.
+        title: Title of the first group.
 
     Returns:
         A group for each class of options that has a field of its own.
@@ -122,7 +122,7 @@ def groups_of(value: Any, prefix: str = "", title: str = "general") -> list[Grou
 
 
 def _class(value: Any) -> Any:
-    """The class of options, or that of what is registered."""
+    """The class of options of a value, or of a registered entry."""
     return options_of(value) if isinstance(value, type) or hasattr(value, "options") else type(value)
 
 
@@ -131,7 +131,14 @@ def _title(name: str, tag: Tag | None, value: Any) -> str:
 
 
 def flags_of(value: Any) -> dict[str, Flag]:
-    """The flags of options by name; see `groups_of`."""
+    """Lists the flags of options, as `groups_of` does.
+
+    Args:
+        value: The options; their values are the defaults.
+
+    Returns:
+        The flags by name.
+    """
     return {flag.name: flag for group in groups_of(value) for flag in group.flags}
 
 
@@ -159,10 +166,10 @@ def choose(value: T, words: Sequence[str]) -> T:
         words: The command line.
 
     Returns:
-        The options with the chosen classes; a class that they have already keeps its fields.
+        The options with the chosen classes; a class that they already have keeps its fields.
 
     Raises:
-        InputError: For a name that is not known.
+        InputError: If a name is unknown.
     """
     data = to_mapping(value)
     for name, flag in flags_of(value).items():
@@ -184,7 +191,7 @@ def override(value: T, changes: Mapping[str, str]) -> T:
         The options with these fields.
 
     Raises:
-        InputError: For a value of a wrong type or out of bounds, with the flag's name.
+        InputError: If a value has a wrong type or is out of bounds; the message names the flag.
     """
     data, flags = to_mapping(value), flags_of(value)
     for name, text in changes.items():
@@ -215,7 +222,7 @@ def spell(message: str, names: Sequence[str]) -> str:
         names: Dotted names of fields.
 
     Returns:
-        The sentence, in which they have dashes in front, but for plain words within it.
+        The sentence with dashes before these names; plain words within it stay as they are.
     """
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if "." in name)
     message = re.sub(rf"(?<![\w.-])({known})(?![\w-]|\.[a-z])", r"--\1", message)
@@ -231,7 +238,7 @@ def explain(value: Any, option: str) -> str | None:
         option: The flag.
 
     Returns:
-        The end of a sentence, where the flag is of an older cptv or of another class of options.
+        The end of a sentence if the flag belongs to an older cptv or to another class of options, else None.
     """
     name = option.removeprefix("--")
     now = present_name(name)

@@ -8,7 +8,16 @@ from cptv_jax.storage.models import load_float_model, save_model
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the command; see cptv_jax.cli.main.run."""
+    """Converts timm weights to a checkpoint.
+
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code.
+    """
     parser = Parser(prog=prog, description=summary)
     parser.add_argument("source", help=".safetensors, .npz or .pth file, or hub:ORG/NAME")
     parser.add_argument("--arch", help="timm name, where the file's name does not contain it")

@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
         The exit code.
 
     Raises:
-        InputError: For bad usage, and for whatever the command cannot work with.
+        InputError: If the usage is wrong, or the command cannot work with its input.
     """
     if not words or words[0].startswith("-"):
         _overview().parse_args(words)
@@ -60,7 +60,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _prepare(compilation_cache: str | None) -> None:
-    """What a command that computes asks of JAX, before JAX starts."""
+    """Sets up JAX for a command that computes, before JAX starts."""
     from cptv_jax.runtime.compilation_cache import use_compilation_cache
 
     use_compilation_cache(compilation_cache)  # before JAX is imported
@@ -79,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     Args:
         argv: The command and its arguments; None takes the process's own.
+
+    Raises:
+        OSError: If an operation fails for a reason that the operating system does not number.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is shown with escapes
         sys.stdout.reconfigure(errors="backslashreplace")

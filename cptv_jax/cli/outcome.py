@@ -7,10 +7,10 @@ from cptv_jax.report.summary import STAGES, summarize
 
 
 def print_outcome(outcome: Quantization, out: Path) -> None:
-    """Prints accuracies, the objective, the size and where the report is.
+    """Prints the accuracies, the objective, the size and the path of the report.
 
     Args:
-        outcome: Of `quantize`.
+        outcome: The outcome of `quantize`.
         out: The run directory, as the user wrote it.
     """
     summary = summarize(outcome)

@@ -13,8 +13,9 @@ class Parser(argparse.ArgumentParser):
     """A parser of one command.
 
     Args:
-        explain: Asked about an unknown option; what it returns, if anything, is said instead of the nearest known one.
-        **settings: As of argparse.ArgumentParser.
+        explain: Called with an unknown option; the text that it returns, if any, replaces the hint at the nearest known
+            one.
+        **settings: Settings of argparse.ArgumentParser.
     """
 
     def __init__(self, explain: Callable[[str], str | None] = lambda option: None, **settings: Any) -> None:
@@ -22,11 +23,29 @@ class Parser(argparse.ArgumentParser):
         self._explain = explain
 
     def error(self, message: str) -> NoReturn:
-        """Raises InputError with the message."""
+        """Reports bad usage.
+
+        Args:
+            message: The complaint of argparse.
+
+        Raises:
+            InputError: Always, with the message.
+        """
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of argparse; an unknown option is refused first, or its value would be taken for a file."""
+        """Parses as argparse does, but refuses an unknown option first: its value would be taken for a file.
+
+        Args:
+            args: The words of the command line.
+            namespace: See argparse.
+
+        Returns:
+            The namespace and the remaining words.
+
+        Raises:
+            InputError: If an option is unknown.
+        """
         if self._subparsers is None:
             known = self._option_string_actions
             for word in args:
@@ -38,10 +57,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that every command has which computes; cptv_jax.cli.main reads it before JAX is imported.
+    """Adds the option of all commands that compute; cptv_jax.cli.main reads it before JAX is imported.
 
     Args:
-        parser: The command's.
+        parser: The command's parser.
     """
     parser.add_argument(
         COMPILATION_CACHE,
@@ -55,10 +74,10 @@ def value_of(words: Sequence[str], option: str) -> str | None:
 
     Args:
         words: The command line.
-        option: Such as "--config".
+        option: The option, such as "--config".
 
     Returns:
-        The last value given; None without one.
+        The last value given; None if there is none.
     """
     found = None
     for word, following in zip(words, [*words, None][1:], strict=True):

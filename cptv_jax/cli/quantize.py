@@ -61,7 +61,19 @@ def parser_for(config: QuantizeConfig, prog: str = "cptv quantize", summary: str
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the command; see cptv_jax.cli.main.run."""
+    """Quantizes a model and prints the outcome.
+
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: If the configuration, the model or the images cannot work; fields are named as flags.
+    """
     start = choose(load_config(value_of(words, "--config")), words)
     args = parser_for(start, prog, summary).parse_args(words)
     flags = flags_of(start)

@@ -8,7 +8,19 @@ from cptv_jax.errors import InputError
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
-    """Runs the command; see cptv_jax.cli.main.run."""
+    """Prints the report of a run.
+
+    Args:
+        words: The arguments of the command.
+        prog: The command, for messages.
+        summary: Its purpose, for the help.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: If the directory is not a finished run.
+    """
     parser = Parser(prog=prog, description=summary)
     parser.add_argument("run", help="run directory")
     args = parser.parse_args(words)

@@ -20,10 +20,11 @@ def load_config(path: str | Path | None) -> QuantizeConfig:
         path: A YAML file, or the name of a shipped configuration such as "evol-q_w4a8"; None gives all defaults.
 
     Returns:
-        The configuration, with defaults where the file is silent.
+        The configuration, with defaults for the fields that the file leaves out.
 
     Raises:
-        InputError: For a missing or malformed file, an unknown field, or a value of a wrong type or out of bounds.
+        InputError: If the file is missing or malformed, a field is unknown, or a value has a wrong type or is out of
+            bounds.
 
     Example:
         >>> config = load_config("guided_w4a8")
@@ -32,7 +33,7 @@ def load_config(path: str | Path | None) -> QuantizeConfig:
 
 
 def read_config(path: str | Path) -> Any:
-    """Reads what a configuration file says, without defaults.
+    """Reads a configuration file without filling in defaults.
 
     Args:
         path: A YAML file, or the name of a shipped configuration.
@@ -41,7 +42,7 @@ def read_config(path: str | Path) -> Any:
         Plain data, unchecked.
 
     Raises:
-        InputError: For a missing file, one that is not valid YAML, or one of a run of another format.
+        InputError: If the file is missing, is not valid YAML, or belongs to a run of another format.
     """
     file = find_config(str(path))
     refuse_config_of_other_format(file)
@@ -66,7 +67,8 @@ def config_from(data: Any, source: str) -> QuantizeConfig:
         The configuration.
 
     Raises:
-        InputError: For whatever is wrong in it, and for a configuration of an older cptv.
+        InputError: If a field is unknown or has an invalid value, or if the configuration has the form of an older
+            cptv.
     """
     if isinstance(data, Mapping):
         refuse_older(data, source)

@@ -35,13 +35,13 @@ _SEARCH = {
 
 
 def present_name(name: str) -> str | None:
-    """Where a field of the older form is now.
+    """Translates the name of a field of the older form.
 
     Args:
         name: Its dotted name, such as "search.gradient_steps" or "erq.flips".
 
     Returns:
-        Its present dotted name; None for what was no field of the older form.
+        Its present dotted name; None if the older form had no such field.
     """
     section, _, field = name.partition(".")
     if section in _METHODS:
@@ -57,7 +57,7 @@ def refuse_older(data: Mapping[str, Any], source: str) -> None:
         source: Where it comes from, for messages.
 
     Raises:
-        InputError: For a field of the older form, with its present name.
+        InputError: If it has a field of the older form; the message gives the present name.
     """
     search = data.get("search")
     names = [name for name in data if name in _METHODS]
@@ -70,13 +70,13 @@ def refuse_older(data: Mapping[str, Any], source: str) -> None:
 
 
 def is_older(data: Mapping[str, Any]) -> bool:
-    """Whether a mapping has the older form.
+    """Tells whether a mapping has the older form.
 
     Args:
         data: A configuration as it was saved.
 
     Returns:
-        Whether it has fields of that form alone.
+        True if it has a field that only the older form has.
     """
     try:
         refuse_older(data, "")
@@ -104,13 +104,13 @@ def translate_search(search: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates a configuration of the older form, such as those of rows that benches measured earlier.
+    """Translates a configuration of the older form, such as one saved with an earlier row of a bench.
 
     Args:
-        config: As it was saved.
+        config: The configuration as it was saved.
 
     Returns:
-        The same in the present form; options of other methods are left out.
+        The same configuration in the present form; options of other methods are left out.
     """
     name = config.get("method", "fq-vit")
     sections = [config[key] for key, method in _METHODS.items() if method == name and key in config]

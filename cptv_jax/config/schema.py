@@ -17,64 +17,81 @@ from cptv_jax.search.objective import Compared, ObjectiveName
 
 @options
 class CalibrationConfig:
-    """Calibration images, for base method and search."""
+    """Calibration images, for base method and search.
+
+    Example:
+        >>> config = QuantizeConfig(calibration=CalibrationConfig(images=256, batch=32))
+    """
 
     images: int = Field(default=1000, ge=1)
-    """How many images to take in all."""
+    """How many images to take in total."""
     batch: int = Field(default=100, ge=1)
     """Images per batch; also the batch of the contrastive loss, where the other images are the negatives."""
 
 
 @options
 class JudgeConfig:
-    """What judges candidates and passes."""
+    """How candidates and passes are judged.
+
+    Example:
+        >>> search = SearchConfig(judge=JudgeConfig(objective="kl", images=200))
+    """
 
     objective: ObjectiveName | None = None
-    """infonce, kl, mse or cosine, or a sum such as kl+cosine; null means the strategy's: infonce, as published, and kl
-    for guided."""
+    """Objective of the search: infonce, kl, mse or cosine, or a sum such as kl+cosine; null means the strategy's:
+    infonce, as published, and kl for guided."""
     on: Compared = "logits"
-    """Which outputs are compared: logits, penultimate features or both."""
+    """Outputs to compare: logits, penultimate features or both."""
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Of infonce and kl; null means 3 for infonce and 1 for kl."""
+    """Temperature of infonce and kl; null means 3 for infonce and 1 for kl."""
     teacher: Literal["float", "published"] = "float"
-    """The full-precision model, or the published code's, in which integer LayerNorm and softmax stay active."""
+    """Model to compare with: the full-precision model, or the published code's, in which integer LayerNorm and softmax
+    stay active."""
     images: int | None = Field(default=None, ge=1)
     """How many images judge candidates, in whole batches; null means the strategy's: all that are not held out, and
     about 200 for guided."""
     holdout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the calibration images, in whole batches, that only picks among passes."""
+    """Share of the calibration images, in whole batches, that only serves to pick among passes."""
     patience: int | None = Field(default=None, ge=1)
-    """End after so many passes in a row that did not lower the held-out loss; null goes through all."""
+    """End after this many passes in a row that did not lower the held-out loss; null runs all passes."""
 
 
 @options
 class SpaceConfig:
-    """What the search may change."""
+    """Which parameters the search may change.
+
+    Example:
+        >>> search = SearchConfig(strategy=Guided(), space=SpaceConfig(sites=("*.weight",), offsets=True))
+    """
 
     sites: Names | None = None
     """Name patterns of the weight or activation sites whose scales are searched; null means the strategy's: the
     attention's weights, as published, and all weights for guided."""
     offsets: bool | None = None
-    """Also zero points, starts of focusing intervals, exponents of power-of-two factors, factors of bias-corrected
-    channels and biases; null means the strategy's: only guided does, and only guided can."""
+    """Also search zero points, starts of focusing intervals, exponents of power-of-two factors, factors of
+    bias-corrected channels and biases; null means the strategy's: only guided does, and only guided can."""
     rounding: bool | None = None
-    """Also which way each element of a searched weight rounds; null means as offsets."""
+    """Also search which way each element of a searched weight rounds; null means the value of offsets."""
 
 
 @options
 class ComputeConfig:
-    """How the search is computed; results do not depend on it, but for race."""
+    """How the search is computed; only race changes its results.
+
+    Example:
+        >>> search = SearchConfig(compute=ComputeConfig(memory_gib=8.0, race=True))
+    """
 
     arithmetic: ArithmeticName | None = None
-    """How integer codes are multiplied; null takes what is fastest here."""
+    """How integer codes are multiplied; null takes the fastest way on this machine."""
     race: bool = False
     """Drop candidates that fall behind on some of the batches; the published search evaluates all of them whole."""
     memory_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Bound on the activations of each device; null lets the device decide."""
     images_at_once: int | None = Field(default=None, ge=1)
-    """How many images, on all devices together; null means as many as fit."""
+    """How many images to compute at once, on all devices together; null means as many as fit."""
     candidates_at_once: int | None = Field(default=None, ge=1)
-    """How many candidates, on all devices together; null means as many as fit."""
+    """How many candidates to compute at once, on all devices together; null means as many as fit."""
     population_devices: int = Field(default=1, ge=1)
     """How many groups of devices divide the candidates; the devices of a group divide the images."""
     cache_gib: float = Field(default=4.0, gt=0)
@@ -83,14 +100,21 @@ class ComputeConfig:
 
 @options
 class SearchConfig:
-    """The search on top of the base method."""
+    """The search on top of the base method.
+
+    Raises:
+        InputError: If `space` asks for offsets that the strategy cannot move, or for roundings without offsets.
+
+    Example:
+        >>> search = SearchConfig(strategy=Guided(passes=2), judge=JudgeConfig(objective="kl"))
+    """
 
     strategy: one_of(STRATEGIES) = EvolQ()  # type: ignore[valid-type]
-    """What proposes candidates and keeps survivors."""
+    """Strategy that proposes candidates and keeps survivors."""
     judge: JudgeConfig = JudgeConfig()
-    """What judges candidates and passes."""
+    """How candidates and passes are judged."""
     space: SpaceConfig = SpaceConfig()
-    """What the search may change."""
+    """Which parameters the search may change."""
     compute: ComputeConfig = ComputeConfig()
     """How the search is computed."""
 
@@ -111,14 +135,23 @@ class SearchConfig:
 
 @options
 class QuantizeConfig:
-    """Everything that determines a quantization, apart from the model and the images."""
+    """Everything that determines a quantization, apart from the model and the images.
+
+    Raises:
+        InputError: If a contrastive objective has batches of one image.
+
+    Example:
+        >>> config = QuantizeConfig(seed=1, search=SearchConfig(strategy=Guided()))
+        >>> outcome = quantize(model, images, config)
+    """
 
     method: one_of(METHODS) = FqVitOptions()  # type: ignore[valid-type]
     """The base method."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of everything that is drawn: image order, held-out slice, and what method, reconstruction and search draw."""
+    """Seed of everything that is drawn: image order, held-out slice, and the draws of method, reconstruction and
+    search."""
     recipe: RecipeConfig = RecipeConfig()
-    """What is quantized and how."""
+    """Which sites are quantized, and how."""
     calibration: CalibrationConfig = CalibrationConfig()
     """Calibration images."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()
@@ -136,13 +169,13 @@ class QuantizeConfig:
 
 
 def judging_objective(search: SearchConfig) -> Objective:
-    """What judges candidates.
+    """Determines the objective that judges candidates.
 
     Args:
         search: The search's configuration.
 
     Returns:
-        Its objective, the strategy's where it names none.
+        The configured objective, or the strategy's if the configuration names none.
     """
     judge = search.judge
     return Objective(judge.objective or search.strategy.defaults.objective, judge.on, judge.temperature)

@@ -8,18 +8,25 @@ _FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of the shipped configurations, sorted."""
+    """Lists the shipped configurations.
+
+    Returns:
+        Their names, sorted.
+    """
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
 def path_of(name: str) -> Path:
-    """Returns the file of a shipped configuration.
+    """Finds the file of a shipped configuration.
 
     Args:
-        name: one of `names()`.
+        name: One of `names()`.
+
+    Returns:
+        The path of the YAML file.
 
     Raises:
-        InputError: there is no such configuration.
+        InputError: If there is no such configuration.
     """
     if name not in names():
         raise InputError(f"there is no shipped configuration {name}{did_you_mean(name, names())}")
@@ -27,18 +34,28 @@ def path_of(name: str) -> Path:
 
 
 def find_config(given: str) -> Path:
-    """Returns the file that a word for a configuration means: a path, or the name of a shipped configuration.
+    """Finds the file that the user means by a path or by the name of a shipped configuration.
 
     Args:
-        given: a path; a word without a suffix and a folder that is no file here is a name.
+        given: A path, or a name. A word without suffix and folder is a name unless a file of that name exists.
+
+    Returns:
+        The path of the YAML file.
 
     Raises:
-        InputError: it is such a word, and no shipped configuration has this name.
+        InputError: If it is a name, and no shipped configuration has it.
     """
     path = Path(given)
     return path if path.suffix or path.name != given or path.exists() else path_of(given)
 
 
 def summary_of(name: str) -> str:
-    """Returns the first comment line of a shipped configuration, which says what it is for."""
+    """Reads the first comment line of a shipped configuration, which states its purpose.
+
+    Args:
+        name: One of `names()`.
+
+    Returns:
+        The line, without the comment sign.
+    """
     return path_of(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()

@@ -64,7 +64,7 @@ class _ValueLoader(_Loader):
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Reads a document.
+    """Reads a YAML document.
 
     Args:
         text: The document.
@@ -74,7 +74,7 @@ def read_yaml(text: str, source: str) -> Any:
         Plain data.
 
     Raises:
-        InputError: For what is not valid YAML, or a key that is given twice.
+        InputError: If it is not valid YAML, or a key is given twice.
     """
     return _read(text, source, _Loader)
 
@@ -90,7 +90,7 @@ def read_value(text: str, source: str) -> Any:
         Plain data.
 
     Raises:
-        InputError: For what is not valid YAML, or a key that is given twice.
+        InputError: If it is not valid YAML, or a key is given twice.
     """
     return _read(text, source, _ValueLoader)
 

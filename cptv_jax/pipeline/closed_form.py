@@ -1,4 +1,4 @@
-"""Steps in closed form that a guided search tries before gradients: grids and roundings of weights."""
+"""Closed-form proposals of a guided search, tried before gradients: grids and roundings of weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ from cptv_jax.quantizers import BiasCorrected, Free, Quantizer, Uniform, spread,
 from cptv_jax.recipe.sites import Site
 from cptv_jax.search.proposals.base import Scales
 
-_FITTED = ("factor", "start", "zero_point")  # of a grid of least error, beside its scale
+_FITTED = ("factor", "start", "zero_point")  # fields of a grid of least error, in addition to its scale
 _LARGEST_FACTOR = 2.0  # by which a channel is made longer or shorter
 _RIDGE = 0.01  # of the mean square of what a layer reads
 _NOISE = 1e-5  # of a sum of squares in float32, relative to it
@@ -28,14 +28,14 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 def steps_to_least_error(base: QuantizedModel, scales: Scales) -> Scales:
-    """Steps to uniform grids of least squared error (OMSE), a channel at a time. They need no data.
+    """Computes steps to uniform grids of least squared error (OMSE), channel by channel. They need no data.
 
     Args:
         base: The model that is searched.
         scales: Its present candidates by stage.
 
     Returns:
-        Steps of the candidates' structure; zero for what has no uniform grid for each channel.
+        Steps in the structure of the candidates; zero for weights without a uniform grid for each channel.
     """
     steps = jax.tree.map(jnp.zeros_like, scales)
     for stage, candidate in scales.items():
@@ -65,8 +65,10 @@ def steps_to_least_output_error(
     batches: Iterable[Batch],
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Scales:
-    """Steps to roundings (GPTQ, arXiv 2210.17323) and channel factors by which each layer's output on quantized inputs
-    comes close to that of the float layer on float ones.
+    """Computes steps to roundings and channel factors that keep the outputs of layers.
+
+    With them (roundings by GPTQ, arXiv 2210.17323), each layer's output on quantized inputs comes close to that of the
+    float layer on float inputs.
 
     Args:
         base: The model that is searched.
@@ -75,8 +77,8 @@ def steps_to_least_output_error(
         on_layer: Called with a layer's name before it is rounded.
 
     Returns:
-        Steps of the candidates' structure; zero for weights whose rounding is not searched, for those with a float term
-        in addition, and for those that their grid holds exactly.
+        Steps in the structure of the candidates; zero for weights whose rounding is not searched, for those with an
+        additional float term, and for those that their grid holds exactly.
     """
     steps = jax.tree.map(jnp.zeros_like, scales)
     moved = base.with_candidates(scales)
@@ -100,7 +102,7 @@ def steps_to_least_output_error(
             on_layer(layer_name)
             site = searched[layer_name]
             present, changes = scales[site.stage][site.local], {}
-            for name, value in _rounded_anew(moved, site, moments).items():
+            for name, value in _round_again(moved, site, moments).items():
                 if getattr(present, name) is not None:
                     old = np.asarray(getattr(present, name), np.float64)
                     change = np.log(value / old) if name == "factor" else value - old
@@ -139,7 +141,7 @@ def _on_grid(model: QuantizedModel, weight: Site) -> bool:
     return bool(np.all(np.abs(error) <= _ROUNDED * grid.scale))
 
 
-def _rounded_anew(model: QuantizedModel, weight: Site, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
+def _round_again(model: QuantizedModel, weight: Site, moments: Moments) -> dict[str, Float[np.ndarray, "..."]]:
     """The fields "rounding" and "factor" of a weight's Free."""
     layer, quantizer = model.model.layer(weight.layer_name), model.quantizers[weight.name]
     kernel, grid = np.asarray(layer["kernel"], np.float64), _grid_of(quantizer, layer["kernel"])

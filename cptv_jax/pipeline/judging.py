@@ -1,4 +1,4 @@
-"""What judges candidates: the evaluator, the teacher's outputs, the held-out loss."""
+"""The judges of candidates: the evaluator, the teacher's outputs, the held-out loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Judges:
-    """What a search asks about candidates and stages.
+    """The two losses that a search asks for.
 
     Attributes:
-        evaluator: Losses of candidates.
-        held_out_loss: Loss of stages on the held-out images; None where there are none.
+        evaluator: Computes losses of candidates.
+        held_out_loss: Loss of stages on the held-out images; None if no images are held out.
     """
 
     evaluator: Evaluator
@@ -38,14 +38,14 @@ class Judges:
 def outputs_of(
     stages: Sequence[Stage], batches: Sequence[Images], compute: ComputeConfig, progress: bool, label: str
 ) -> list[Output]:
-    """Computes the outputs of stages.
+    """Computes the outputs of a model's stages.
 
     Args:
-        stages: Of a whole model.
+        stages: The stages of a whole model.
         batches: Images.
         compute: Bounds on memory.
         progress: Whether to show a bar.
-        label: Of the bar.
+        label: Label of the bar.
 
     Returns:
         The output for each batch, in float32 on the host.
@@ -64,13 +64,13 @@ def _budget(compute: ComputeConfig) -> float | None:
 def teacher_stages(
     teacher: Model, base: QuantizedModel, search: SearchPlan, approximate: bool = False
 ) -> Sequence[Stage]:
-    """Builds the stages of what the quantized model is compared with.
+    """Builds the stages of the model that the quantized model is compared with.
 
     Args:
         teacher: The float model.
         base: The quantized model, whose unrounded pass is the published teacher.
-        search: Says which of the two.
-        approximate: The float model need not be exact.
+        search: The plan, which chooses between the two.
+        approximate: Whether the float model may be computed approximately.
 
     Returns:
         The stages.
@@ -90,13 +90,13 @@ def evaluator_of(
     """Builds the evaluator of a search.
 
     Args:
-        stages: Of the quantized model.
+        stages: The stages of the quantized model.
         batches: Images that judge.
         targets: The teacher's output for each batch.
-        objective: What judges.
+        objective: The objective that judges.
         compute: Bounds on memory.
-        candidates: How many are evaluated in a round.
-        mesh: That candidates and images are divided on.
+        candidates: How many candidates are evaluated in a round.
+        mesh: Divides candidates and images among devices.
 
     Returns:
         The evaluator, within these bounds.
@@ -121,13 +121,13 @@ def evaluator_of(
 
 
 def make_judges(teacher: Model, base: QuantizedModel, split: Split, search: SearchPlan, progress: bool) -> Judges:
-    """Builds what a search asks about candidates and stages.
+    """Builds the evaluator and the held-out loss of a search.
 
     Args:
         teacher: The float model.
         base: The quantized model.
         split: The images.
-        search: What is searched, and what judges.
+        search: The plan of the search.
         progress: Whether to show a bar.
 
     Returns:

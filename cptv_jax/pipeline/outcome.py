@@ -1,4 +1,4 @@
-"""What a quantization returns."""
+"""The outcome of a quantization."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,10 +20,15 @@ class Quantization:
         model: The quantized model after the search.
         base: The quantized model before the search.
         teacher: The float model.
-        config: The configuration, with everything filled in that was left open.
-        log: What the search tells of its course.
-        results: Accuracies of the "float", "base" and "final" model, where evaluation images were given.
-        notes: What the configuration asked for and did not get, in sentences.
+        config: The configuration, with every open field filled in.
+        log: The events of the search.
+        results: Accuracies of the "float", "base" and "final" model, if evaluation images were given.
+        notes: Requests of the configuration that were not met, in sentences.
+
+    Example:
+        >>> outcome = quantize(model, images, config)
+        >>> outcome.save("quantized")
+        >>> print(outcome.evaluate(labelled_images))
     """
 
     model: QuantizedModel
@@ -53,12 +58,12 @@ class Quantization:
             path: The directory to create.
 
         Raises:
-            InputError: Where it exists.
+            InputError: If it exists already.
         """
         save_model(Path(path), self.model)
 
     def report(self, path: str | Path) -> Path:
-        """Writes report.md and its pictures.
+        """Writes report.md and its plots.
 
         Args:
             path: The directory to write into.

@@ -30,8 +30,8 @@ class Split:
     """Calibration images in batches.
 
     Attributes:
-        calibration: For the base method; the search uses the first `searched` of them.
-        held_out: These only pick among passes.
+        calibration: Batches for the base method; the search uses the first `searched` of them.
+        held_out: Batches that only serve to pick among passes.
         searched: How many batches judge candidates.
     """
 
@@ -45,14 +45,14 @@ class SearchPlan:
     """A search with nothing left open.
 
     Attributes:
-        strategy: What proposes candidates and keeps survivors.
-        objective: What judges them.
+        strategy: The strategy that proposes candidates and keeps survivors.
+        objective: The objective that judges them.
         teacher: See JudgeConfig.
-        space: What may change.
+        space: The parameters that may change.
         compute: How it is computed.
         patience: See JudgeConfig.
         widths: Bits of the searched sites, by stage.
-        key: Of everything that the search draws.
+        key: Key of everything that the search draws.
     """
 
     strategy: Strategy
@@ -70,15 +70,15 @@ class Plan:
     """A configuration resolved against a model and its images.
 
     Attributes:
-        config: With everything filled in that was left open; for the record, nobody asks it again.
+        config: The configuration with every open field filled in, for the record; no later step reads it.
         method: The base method.
         options: Its options.
         recipe: The table of quantized sites.
         split: The calibration images.
-        reconstruction: Without a null field.
-        search: None without a search.
-        key: Of what the base method and the reconstruction draw.
-        notes: What the configuration asks for and does not get, in sentences.
+        reconstruction: The reconstruction's configuration, without null fields.
+        search: The plan of the search; None without a search.
+        key: Key of the draws of the base method and the reconstruction.
+        notes: Requests of the configuration that are not met, in sentences.
     """
 
     config: QuantizeConfig
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def base_images(self) -> int:
-        """How many images the base method reads, reconstruction of its blocks included."""
+        """The number of images that the base method reads, including the reconstruction of its blocks."""
         given = sum(len(batch) for batch in self.split.calibration)
         if not self.method.first_images:
             return given
@@ -115,7 +115,7 @@ class Plan:
 
 
 def make_plan(model: Model, images: Images, config: QuantizeConfig) -> Plan:
-    """Settles everything that can be settled before anything is computed.
+    """Resolves a configuration against a model and its images, before anything is computed.
 
     Args:
         model: The float model.
@@ -126,7 +126,7 @@ def make_plan(model: Model, images: Images, config: QuantizeConfig) -> Plan:
         The plan.
 
     Raises:
-        InputError: For what cannot work.
+        InputError: If the configuration cannot work with this model and these images.
     """
     require_float(model)
     method = METHODS[config.method.name]
@@ -158,7 +158,7 @@ def check_size(model: Model, images: Images) -> None:
         images: The images.
 
     Raises:
-        InputError: For images of another size or number of channels than the model's.
+        InputError: If the images have another size or number of channels than the model needs.
     """
     preprocessing = model.architecture.preprocessing
     wanted = (preprocessing.image_size, preprocessing.image_size, len(preprocessing.mean))
@@ -219,13 +219,13 @@ def judging_batches(search: SearchConfig, batch: int, available: int) -> int:
     Args:
         search: The search's configuration.
         batch: Images per batch.
-        available: Batches that are not held out.
+        available: Number of batches that are not held out.
 
     Returns:
         The number of batches.
 
     Raises:
-        InputError: Where the images asked for are no whole batches, or more than there are.
+        InputError: If the requested images are not whole batches, or are more than there are.
     """
     images = search.judge.images
     if images is None:
@@ -285,7 +285,7 @@ def searched_sites(recipe: Recipe, patterns: tuple[str, ...], named: bool = True
         Full names.
 
     Raises:
-        InputError: Where there are none, or some have no scale.
+        InputError: If no site matches, or a matching site has no scale.
     """
     for pattern in patterns if named else ():
         if not any(fnmatchcase(site, pattern) for site in recipe.sites):

@@ -1,4 +1,4 @@
-"""What proposes steps for the candidates of all stages, in closed form and by gradients."""
+"""The proposers of a search, which propose steps for all stages: closed forms and gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ _AT_ONCE = 25  # of them go through a stage
 
 
 def _reader(batches: Sequence[Images]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """What reads images by their number, for the first stage, from batches of one size; and how many there are."""
+    """Makes a function that reads images by number, for the first stage, from batches of one size; and counts them."""
     size = len(batches[0])
 
     def read(rows: np.ndarray) -> np.ndarray:
@@ -64,7 +64,18 @@ class LeastError:
         progress: Progress | None = None,
         listener: Listener = Listener(),  # noqa: B008 - immutable
     ) -> Proposal:
-        """See Proposer.propose."""
+        """Proposes steps to grids of least squared error.
+
+        Args:
+            scales: The present candidates, by stage.
+            pass_index: Has no effect.
+            key: Has no effect.
+            progress: Has no effect.
+            listener: Told of the beginning.
+
+        Returns:
+            The steps.
+        """
         listener.on_step("grids of weights", 0)
         return Proposal(steps_to_least_error(self.base, scales))
 
@@ -91,7 +102,18 @@ class LeastOutputError:
         progress: Progress | None = None,
         listener: Listener = Listener(),  # noqa: B008 - immutable
     ) -> Proposal:
-        """See Proposer.propose."""
+        """Proposes steps to roundings and factors.
+
+        Args:
+            scales: The present candidates, by stage.
+            pass_index: Has no effect.
+            key: Has no effect.
+            progress: Has no effect.
+            listener: Told the name of each layer.
+
+        Returns:
+            The steps.
+        """
         read, count = _reader(self.batches)
         rows = np.arange(max(0, count - _ROUNDING_IMAGES), count)  # the last ones: others judge, where there are others
         batches = (jnp.asarray(read(rows[start : start + _AT_ONCE])) for start in range(0, len(rows), _AT_ONCE))
@@ -132,8 +154,8 @@ def make_proposers(
         teacher: The float model.
         base: The quantized model.
         split: The images.
-        search: The strategy, and what is searched.
-        evaluator: Whose mesh and pieces of images gradients share.
+        search: The plan of the search.
+        evaluator: The evaluator, whose mesh and number of images at once the gradients share.
 
     Returns:
         The proposers, in the order of their turns.

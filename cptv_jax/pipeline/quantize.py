@@ -69,20 +69,19 @@ def quantize(
     Args:
         model: The float model.
         images: Calibration images; labels are ignored.
-        config: What to do.
+        config: The configuration.
         out: A run directory; the same call with the same `out` continues an interrupted run, and ends with the same
             bits as an uninterrupted one.
         evaluation: Labelled images, none of which calibrates; they are only evaluated on, after the search is over.
         progress: Whether to show bars.
-        on_phase: Called with "base", "search" and "evaluation" as these begin; one that is done already, or not asked
-            for, is passed over.
+        on_phase: Called with "base", "search" and "evaluation" as these begin; a phase that is already done or not
+            requested is skipped.
 
     Returns:
-        The quantized model, and how it came about.
+        The quantized model, with the base model, the log and the accuracies.
 
     Raises:
-        InputError: For settings or images that cannot work, and for an `out` that holds something else or that another
-            process is working in.
+        InputError: If settings or images cannot work, or if `out` holds something else or another process works in it.
 
     Example:
         >>> config = QuantizeConfig(method=ErqOptions(), search=SearchConfig(strategy=Guided()))
@@ -120,7 +119,7 @@ def _continue(
     progress: bool,
     on_phase: Callable[[str], None],
 ) -> Quantization:
-    """Whatever of a run is still to be done."""
+    """Does the remaining parts of a run."""
     base = run.base() if run else None
     if base is None:
         on_phase("base")

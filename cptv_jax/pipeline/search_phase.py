@@ -19,7 +19,7 @@ class Meter:
     A pass that ends early completes its share, so that the bar is full at the end of the search.
 
     Args:
-        search: What is done.
+        search: The settings of the search.
         stages: How many stages are searched.
         shown: The bar.
     """
@@ -32,7 +32,11 @@ class Meter:
         shown.total = search.strategy.passes * self._a_pass
 
     def place(self, state: SearchState) -> None:
-        """Moves the bar to where a search stands."""
+        """Moves the bar to the present position of a search.
+
+        Args:
+            state: The state of the search.
+        """
         done = state.pass_index * self._a_pass + sum(self._proposals[: state.proposed])
         self._to(done + state.position * self._a_stage + int(state.progress.get("done", 0)))
 
@@ -41,7 +45,12 @@ class Meter:
         self._to(self._shown.total)
 
     def count(self, text: str, steps: int) -> None:
-        """Says what was done, and counts it."""
+        """Shows a text and advances the bar.
+
+        Args:
+            text: The text to show next to the bar.
+            steps: Number of steps to advance.
+        """
         self._shown.set_postfix_str(text)
         self._to(self._done + steps)
 
@@ -59,12 +68,12 @@ def improve(
         teacher: The float model.
         base: The base method's model.
         split: The images.
-        plan: The search.
-        run: Where it is saved after every stage, and continued from.
+        plan: The plan of the search.
+        run: The run directory, where the search is saved after every stage and continued from; None saves nothing.
         progress: Whether to show a bar.
 
     Returns:
-        The model with what the search found, and how the search ended.
+        The model with the best scales of the search, and the search's last state.
     """
     judges = make_judges(teacher, base, split, plan, progress)
     evaluator = judges.evaluator

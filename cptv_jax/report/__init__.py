@@ -1,1 +1,1 @@
-"""What a run tells about itself."""
+"""Reports of runs."""

@@ -41,7 +41,7 @@ def site_table(outcome: "Quantization") -> str:
     """Lists every site of the architecture.
 
     Args:
-        outcome: Of `quantize`.
+        outcome: The outcome of `quantize`.
 
     Returns:
         A Markdown table that says how each is quantized, or that it stays in float.
@@ -86,9 +86,8 @@ def write_report(directory: Path, outcome: "Quantization") -> Path:
     """Writes the report of a quantization.
 
     Args:
-        directory: Where report.md goes, and loss.png where there was a search, and proposals.png where gradients
-            proposed.
-        outcome: Of `quantize`.
+        directory: Receives report.md, loss.png if there was a search, and proposals.png if gradients proposed.
+        outcome: The outcome of `quantize`.
 
     Returns:
         The path of report.md.

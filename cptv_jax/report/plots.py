@@ -9,11 +9,11 @@ from cptv_jax.search.events import Accepted, Log, PassEnd, Proposed, Start
 
 
 def plot_proposals(path: Path, log: Log) -> None:
-    """Draws what proposals minimized, batch after batch.
+    """Plots the losses that proposals minimized, in the order of the batches.
 
     Args:
-        path: Of the PNG file; each point is a mean over some batches.
-        log: Of the search.
+        path: The PNG file to write; each point is a mean over several batches.
+        log: The log of the search.
     """
     with plotted(path, (7, 4)) as axes:
         begin = 0
@@ -26,11 +26,11 @@ def plot_proposals(path: Path, log: Log) -> None:
 
 
 def plot_losses(path: Path, log: Log) -> None:
-    """Draws the objective after every accepted step, with the passes and their held-out losses.
+    """Plots the objective after every accepted step, with the passes and their held-out losses.
 
     Args:
-        path: Of the PNG file.
-        log: Of the search.
+        path: The PNG file to write.
+        log: The log of the search.
     """
     losses = [event.loss for event in log if isinstance(event, Start | Accepted)]
     position, marks = 0, []
@@ -47,7 +47,15 @@ def plot_losses(path: Path, log: Log) -> None:
 
 @contextmanager
 def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes to draw on, of a figure of so many inches, which is saved with a legend when the block ends."""
+    """Opens a figure to draw on, and saves it with a legend when the block ends.
+
+    Args:
+        path: The PNG file to write.
+        size: Width and height of the figure, in inches.
+
+    Yields:
+        The axes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

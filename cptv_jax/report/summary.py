@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STAGES = {"float": "full precision", "base": "base method", "final": "after the search"}
 _ROUNDING = "rounding"
-_NOT_STORED = (_ROUNDING, "low", "high")  # of a quantizer beside its codes: a rounding is in these, bounds in the width
+_NOT_STORED = (_ROUNDING, "low", "high")  # in addition to codes: these hold roundings, the width the bounds
 _FLOAT_BYTES = 4
 _WORDS = {
     "scale": "scales",
@@ -39,8 +39,8 @@ class PassRow:
 
     Attributes:
         number: The pass; 0 is the base method.
-        loss: On the images that judge candidates.
-        held_out: On the held-out images; None where there are none.
+        loss: Loss on the images that judge candidates.
+        held_out: Loss on the held-out images; None if no images are held out.
         evaluations: Candidates evaluated so far.
     """
 
@@ -60,9 +60,9 @@ class Change:
     """How many parameters of a kind the search changed.
 
     Attributes:
-        kind: Of parameters, in the plural.
-        changed: How many.
-        total: Of how many.
+        kind: Kind of parameters, in the plural.
+        changed: Number of parameters that changed.
+        total: Number of parameters of this kind.
     """
 
     kind: str
@@ -75,15 +75,15 @@ class Summary:
     """The figures of a quantization.
 
     Attributes:
-        accuracies: By key of STAGES, as far as they were measured.
+        accuracies: Accuracies by key of STAGES, as far as they were measured.
         passes: The start and every pass; empty without a search.
-        kept: Which of them is the result; None without a search.
+        kept: The row that is the result; None without a search.
         accepted: How many steps lowered the loss.
-        proposals: In how many passes steps for all stages were proposed.
-        changes: What differs between base and final model.
+        proposals: Number of passes in which steps for all stages were proposed.
+        changes: Differences between base and final model.
         weight_bytes: Size of the quantized weights and their quantizers' parameters, packed.
         float_bytes: Size of the same weights in float32.
-        notes: What the configuration asked for and did not get.
+        notes: Requests of the configuration that were not met, in sentences.
     """
 
     accuracies: Mapping[str, Accuracy]
@@ -108,10 +108,10 @@ class Summary:
 
 
 def summarize(outcome: "Quantization") -> Summary:
-    """Draws the figures out of an outcome.
+    """Computes the figures of an outcome.
 
     Args:
-        outcome: Of `quantize`.
+        outcome: The outcome of `quantize`.
 
     Returns:
         The figures.
@@ -154,14 +154,14 @@ def _leaves(tree: Any) -> dict[str, np.ndarray]:
 
 
 def changes(base: QuantizedModel, final: QuantizedModel) -> tuple[Change, ...]:
-    """Counts what differs between two quantized models of one recipe.
+    """Counts the parameters that differ between two quantized models of one recipe.
 
     Args:
-        base: Before a search.
-        final: After it.
+        base: The model before a search.
+        final: The model after it.
 
     Returns:
-        Kinds of parameters that differ somewhere. A rounding counts where it changes the code of a weight.
+        Kinds of parameters that differ somewhere. A rounding counts if it changes the code of a weight.
     """
     if final is base:
         return ()

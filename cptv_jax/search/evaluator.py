@@ -77,24 +77,32 @@ def _losses_program() -> Any:
 class Evaluator:
     """Losses of candidates against a teacher, over batches of calibration images.
 
-    stages: of the quantized model.
-    batches: inputs of the first stage, [batch, ...] each, on the host. A loss is computed over a whole batch, since the
-        contrastive loss couples its images; the forward pass goes piece by piece.
-    teacher: the teacher's output for each batch.
-    loss(output, teacher): a scalar, hashable as a function.
-    images: how many images are computed at once, on all devices together.
-    width: how many candidates are computed at once. Activations take memory for width times images, whatever the
-        population and the number of images. A population is padded to a multiple of width, so that every call has
-        one shape.
-    mesh: candidates are divided among its population axis, images among its data axis; None takes all devices for the
-        images. Losses do not depend on it.
-    cache_bytes: bound on the prefix cache (one stage is always held).
-    on_refresh(done, total): called as the cache is made.
-
     The prefix cache holds the inputs of stages, so that a candidate of stage b costs only stages b and later. It holds
-    as many stages as fit, ending at the one in use, and is made anew when another is needed: a search that goes from
-    the last stage to the first makes it once a pass where all of them fit. It is exact: it is dropped when a stage
-    before a cached one changes. In a fully quantized model it holds uint8 codes.
+    as many stages as fit, ending at the one in use, and is computed again when another is needed: a search that goes
+    from the last stage to the first computes it once per pass if all of them fit. It is exact: it is dropped when a
+    stage before a cached one changes. In a fully quantized model it holds uint8 codes.
+
+    Args:
+        stages: The stages of the quantized model.
+        batches: Inputs of the first stage, [batch, ...] each, on the host. A loss is computed over a whole batch, since
+            the contrastive loss couples its images; the forward pass goes piece by piece.
+        teacher: The teacher's output for each batch.
+        loss: loss(output, teacher) returns a scalar; hashable as a function.
+        images: How many images are computed at once, on all devices together.
+        width: How many candidates are computed at once. Activations take memory for width times images, whatever the
+            population and the number of images. A population is padded to a multiple of width, so that every call has
+            one shape.
+        mesh: Divides candidates among its population axis and images among its data axis; None takes all devices for
+            the images. Losses do not depend on it.
+        cache_bytes: Bound on the prefix cache (one stage is always held).
+        on_refresh: on_refresh(done, total) is called as the cache is computed.
+
+    Raises:
+        ValueError: If there is no batch, or not one teacher output per batch.
+
+    Example:
+        >>> evaluator = Evaluator(quantized.stages(), batches, teacher_outputs, Objective("infonce"))
+        >>> losses = evaluator.losses(11, population)
     """
 
     def __init__(
@@ -160,9 +168,16 @@ class Evaluator:
             self.on_refresh(done, count)
 
     def batch_losses(self, index: int, population: PyTree, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Losses [K, batches], float64, of K candidates (leading axis of every leaf) at stage `index`.
+        """Computes the losses of a population, batch by batch.
 
-        first, last: the batches to evaluate on, half-open; all of them by default.
+        Args:
+            index: The stage that the candidates belong to.
+            population: K candidates, along the leading axis of every leaf.
+            first: The first batch to evaluate on.
+            last: The end of the batches to evaluate on, exclusive; None means all.
+
+        Returns:
+            Losses [K, batches], float64.
         """
         last = len(self.batches) if last is None else last
         if index not in self._cached:
@@ -195,24 +210,39 @@ class Evaluator:
         return np.concatenate(losses).astype(np.float64)[:count]
 
     def losses(self, index: int, population: PyTree) -> np.ndarray:
-        """Losses [K], float64, of K candidates (leading axis of every leaf) at stage `index`; mean over the batches.
+        """Computes the losses of a population, mean over the batches.
 
         The mean is taken in float64: the losses of candidates differ in their fifth digit.
+
+        Args:
+            index: The stage that the candidates belong to.
+            population: K candidates, along the leading axis of every leaf.
+
+        Returns:
+            Losses [K], float64.
         """
         return self.batch_losses(index, population).mean(1)
 
     def loss_of(self, index: int, candidate: PyTree) -> float:
-        """Loss of a single candidate."""
+        """Computes the loss of a single candidate.
+
+        Args:
+            index: The stage that the candidate belongs to.
+            candidate: The candidate.
+
+        Returns:
+            Its loss, mean over the batches.
+        """
         return float(self.losses(index, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], candidate))[0])
 
     def accept(self, index: int, candidate: PyTree, found: tuple[int, int] | None = None) -> None:
-        """Makes a candidate the stage's own; the cached inputs of later stages are dropped.
+        """Installs a candidate in its stage and drops the cached inputs of later stages.
 
         Args:
-            index: Of the stage.
+            index: The stage that the candidate belongs to.
             candidate: The candidate.
-            found: Where it was evaluated: how many calls of `losses` ago (1 is the last), and in which row; None where
-                it was not, or not since the last call of `accept`.
+            found: Where it was evaluated: how many calls of `losses` ago (1 is the last), and in which row; None if it
+                was not evaluated since the last call of `accept`.
         """
         self.stages[index] = self._placed(
             self.stages[index].with_candidate(place(self.mesh, jax.tree.map(jnp.asarray, candidate)))
@@ -221,7 +251,11 @@ class Evaluator:
         self._cached = range(self._cached.start, min(self._cached.stop, index + 1))
 
     def compile_counts(self) -> dict[str, int]:
-        """How many programs each jitted entry holds, over all evaluators of the process, for tests of recompilation."""
+        """Counts the compiled programs, over all evaluators of the process, for tests of recompilation.
+
+        Returns:
+            The number of programs by jitted function, "generation" and "losses".
+        """
         return {"generation": _generation_program()._cache_size(), "losses": _losses_program()._cache_size()}
 
 

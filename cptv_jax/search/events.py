@@ -1,4 +1,4 @@
-"""What a search tells of its course, one event after the other; a line of JSON each in log.jsonl."""
+"""Events that a search reports, in order; each is a line of JSON in log.jsonl."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Start:
     """The losses that a search begins with.
 
     Attributes:
-        loss: On the images that judge candidates.
-        held_out: On the held-out images; None where there are none.
+        loss: Loss on the images that judge candidates.
+        held_out: Loss on the held-out images; None if no images are held out.
     """
 
     event: ClassVar[str] = "start"
@@ -27,7 +27,7 @@ class Proposed:
 
     Attributes:
         number: The pass, from 1 on.
-        fraction: What part of the proposal was taken; 0 where none was.
+        fraction: The part of the proposal that was taken; 0 if none was.
         loss: The loss afterwards.
         batch_losses: Mean losses of the batches that the proposal was made from, in order.
     """
@@ -45,7 +45,7 @@ class Accepted:
 
     Attributes:
         number: The pass, from 1 on.
-        stage: Where; EVERY_STAGE for a proposal.
+        stage: The stage; EVERY_STAGE for a proposal.
         round: The round of evolution, from 1 on; 0 for a proposal.
         loss: The loss afterwards.
     """
@@ -63,8 +63,8 @@ class PassEnd:
 
     Attributes:
         number: The pass, from 1 on.
-        loss: On the images that judge candidates.
-        held_out: On the held-out images; None where there are none.
+        loss: Loss on the images that judge candidates.
+        held_out: Loss on the held-out images; None if no images are held out.
         evaluations: Candidates evaluated since the search began.
     """
 
@@ -88,7 +88,7 @@ def to_record(event: Event) -> dict[str, Any]:
         event: The event.
 
     Returns:
-        Its fields as log.jsonl has them: `number` is called "pass" there, and no batch losses have no entry.
+        Its fields as log.jsonl has them: `number` is called "pass" there, and empty batch losses are left out.
     """
     record: dict[str, Any] = {"event": event.event}
     for name, value in vars(event).items():
@@ -100,7 +100,7 @@ def to_record(event: Event) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> Event:
-    """Reads what `to_record` made.
+    """Reads a record that `to_record` made.
 
     Args:
         record: A line of log.jsonl.

@@ -20,16 +20,16 @@ FRACTIONS = (0.5, 1.0)  # of a proposal that are tried; the likeliest last, as i
 
 @dataclass(frozen=True)
 class Search:
-    """What a search does.
+    """The settings of a search.
 
     Attributes:
-        strategy: What evolves each stage.
-        key: Of the whole search; each pass, stage and round folds in its index, so that a resumed search draws what an
-            uninterrupted one would.
-        proposers: What proposes steps for all stages at the start of a pass, which the true loss then judges.
+        strategy: The strategy that evolves each stage.
+        key: Key of the whole search; each pass, stage and round folds in its index, so that a resumed search draws the
+            same numbers as an uninterrupted one.
+        proposers: Propose steps for all stages at the start of a pass, which the true loss then judges.
         held_out_loss: Loss of a list of stages on images that the search does not see; it picks the best among the
             start and the passes. Without it the last pass is the best.
-        patience: End after so many passes in a row that did not lower the held-out loss; None goes through all.
+        patience: End after this many passes in a row that did not lower the held-out loss; None runs all passes.
         widths: Bits of the searched weights, by stage.
     """
 
@@ -43,11 +43,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Whom a search tells how far it is.
+    """Callbacks that follow the progress of a search.
 
     Attributes:
         on_round: on_round(stage, candidates evaluated, best loss), after every round.
-        on_step: on_step(what a proposer does, in words; how many of its steps that took).
+        on_step: on_step(what a proposer does, in words; the number of its steps that this took).
         on_stage: on_stage(state), after every stage and whenever a proposer can be interrupted; for saving. The scales
             in the state may be saved as float32.
     """
@@ -58,14 +58,15 @@ class Hooks:
 
 
 class Evolution(NamedTuple):
-    """What came of a strategy at one stage.
+    """The outcome of a strategy at one stage.
 
     Attributes:
         candidate: The best candidate.
         loss: Its loss.
         accepted: (round, loss) for each round that improved on all before it.
-        carried: See Strategy.carried.
-        place: Where the candidate was evaluated (see Evaluator.accept); None where it is the one before.
+        carried: See `Strategy.carried`.
+        place: Where the candidate was evaluated (see `Evaluator.accept`); None if it is the one that the stage had
+            before.
     """
 
     candidate: PyTree
@@ -84,14 +85,14 @@ def evolve_stage(
     context: StageContext = StageContext(),  # noqa: B008 - frozen
     on_round: Callable[[int, float], None] = lambda evaluated, best: None,
 ) -> Evolution:
-    """Runs a strategy at one stage, which keeps its candidate.
+    """Runs a strategy at one stage; the stage itself keeps its candidate.
 
     Args:
-        evaluator: Of the whole model.
-        index: Of the stage.
+        evaluator: The evaluator of the whole model.
+        index: The stage.
         strategy: The strategy.
-        loss: Of the present candidate.
-        key: Of this stage in this pass; rounds fold in their index.
+        loss: Loss of the present candidate.
+        key: Key of this stage in this pass; rounds fold in their index.
         context: What the strategy may know of the stage.
         on_round: on_round(candidates evaluated, best loss) is called after every round.
 
@@ -123,10 +124,10 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, pro
     """Takes a proposal for all stages, or a fraction of it, if that lowers the loss.
 
     Args:
-        evaluator: Of the whole model.
+        evaluator: The evaluator of the whole model.
         order: Indices of the searched stages.
-        state: Where the search stands.
-        proposal: The steps.
+        state: The state of the search.
+        proposal: The proposed steps.
 
     Returns:
         The state afterwards.
@@ -163,7 +164,7 @@ def consider(evaluator: Evaluator, order: Sequence[int], state: SearchState, pro
 def _propose(
     evaluator: Evaluator, search: Search, state: SearchState, hooks: Hooks, order: Sequence[int], key: Array
 ) -> SearchState:
-    """What the next proposer makes of the state. key: of the pass."""
+    """Gives the next proposer its turn. key: the pass's key."""
     proposer = search.proposers[state.proposed]
     done = replace(state, proposed=state.proposed + 1, progress={})
     if not proposer.every_pass and state.pass_index:
@@ -186,7 +187,7 @@ def _propose(
 def _evolve(
     evaluator: Evaluator, search: Search, state: SearchState, hooks: Hooks, index: int, key: Array
 ) -> SearchState:
-    """What the strategy makes of the state at a stage. key: of the stage in this pass."""
+    """Runs the strategy at a stage and records the result. key: the key of the stage in this pass."""
     name = evaluator.stages[index].name
     evaluated = 0
 
@@ -218,10 +219,10 @@ def run_search(evaluator: Evaluator, search: Search, state: SearchState, hooks: 
     """Continues a search to its end (CPT-V, section 3.3: blocks from last to first, `passes` times).
 
     Args:
-        evaluator: Of the model as it was before the search.
-        search: What to do.
-        state: Where the search stands; `initial_state` for a new one.
-        hooks: Whom to tell.
+        evaluator: The evaluator of the model as it was before the search.
+        search: The settings of the search.
+        state: The state to continue from; `initial_state` for a new search.
+        hooks: Callbacks that follow the progress.
 
     Returns:
         The state at the end.
@@ -254,7 +255,7 @@ def _exhausted(state: SearchState, patience: int | None) -> bool:
 
 
 def _idle(state: SearchState, visited: Sequence[str]) -> int:
-    """How many of the stages visited in this pass, the last ones, did not lower the loss."""
+    """Counts the stages, from the last one visited in this pass backwards, that did not lower the loss."""
     number = state.pass_index + 1
     lowered = {event.stage for event in state.log if isinstance(event, Accepted) and event.number == number}
     return next((i for i, name in enumerate(reversed(visited)) if name in lowered), len(visited))

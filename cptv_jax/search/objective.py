@@ -1,4 +1,4 @@
-"""Objectives: how far a quantized model's outputs are from the teacher's, one scalar a batch, lower is better."""
+"""Objectives: how far a quantized model's outputs are from the teacher's, one scalar per batch, lower is better."""
 
 from collections.abc import Callable
 from typing import Annotated, Literal
@@ -23,10 +23,18 @@ def _normalized(x: Matrix) -> Matrix:
 
 
 def info_nce(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
-    """Contrastive loss: each image's student output must single out its own teacher output within the batch.
+    """Computes the contrastive loss: each student output must single out its own teacher output within the batch.
 
     Cross-entropy over cosine similarities / temperature, times 2 * temperature (CPT-V, equation 4; the factor is the
     published code's). The value depends on the batch, whose other images are the negatives.
+
+    Args:
+        student: Outputs [batch, dim] of the quantized model.
+        teacher: Outputs [batch, dim] of the teacher for the same images.
+        temperature: Divides the similarities.
+
+    Returns:
+        The loss [], mean over the batch.
     """
     similarity = jnp.matmul(_normalized(student), _normalized(teacher).T, precision=jax.lax.Precision.HIGHEST)
     own = jnp.arange(student.shape[0])
@@ -35,19 +43,46 @@ def info_nce(student: Matrix, teacher: Matrix, temperature: float) -> Float[Arra
 
 
 def mean_squared_error(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
-    """Mean of squared differences over all elements; the temperature plays no part."""
+    """Computes the mean of squared differences over all elements.
+
+    Args:
+        student: Outputs [batch, dim] of the quantized model.
+        teacher: Outputs [batch, dim] of the teacher for the same images.
+        temperature: Has no effect.
+
+    Returns:
+        The loss [].
+    """
     return jnp.mean((student - teacher) ** 2)
 
 
 def kl_divergence(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
-    """KL(teacher || student) of softmaxes over the last axis at a temperature, mean over the batch."""
+    """Computes KL(teacher || student) of softmaxes over the last axis, mean over the batch.
+
+    Args:
+        student: Logits [batch, dim] of the quantized model.
+        teacher: Logits [batch, dim] of the teacher for the same images.
+        temperature: Divides the logits.
+
+    Returns:
+        The loss [].
+    """
     log_student = jax.nn.log_softmax(student / temperature, -1)
     log_teacher = jax.nn.log_softmax(teacher / temperature, -1)
     return jnp.mean(jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), -1))
 
 
 def cosine_distance(student: Matrix, teacher: Matrix, temperature: float) -> Float[Array, ""]:
-    """One minus cosine similarity, mean over the batch; the temperature plays no part."""
+    """Computes one minus the cosine similarity, mean over the batch.
+
+    Args:
+        student: Outputs [batch, dim] of the quantized model.
+        teacher: Outputs [batch, dim] of the teacher for the same images.
+        temperature: Has no effect.
+
+    Returns:
+        The loss [].
+    """
     return 1.0 - jnp.mean(jnp.sum(_normalized(student) * _normalized(teacher), -1))
 
 
@@ -74,14 +109,19 @@ ObjectiveName = Annotated[str, AfterValidator(_known)]
 
 @options
 class Objective:
-    """Loss of one batch of outputs against the teacher's."""
+    """Loss of a batch of outputs against the teacher's.
+
+    Example:
+        >>> objective = Objective("kl+cosine", on="logits", temperature=2.0)
+        >>> loss = objective(student_output, teacher_output)
+    """
 
     name: ObjectiveName = "infonce"
     """A key of OBJECTIVES, or several joined by +, whose losses are added."""
     on: Compared = "logits"
-    """Which output is compared; both adds the losses of the two."""
+    """Outputs to compare; both adds the losses of logits and features."""
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Of infoNCE and KL; null means each one's own, 3 and 1."""
+    """Temperature of infonce and kl; null means the default of each, 3 and 1."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -30,7 +30,15 @@ class RacingEvaluator(Evaluator):
         self._reference: np.ndarray | None = None  # losses by batch of the present scales
 
     def losses(self, index: int, population: PyTree) -> np.ndarray:
-        """Losses [K], float64; infinity for candidates that were dropped."""
+        """Races a population and computes the losses of its survivors.
+
+        Args:
+            index: The stage that the candidates belong to.
+            population: K candidates, along the leading axis of every leaf.
+
+        Returns:
+            Losses [K], float64; infinity for candidates that were dropped.
+        """
         if self._reference is None:
             present = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.stages[index].candidate)
             self._reference = self.batch_losses(index, present)[0]
@@ -52,7 +60,13 @@ class RacingEvaluator(Evaluator):
         return losses
 
     def accept(self, index: int, candidate: PyTree, found: tuple[int, int] | None = None) -> None:
-        """As of Evaluator. The candidate must have survived the race where it was found."""
+        """Installs a candidate in its stage, as `Evaluator.accept` does.
+
+        Args:
+            index: The stage that the candidate belongs to.
+            candidate: The candidate, which must have survived the race.
+            found: Where it was evaluated (see `Evaluator.accept`).
+        """
         super().accept(index, candidate)
         self._reference = None if found is None else self._seen[-found[0]][found[1]]
         self._seen = []

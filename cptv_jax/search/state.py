@@ -15,22 +15,22 @@ _TREES = ("scales", "best_scales", "direction", "progress")
 
 @dataclass(frozen=True)
 class SearchState:
-    """Where a search stands between two stages; all that is needed to go on.
+    """The state of a search between two stages; everything needed to continue it.
 
     Attributes:
         scales: The present candidates, by stage.
         pass_index: The pass, from 0 on.
         position: The next stage to visit, as an index into the visiting order.
         proposed: How many of the proposers have had their turn in this pass.
-        direction: The steps (see Stage.move) of this pass's last proposal that were taken; where none were, steps that
+        direction: The steps (see `Stage.move`) of this pass's last proposal that were taken; if none were, steps that
             point away from half of it.
-        progress: Of the proposal that is being made.
-        loss: Of the present scales on the search batches; None before the first evaluation.
+        progress: Progress of the unfinished proposal.
+        loss: Loss of the present scales on the search batches; None before the first evaluation.
         evaluations: Candidates evaluated so far.
-        best_pass: The pass that is the best so far; 0 is the start.
+        best_pass: The best pass so far; 0 is the start.
         best_held_out: Its loss on the held-out batches.
         best_scales: Its candidates.
-        carried: What the strategy tells the next stage.
+        carried: The number that the strategy passes on to the next stage.
         log: Every proposal, accepted step and finished pass.
     """
 
@@ -49,10 +49,10 @@ class SearchState:
     log: Log = ()
 
     def to_saved(self) -> tuple[dict[str, PyTree], dict[str, Any]]:
-        """Splits the state into what a checkpoint holds.
+        """Splits the state into the parts that a checkpoint holds.
 
         Returns:
-            Trees of arrays, those that are empty left out, and plain data.
+            Trees of arrays, without the empty ones, and plain data.
         """
         trees = {name: getattr(self, name) for name in _TREES if getattr(self, name)}
         plain = {name: value for name, value in vars(self).items() if name not in _TREES}
@@ -60,7 +60,7 @@ class SearchState:
 
     @classmethod
     def from_saved(cls, trees: Mapping[str, PyTree], plain: Mapping[str, Any]) -> "SearchState":
-        """Puts together what `to_saved` split.
+        """Joins the parts that `to_saved` made.
 
         Args:
             trees: The trees of arrays.
@@ -73,13 +73,13 @@ class SearchState:
 
 
 def initial_state(evaluator: Evaluator) -> SearchState:
-    """The state of a search that has not begun.
+    """Makes the state of a search that has not begun.
 
     Args:
-        evaluator: Of the stages as they are.
+        evaluator: The evaluator, with the stages as they are before the search.
 
     Returns:
-        The state, whose scales are those that the stages have now.
+        The state, whose scales are the present candidates of the stages.
     """
     scales = {stage.name: stage.candidate for stage in evaluator.stages if stage.searchable}
     return SearchState(scales, best_scales=scales)

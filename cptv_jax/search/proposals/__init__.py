@@ -1,1 +1,1 @@
-"""What proposes steps for all stages at once."""
+"""Proposers: propose steps for all stages at once."""

@@ -1,4 +1,4 @@
-"""What the search asks of a proposer, and the options by which a strategy asks for one."""
+"""The protocol of proposers, and the options with which a strategy asks for one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class Proposal(NamedTuple):
     """Steps for all stages.
 
     Attributes:
-        steps: By stage, in the structure of its candidate (see `cptv_jax.Stage`).
-        losses: Of the batches that they were made from, in order, for the log.
+        steps: Steps by stage, in the structure of its candidate (see `cptv_jax.Stage`).
+        losses: Losses of the batches that the steps were made from, in order, for the log.
     """
 
     steps: Scales
@@ -24,11 +24,11 @@ class Proposal(NamedTuple):
 
 
 class Listener(NamedTuple):
-    """Whom a proposer tells how far it is.
+    """Callbacks that follow the progress of a proposer.
 
     Attributes:
-        on_step: on_step(what is being done, in words; how many of its `steps` that took).
-        on_progress: Called with what `propose` needs to go on from here, for saving.
+        on_step: on_step(the present activity, in words; the number of the proposer's `steps` that it took).
+        on_progress: on_progress(the progress from which `propose` can continue), for saving.
     """
 
     on_step: Callable[[str, int], None] = lambda text, steps: None
@@ -44,7 +44,7 @@ class Proposer(Protocol):
 
     @property
     def steps(self) -> int:
-        """How much work a proposal is, for the progress bar."""
+        """The number of steps of a proposal, for the progress bar."""
 
     def propose(
         self,
@@ -59,9 +59,9 @@ class Proposer(Protocol):
         Args:
             scales: The present candidates, by stage.
             pass_index: The pass, from 0 on.
-            key: This proposal's own.
-            progress: What the listener was last told, to go on from there as if nothing had been between.
-            listener: Whom to tell how far it is.
+            key: The key of this proposal.
+            progress: The last progress that the listener received, to continue as if without interruption.
+            listener: Callbacks that follow the progress.
 
         Returns:
             The steps.
@@ -70,8 +70,11 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """Asks for grids of weights with least squared error and, where roundings are searched, for roundings that keep a
-    layer's outputs; both in closed form, in the first pass."""
+    """Asks for closed-form proposals in the first pass.
+
+    They are grids of weights with least squared error and, if roundings are searched, roundings that keep a layer's
+    outputs.
+    """
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ class Gradients:
 
     Attributes:
         steps: Optimizer steps per pass.
-        rate: At the start; a step of 0.01 is one percent of a scale.
-        batch: Images per step; all calibration images but those held out take turns.
-        objective: What is differentiated.
-        matching: Weight, beside the objective, of how far the outputs of all stages are from the teacher's.
+        rate: Rate at the start; a step of 0.01 is one percent of a scale.
+        batch: Images per step; all calibration images except the held-out ones take turns.
+        objective: The objective that is differentiated.
+        matching: Weight, added to the objective, of the distance between the outputs of all stages and the teacher's.
         mirror: Also show mirror images.
         mixup: Show images mixed in pairs.
     """
@@ -104,9 +107,9 @@ def gradient_steps(asked: Sequence[ProposerOptions]) -> int:
     """Counts optimizer steps.
 
     Args:
-        asked: What a strategy asks for.
+        asked: The options that a strategy asks for.
 
     Returns:
-        How many optimizer steps a pass takes.
+        The number of optimizer steps per pass.
     """
     return sum(one.steps for one in asked if isinstance(one, Gradients))

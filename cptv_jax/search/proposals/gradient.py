@@ -26,11 +26,15 @@ _KEPT = jax.checkpoint_policies.save_only_these_names(TEACHER)
 
 @dataclass(frozen=True)
 class Descent:
-    """Adam on the steps of candidates (see Stage.move), with a rate that falls along a half cosine over all passes.
+    """Adam on the steps of candidates (see `Stage.move`), with a rate that falls along a half cosine over all passes.
 
-    steps: of the optimizer, a pass. rate: at the start; a step of 0.01 is one percent of a scale. batch: images a
-    step, which the devices share. passes: how many passes share the schedule; each begins with fresh moments, so that
-    nothing of the optimizer outlives a pass. mixup: see `mixed`.
+    Attributes:
+        steps: Optimizer steps per pass.
+        rate: Rate at the start; a step of 0.01 is one percent of a scale.
+        batch: Images per step, which the devices share.
+        passes: How many passes share the schedule; each begins with fresh moments, so that no state of the optimizer
+            outlives a pass.
+        mixup: Whether to mix images (see `mixed`).
     """
 
     steps: int
@@ -40,7 +44,14 @@ class Descent:
     mixup: bool = False
 
     def rate_at(self, step: Array | int) -> Array:
-        """The rate of a step, counted from the first pass on."""
+        """Computes the rate of a step.
+
+        Args:
+            step: The step, counted from the first pass on.
+
+        Returns:
+            The rate.
+        """
         return self.rate * 0.5 * (1.0 + jnp.cos(math.pi * jnp.minimum(step / (self.steps * self.passes), 1.0)))
 
 
@@ -56,11 +67,11 @@ def _loss(
     steps: Sequence[PyTree],
     x: PyTree,
 ) -> Array:
-    """Loss of a batch by the candidates, moved by steps. x: its images in pieces [pieces, images, ...]; what is there
-    beyond `batch` only makes the pieces equal.
+    """Computes the loss of a batch with the candidates moved by steps.
 
-    Only the inputs of stages (and a teacher's outputs) are kept; the activations within are computed again, piece by
-    piece, for the derivative.
+    x: its images in pieces [pieces, images, ...]; images beyond `batch` only make the pieces equal. Only the inputs of
+    stages (and a teacher's outputs) are kept; the activations within are computed again, piece by piece, for the
+    derivative.
     """
     for run, *trees in zip(runs, states, candidates, steps, strict=True):
 
@@ -92,7 +103,7 @@ def _descend(
 
 
 def _by_stage(runs: tuple[Run, ...], function: Callable[..., Any], *trees: Sequence[PyTree]) -> list[Any]:
-    """What a function makes of each stage's own part of the trees, by run, stacked as they are."""
+    """Applies a function to each stage's own part of the trees, by run; the results are stacked as the trees are."""
     return [
         function(*of_run) if run.length == 1 else jax.vmap(function, axis_size=run.length)(*of_run)
         for run, *of_run in zip(runs, *trees, strict=True)
@@ -122,17 +133,26 @@ def _batches(count: int, size: int, steps: int, key: Array) -> Iterator[np.ndarr
 def mixed(
     images: Float[np.ndarray, "batch height width channels"], rng: np.random.Generator
 ) -> Float[np.ndarray, "batch height width channels"]:
-    """Each image and another one of the batch in random proportions (mixup, arXiv 1710.09412).
+    """Mixes each image with another one of the batch in random proportions (mixup, arXiv 1710.09412).
 
-    A teacher can be asked about them too, and there are more of them than there are images (arXiv 2106.05237).
+    A teacher can label them too, and there are more mixtures than images (arXiv 2106.05237).
+
+    Args:
+        images: Normalised images [batch, height, width, channels].
+        rng: Source of the proportions and the pairs.
+
+    Returns:
+        Mixed images [batch, height, width, channels].
     """
     share = rng.uniform(size=(len(images), 1, 1, 1)).astype(np.float32)
     return share * images + (1 - share) * images[rng.permutation(len(images))]
 
 
 def _pieces(batch: int, limit: int, devices: int) -> tuple[int, int]:
-    """In how many pieces a batch is computed, and how many images each has room for: whole ones for every device, and
-    no more than the limit if the devices allow."""
+    """Divides a batch: the number of pieces, and the number of images that each has room for.
+
+    Each device gets whole images, and a piece no more than the limit if the number of devices allows it.
+    """
     pieces = math.ceil(batch / (max(1, limit // devices) * devices))
     return pieces, math.ceil(batch / (pieces * devices)) * devices
 
@@ -140,9 +160,14 @@ def _pieces(batch: int, limit: int, devices: int) -> tuple[int, int]:
 class GradientProposer:
     """Proposes steps for the candidates of all stages at once.
 
-    stages: differentiable ones, with candidates like those that the evaluator has. read(indices): images for the first
-    stage, of which there are `count`. loss: of the last stage's output for a batch. at_once: how many images are
-    computed at once, on all devices together. mesh: these are divided among its data axis.
+    Args:
+        stages: Differentiable stages, with candidates like those of the evaluator.
+        read: read(indices) returns images for the first stage.
+        count: How many images there are to read.
+        loss: Loss of the last stage's output for a batch.
+        descent: The optimizer.
+        at_once: How many images are computed at once, on all devices together.
+        mesh: Divides these images among its data axis.
     """
 
     def __init__(
@@ -187,14 +212,14 @@ class GradientProposer:
         progress: Progress | None = None,
         listener: Listener = Listener(),  # noqa: B008 - immutable
     ) -> Proposal:
-        """Proposes the steps that a pass of descent arrives at (see Proposer.propose).
+        """Proposes the steps that a pass of descent arrives at (see `Proposer.propose`).
 
         Args:
             scales: The candidates to start from, by stage.
             pass_index: The pass, from 0 on, which decides the rate.
-            key: Of the order of the images, and of what mixup draws.
-            progress: What the listener was last told, to go on from there with the same bits.
-            listener: Told the loss of every batch, and now and then the progress.
+            key: Key of the order of the images and of the mixup draws.
+            progress: The last progress that the listener received, to continue from there with the same bits.
+            listener: Receives the loss of every batch and, now and then, the progress.
 
         Returns:
             Steps by stage, and the mean loss of every 25 batches on the way.

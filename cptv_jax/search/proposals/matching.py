@@ -1,4 +1,4 @@
-"""A student beside its teacher, stage by stage: gradients ask more of it than its last output."""
+"""A student paired with its teacher, stage by stage: gradients follow more than the last output."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,10 @@ Values = Callable[[PyTree], Float[Array, "images ..."]]
 class Pair:
     """Outputs of the same stage of both models for the same images, and the error of the student's so far.
 
-    error: [images], sum over the stages up to here that are compared of relative_errors.
+    Attributes:
+        student: The student's output.
+        teacher: The teacher's output.
+        error: Sum [images] of relative_errors over the compared stages up to here.
     """
 
     student: PyTree
@@ -36,19 +39,33 @@ def relative_errors(
     teacher: Float[Array, "images ... channels"],
     variance: Float[Array, " channels"],
 ) -> Float[Array, " images"]:
-    """Mean squared error of each image, every channel's relative to the teacher's variance in it.
+    """Computes the mean squared error of each image, relative to the teacher's variance in each channel.
 
     A transformer's residual stream has a few channels hundreds of times as large as others; without the variances these
     alone would be matched.
+
+    Args:
+        student: Values [images, ..., channels] of the student.
+        teacher: Values [images, ..., channels] of the teacher.
+        variance: Variance [channels] of the teacher's values.
+
+    Returns:
+        Errors [images].
     """
     error = (student - teacher) ** 2 / (variance + _SMALLEST_VARIANCE)
     return jnp.mean(error.reshape(error.shape[0], -1), -1)
 
 
 def channel_variances(stages: Sequence[Stage], x: PyTree, values: Values) -> list[Float[Array, " channels"]]:
-    """Of every stage but the last: the variance of each channel of its output, over images and tokens.
+    """Computes the variance of each channel of every stage's output, over images and tokens.
 
-    x: the first stage's input for these images.
+    Args:
+        stages: The stages of a model.
+        x: The first stage's input.
+        values: Extracts the array to compare from an output.
+
+    Returns:
+        Variances [channels] for every stage but the last.
     """
     outputs = (values(x) for x in stage_inputs(stages, x)[1:-1])
     return [jnp.var(output.reshape(-1, output.shape[-1]), 0) for output in outputs]
@@ -56,10 +73,15 @@ def channel_variances(stages: Sequence[Stage], x: PyTree, values: Values) -> lis
 
 @dataclass(frozen=True)
 class PairFunction:
-    """Computes a stage of both models. The state has "student" and "teacher", and "variance" by the teacher's channels;
-    the first stage's input is images, that of the others a Pair.
+    """Computes a stage of both models.
 
-    values: of a stage's output, to compare; None leaves this stage out.
+    The state has "student" and "teacher", and "variance" by the teacher's channels; the first stage's input is images,
+    that of the others a Pair.
+
+    Attributes:
+        student: The student's function.
+        teacher: The teacher's function.
+        values: Extracts the array to compare from a stage's output; None leaves this stage out.
     """
 
     student: StageFunction
@@ -67,6 +89,15 @@ class PairFunction:
     values: Values | None
 
     def __call__(self, state: PyTree, x: Any) -> Pair:
+        """Computes the stage for both models.
+
+        Args:
+            state: The state of the pair.
+            x: Images at the first stage, else the Pair of the stage before.
+
+        Returns:
+            The outputs, and the error so far.
+        """
         before = x if isinstance(x, Pair) else Pair(x, x, jnp.zeros(x.shape[0]))
         target = jax.lax.stop_gradient(self.teacher(state["teacher"], before.teacher))
         target = checkpoint_name(target, TEACHER)
@@ -79,11 +110,24 @@ class PairFunction:
 
 @dataclass(frozen=True)
 class PairBinding:
-    """Places a candidate in the student's part of a pair's state. bind: the student's own."""
+    """Places a candidate in the student's part of a pair's state.
+
+    Attributes:
+        bind: The student's own `bind`.
+    """
 
     bind: Callable[[PyTree, PyTree], PyTree]
 
     def __call__(self, state: PyTree, candidate: PyTree) -> PyTree:
+        """Places a candidate.
+
+        Args:
+            state: The state of the pair.
+            candidate: The student's candidate.
+
+        Returns:
+            The state with the candidate in it.
+        """
         return {**state, "student": self.bind(state["student"], candidate)}
 
 
@@ -93,10 +137,16 @@ def paired(
     values: Values,
     variances: Sequence[Float[Array, " channels"]],
 ) -> list[Stage]:
-    """The stages of a student and its teacher as those of one model, whose candidates are the student's.
+    """Joins the stages of a student and its teacher into those of one model, whose candidates are the student's.
 
-    values: of an output of any stage but the last, the array to compare. variances: see channel_variances; stages
-    without one, as the last, are not compared.
+    Args:
+        students: The student's stages.
+        teachers: The teacher's stages.
+        values: Extracts the array to compare from the output of any stage but the last.
+        variances: See `channel_variances`; stages without one, such as the last, are not compared.
+
+    Returns:
+        The stages of the pair.
     """
     return [
         replace(
@@ -112,9 +162,12 @@ def paired(
 
 @dataclass(frozen=True)
 class MatchingLoss:
-    """Loss of a pair's last outputs, and `weight` times the mean error of the stages that are compared.
+    """Loss of a pair's last outputs, plus `weight` times the mean error of the compared stages.
 
-    objective(student, teacher): of a batch. stages: how many are compared; 0 leaves the objective alone.
+    Attributes:
+        objective: objective(student, teacher) of a batch.
+        weight: Weight of the mean error.
+        stages: How many stages are compared; 0 leaves only the objective.
     """
 
     objective: Callable[[PyTree, PyTree], Array]
@@ -122,5 +175,13 @@ class MatchingLoss:
     stages: int
 
     def __call__(self, pair: Pair) -> Float[Array, ""]:
+        """Computes the loss of a batch.
+
+        Args:
+            pair: The outputs of the last stage, and the error of the stages before.
+
+        Returns:
+            The loss [].
+        """
         loss = self.objective(pair.student, pair.teacher)
         return loss + self.weight * jnp.mean(pair.error) / self.stages if self.stages else loss

@@ -1,4 +1,4 @@
-"""What the search asks of a strategy, and what a strategy decides where the configuration is silent."""
+"""The interface between the search and its strategies, and the defaults that a strategy sets for a search."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,16 @@ Move = Callable[[PyTree, PyTree], PyTree]
 
 @dataclass(frozen=True)
 class Defaults:
-    """What null fields of a search's configuration mean.
+    """Values for null fields of a search's configuration.
 
     Attributes:
-        objective: What judges candidates.
+        objective: The objective that judges candidates.
         sites: Patterns of the sites that are searched; None means the model family's own.
         offsets: Whether the candidates hold more than scales: zero points and the like, and roundings of weights.
         images: About how many images judge candidates; None means all that are not held out.
+
+    Example:
+        >>> defaults: ClassVar[Defaults] = Defaults(objective="kl", sites=("*.weight",))
     """
 
     objective: str = "infonce"
@@ -33,14 +36,17 @@ class Defaults:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a strategy may know of the stage that it searches.
+    """The facts that a strategy may use about the stage that it searches.
 
     Attributes:
         widths: Bits of the searched weights, in the order of their sites.
-        direction: Steps of the candidate's structure that the pass's proposal took here, or that point away from one
+        direction: Steps in the candidate's structure that the pass's proposal took here, or that point away from one
             that was not taken; None without a proposal.
         move: Moves a candidate by steps (see `cptv_jax.Stage`).
-        carried: What `Strategy.carried` told of the stage before; None at the first.
+        carried: The value of `Strategy.carried` at the stage before; None at the first.
+
+    Example:
+        >>> state = strategy.init(candidate, loss, StageContext(widths=(4, 4)))
     """
 
     widths: tuple[int, ...] = ()
@@ -56,11 +62,11 @@ class Strategy:
     """Evolution of one stage's candidate at a time; subclasses are options too (see `cptv_jax.options.options`).
 
     Methods are pure, and the state is opaque to the search. A candidate is a pytree of arrays; it is moved by
-    `StageContext.move`, or leaf by leaf where all of its leaves are positive scales.
+    `StageContext.move`, or leaf by leaf if all of its leaves are positive scales.
 
     Attributes:
-        name: What configurations call the strategy.
-        defaults: What a search by this strategy does where the configuration is silent.
+        name: The strategy's name in configurations.
+        defaults: Values for null fields of the search's configuration.
         moves_offsets: Whether it can search candidates that hold more than positive scales.
         passes: Sweeps over the stages, last stage first; 0 means that there is no search.
         rounds: How often `ask` and `tell` alternate at each stage in a pass.
@@ -84,27 +90,31 @@ class Strategy:
 
     @property
     def candidates(self) -> int:
-        """How many candidates a round asks for at most; bounds memory."""
+        """The largest number of candidates that a round asks for; it bounds memory."""
         return 1
 
     @property
     def patience_of_stages(self) -> int | None:
-        """After how many stages in a row that did not lower the loss a pass ends; None goes through all."""
+        """The number of stages in a row without a lower loss after which a pass ends; None visits all."""
         return None
 
     def complete(self, objective: str | None) -> Self:
         """Fills in options that depend on the rest of the search's configuration.
 
         Args:
-            objective: What judges, where the configuration names it.
+            objective: The objective that judges; None if the configuration does not name it.
 
         Returns:
-            The strategy without options that depend on it.
+            The strategy with these options set.
         """
         return self
 
     def proposers(self) -> Sequence[ProposerOptions]:
-        """What proposes steps for all stages at the start of a pass, in this order."""
+        """Lists the proposers that the strategy asks for.
+
+        Returns:
+            Options of what proposes steps for all stages at the start of a pass, in this order.
+        """
         return ()
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> Any:
@@ -113,7 +123,7 @@ class Strategy:
         Args:
             candidate: The stage's present candidate.
             loss: Its loss.
-            context: What else is known of the stage.
+            context: Further facts about the stage.
 
         Returns:
             The state.
@@ -125,30 +135,44 @@ class Strategy:
 
         Args:
             state: The state.
-            key: This round's own.
+            key: This round's key.
 
         Returns:
-            The candidates to evaluate, stacked along a leading axis, and the state to tell their losses.
+            The candidates to evaluate [K, ...], stacked along a leading axis, and the state to pass to `tell`.
         """
         raise NotImplementedError
 
     def tell(self, state: Any, population: PyTree, losses: np.ndarray) -> Any:
-        """Takes in the losses of what was asked for.
+        """Takes in the losses of the proposed candidates.
 
         Args:
-            state: As `ask` returned it.
+            state: The state that `ask` returned.
             population: The candidates [K, ...].
-            losses: Their losses [K], float64; infinite where a candidate was dropped.
+            losses: Their losses [K], float64; infinite for a candidate that was dropped.
 
         Returns:
-            The state, in which of equal losses the elder candidate counts.
+            The state; among candidates of equal loss the older one wins.
         """
         raise NotImplementedError
 
     def best(self, state: Any) -> tuple[PyTree, float]:
-        """The candidate with the least loss so far, and that loss."""
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         raise NotImplementedError
 
     def carried(self, state: Any) -> float | None:
-        """A number that the next stage is told, such as a deviation that has adapted."""
+        """Returns a number to pass on to the next stage, such as an adapted deviation.
+
+        Args:
+            state: The state at the end of a stage.
+
+        Returns:
+            The number; None if there is none.
+        """
         return None

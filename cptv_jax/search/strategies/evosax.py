@@ -35,9 +35,14 @@ def _algorithm(name: str, children: int, structure: Any, shapes: tuple[tuple[int
 
 @dataclass(frozen=True)
 class State:
-    """start: the candidate that steps lead away from. inner: evosax's state, of steps in units of sigma.
+    """Where the evolution stands.
 
-    parent, loss: the best candidate so far. told: rounds so far.
+    Attributes:
+        start: The candidate that steps are relative to.
+        inner: evosax's state, for steps in units of sigma.
+        parent: The best candidate so far.
+        loss: Its loss.
+        told: Number of rounds so far.
     """
 
     start: PyTree
@@ -61,7 +66,11 @@ def _steps(start: PyTree, population: PyTree, sigma: Array) -> PyTree:
 class Evosax(Strategy):
     """A search distribution of the library evosax over log-scales, around the stage's candidate at first.
 
-    Raises InputError where evosax is not installed, or for an odd number of children where they come in pairs.
+    Raises:
+        InputError: If evosax is not installed, or if the number of children is odd for an algorithm that draws pairs.
+
+    Example:
+        >>> config = QuantizeConfig(search=SearchConfig(strategy=Evosax(algorithm="CMA_ES")))
     """
 
     name: ClassVar[str] = "evosax"
@@ -72,9 +81,9 @@ class Evosax(Strategy):
     children: int = Field(default=8, ge=1)
     """Candidates per generation; an even number for Open_ES and PGPE, which draw pairs."""
     algorithm: Algorithm = "Sep_CMA_ES"
-    """The distribution."""
+    """Search distribution to evolve."""
     sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
-    """Its deviation at first, in log-scale."""
+    """Deviation of the distribution at first, in log-scale."""
 
     def __post_init__(self) -> None:
         if find_spec("evosax") is None:
@@ -88,6 +97,7 @@ class Evosax(Strategy):
 
     @property
     def candidates(self) -> int:
+        """The number of children in a generation."""
         return self.children
 
     def _of(self, candidate: PyTree) -> Any:
@@ -95,6 +105,16 @@ class Evosax(Strategy):
         return _algorithm(self.algorithm, self.children, structure, tuple(jnp.shape(leaf) for leaf in leaves))
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        """Begins at a stage.
+
+        Args:
+            candidate: The stage's present candidate.
+            loss: Its loss.
+            context: Further facts about the stage.
+
+        Returns:
+            The state.
+        """
         candidate = jax.tree.map(jnp.asarray, candidate)
         algorithm = self._of(candidate)
         # The key is not used by these algorithms: the mean is given.
@@ -102,11 +122,30 @@ class Evosax(Strategy):
         return State(candidate, inner, candidate, loss)
 
     def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        """Draws candidates from the search distribution.
+
+        Args:
+            state: The state.
+            key: This round's key.
+
+        Returns:
+            The candidates [K, ...] to evaluate, and the state to pass to `tell`.
+        """
         algorithm = self._of(state.start)
         steps, inner = algorithm.ask(key, state.inner, algorithm.default_params)
         return _moved(state.start, steps, jnp.float32(self.sigma)), replace(state, inner=inner)
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        """Updates the search distribution and the best candidate.
+
+        Args:
+            state: The state that `ask` returned.
+            population: The candidates [K, ...].
+            losses: Their losses [K], float64.
+
+        Returns:
+            The state.
+        """
         algorithm = self._of(state.start)
         parameters, key = algorithm.default_params, jax.random.key(state.told)  # the key is not used here either
         finite = np.where(np.isfinite(losses), losses, np.finfo(np.float32).max)
@@ -119,4 +158,12 @@ class Evosax(Strategy):
         return replace(state, parent=jax.tree.map(lambda leaf: leaf[winner], population), loss=float(losses[winner]))
 
     def best(self, state: State) -> tuple[PyTree, float]:
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         return state.parent, state.loss

@@ -31,9 +31,9 @@ class State:
     Attributes:
         parent: The best candidate so far.
         loss: Its loss.
-        sigma: Deviation of random steps (see Stage.move).
-        direction: Steps of the candidate's structure, which led to it.
-        move: The stage's.
+        sigma: Deviation of random steps (see `Stage.move`).
+        direction: Steps that led to the first parent, in the structure of a candidate.
+        move: The stage's `move`.
     """
 
     parent: PyTree
@@ -66,11 +66,14 @@ def _children(move: Move, parent: PyTree, direction: PyTree, sigma: Float[Array,
 class Guided(Strategy):
     """Closed forms and gradients propose for all stages at once, evolution goes on from there, the true loss decides.
 
-    A (1 + children) evolution strategy around the proposed direction. Of every five children one goes further or back
-    along the direction, one takes back a random half of it (crossover with the candidate that the proposal started
-    from), and one takes a random step; the fourth goes along the direction by a length of its own for each leaf of the
-    candidate, and the fifth takes some of these back whole. sigma follows the success of the random ones (one-fifth
-    rule), from one stage to the next.
+    A (1 + children) evolution strategy around the proposed direction. In every group of five children, one goes further
+    or back along the direction, one takes back a random half of it (crossover with the candidate that the proposal
+    started from), and one takes a random step; the fourth goes along the direction by a separate length for each leaf
+    of the candidate, and the fifth takes some of these back whole. sigma follows the success of the random ones
+    (one-fifth rule), from one stage to the next.
+
+    Example:
+        >>> config = QuantizeConfig(search=SearchConfig(strategy=Guided(passes=2, steps=60)))
     """
 
     name: ClassVar[str] = "guided"
@@ -87,51 +90,95 @@ class Guided(Strategy):
     sigma: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     """Deviation of random steps at first, in log-scale."""
     idle_stages: int | None = Field(default=4, ge=1)
-    """End a pass after so many blocks in a row that gained nothing over its proposal; null goes through all."""
+    """End a pass after this many blocks in a row that gained nothing over its proposal; null visits all blocks."""
     steps: int = Field(default=400, ge=1)
     """Optimizer steps per pass."""
     rate: float = Field(default=0.0015, gt=0, allow_inf_nan=False)
     """Rate of the optimizer at the start, in log-scale; it falls along a half cosine over all passes."""
     batch: int = Field(default=10, ge=2)
-    """Images per optimizer step; all calibration images but those held out take turns."""
+    """Images per optimizer step; all calibration images except the held-out ones take turns."""
     objective: ObjectiveName | None = None
-    """What is differentiated; null means search.judge.objective, and infonce where that is null too."""
+    """Objective that is differentiated; null means search.judge.objective, and infonce if that is null too."""
     matching: float = Field(default=100.0, ge=0, allow_inf_nan=False)
-    """Weight, beside the objective, of how far the outputs of all stages are from the teacher's (mean squared error
-    relative to the variance)."""
+    """Weight, added to the objective, of the distance between the outputs of all stages and the teacher's (mean squared
+    error relative to the variance)."""
     mirror: bool = True
-    """Show the optimizer mirror images too."""
+    """Also show the optimizer mirror images."""
     mixup: bool = True
-    """Show the optimizer images mixed in pairs, which the teacher is asked about too."""
+    """Show the optimizer images mixed in pairs, for which the teacher is evaluated too."""
 
     @property
     def candidates(self) -> int:
+        """The number of children in a generation."""
         return self.children
 
     @property
     def patience_of_stages(self) -> int | None:
+        """The number of stages in a row without a lower loss after which a pass ends; None visits all."""
         return self.idle_stages
 
     def complete(self, objective: str | None) -> Self:
+        """Fills in the objective that is differentiated.
+
+        Args:
+            objective: The objective that judges; None if the configuration does not name it.
+
+        Returns:
+            The strategy with its `objective` set: its own, else the judging one, else infonce.
+        """
         return replace(self, objective=self.objective or objective or _PROPOSING)
 
     def proposers(self) -> Sequence[ProposerOptions]:
+        """Lists the proposers that the strategy asks for.
+
+        Returns:
+            Closed forms, then gradients.
+        """
         objective = self.objective or _PROPOSING
         return ClosedForms(), Gradients(
             self.steps, self.rate, self.batch, objective, self.matching, self.mirror, self.mixup
         )
 
     def init(self, candidate: PyTree, loss: float, context: StageContext = NO_CONTEXT) -> State:
+        """Begins at a stage.
+
+        Args:
+            candidate: The stage's present candidate.
+            loss: Its loss.
+            context: Further facts about the stage.
+
+        Returns:
+            The state.
+        """
         candidate = jax.tree.map(jnp.asarray, candidate)
         direction = jax.tree.map(jnp.zeros_like, candidate) if context.direction is None else context.direction
         sigma = self.sigma if context.carried is None else context.carried
         return State(candidate, loss, sigma, direction, context.move)
 
     def ask(self, state: State, key: Array) -> tuple[PyTree, State]:
+        """Proposes children along the direction and at random.
+
+        Args:
+            state: The state.
+            key: This round's key.
+
+        Returns:
+            The candidates [K, ...] to evaluate, and the state to pass to `tell`.
+        """
         sigma = jnp.float32(state.sigma)
         return _children(state.move, state.parent, state.direction, sigma, key, self.children), state
 
     def tell(self, state: State, population: PyTree, losses: np.ndarray) -> State:
+        """Keeps the best candidate and adapts the deviation.
+
+        Args:
+            state: The state that `ask` returned.
+            population: The candidates [K, ...].
+            losses: Their losses [K], float64.
+
+        Returns:
+            The state.
+        """
         random = losses[_RANDOM::_KINDS]
         success = float(np.mean(random < state.loss)) if len(random) else TARGET_SUCCESS
         state = replace(state, sigma=state.sigma * math.exp((success - TARGET_SUCCESS) / 2))
@@ -141,7 +188,23 @@ class Guided(Strategy):
         return replace(state, parent=jax.tree.map(lambda leaf: leaf[winner], population), loss=float(losses[winner]))
 
     def best(self, state: State) -> tuple[PyTree, float]:
+        """Returns the candidate with the least loss so far.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The candidate, and its loss.
+        """
         return state.parent, state.loss
 
     def carried(self, state: State) -> float:
+        """Returns the adapted deviation for the next stage.
+
+        Args:
+            state: The state at the end of a stage.
+
+        Returns:
+            The deviation of random steps.
+        """
         return state.sigma

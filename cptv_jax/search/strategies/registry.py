@@ -24,7 +24,11 @@ def register_strategy(strategy: S) -> S:
         The class.
 
     Raises:
-        InputError: Where another strategy has this name.
+        InputError: If another strategy has this name.
+
+    Example:
+        >>> register_strategy(Halving)
+        >>> config = QuantizeConfig(search=SearchConfig(strategy=Halving()))
     """
     STRATEGIES.register(strategy.name, strategy)
     return strategy
