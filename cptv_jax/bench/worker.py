@@ -25,6 +25,7 @@ from cptv_jax.evaluation import logits_of
 from cptv_jax.options import to_mapping
 from cptv_jax.pipeline.plan import make_plan
 from cptv_jax.pipeline.quantize import quantize
+from cptv_jax.plugins import import_plugins
 from cptv_jax.report.summary import summarize
 from cptv_jax.runtime.mesh import use_all_cores
 from cptv_jax.search.objective import info_nce, kl_divergence
@@ -80,6 +81,7 @@ class Task:
             The task.
         """
         values = json.loads(text)
+        import_plugins()
         for module in values.pop("modules"):
             import_module(module)
         values["config"] = config_from(values["config"], "task")

@@ -4,13 +4,16 @@ Two open tables decide how the statistics-based methods (fq-vit, omse) treat a s
 says how a range is kept and how a uniform grid follows from it. FITS, by the site's quantizer, says which quantizer is
 made of the range. Users add their own quantizers with `register_fit` and observers with `register_observer`.
 
-A new quantizer for attention maps takes a class and a function:
+A new quantizer for attention maps takes a class, a function and two registrations:
+
+    register_quantizer("CubeRoot", CubeRoot)  # by which saved models find the class
 
     def fit_cube_root(spec: SiteSpec, found: Range, x: Array) -> CubeRoot:
         return CubeRoot(found.maximum, jnp.float32(2.0**spec.bits - 1))
 
     register_fit("cube-root", fit_cube_root, attention_only=True)
-    config = RecipeConfig(preset="omse", overrides={"*.softmax": {"quantizer": "cube-root", "observer": "minmax"}})
+    recipe = RecipeConfig(overrides={"*.softmax": {"quantizer": "cube-root", "observer": "minmax"}})
+    config = QuantizeConfig(method=OmseOptions(), recipe=recipe)
 """
 
 from collections.abc import Callable
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cptv_jax.quantizers import LARGEST_EXPONENT, BiasCorrected, Log2, Quantizer, Uniform, grid, true_divide
-from cptv_jax.recipe.spec import OBSERVERS, QUANTIZERS, ObserverRules, QuantizerRules, SiteSpec
+from cptv_jax.recipe.spec import OBSERVER_RULES, QUANTIZER_RULES, ObserverRules, QuantizerRules, SiteSpec
 from cptv_jax.registry import Registry
 
 _SMALLEST_SCALE = float(jnp.finfo(jnp.float32).eps)
@@ -174,7 +177,7 @@ def register_observer(name: str, statistic: Statistic, per_channel: bool | None 
         >>> register_observer("half", Statistic(measure=half_range), per_channel=False)
     """
     if name not in STATISTICS:  # the registry of statistics refuses a second registration
-        OBSERVERS.register(name, ObserverRules(per_channel))
+        OBSERVER_RULES.register(name, ObserverRules(per_channel))
     return STATISTICS.register(name, statistic)
 
 
@@ -199,7 +202,7 @@ def register_fit(name: str, fit: Fit, attention_only: bool = False) -> Fit:
         >>> register_fit("cube-root", fit_cube_root, attention_only=True)
     """
     if name not in FITS:  # the registry of fits refuses a second registration
-        QUANTIZERS.register(name, QuantizerRules(attention_only))
+        QUANTIZER_RULES.register(name, QuantizerRules(attention_only))
     return FITS.register(name, fit)
 
 

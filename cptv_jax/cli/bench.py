@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cptv_jax.cli.parser import Parser, add_compilation_cache
+from cptv_jax.cli.parser import Parser, add_early_options
 from cptv_jax.runtime.mesh import stay_on_cpu
 
 _OF_CHILDREN = ("methods", "search")  # benches whose work is done by processes of their own
@@ -94,7 +94,7 @@ def _add_source(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
     parser.add_argument("--images", required=True, help="calibration images: folder, tfds:NAME:SPLIT or synthetic:KIND")
     parser.add_argument("--eval", dest="evaluation", required=True, help="labelled images, only evaluated on")
     parser.add_argument("--out", required=True, help="directory of the bench; an interrupted one is continued")
-    add_compilation_cache(parser)
+    add_early_options(parser)
     if held_out:
         text = "further images that only the objective in the table is measured on (default: 100)"
         parser.add_argument("--held-out", type=int, default=100, metavar="N", help=text)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cptv_jax import compare
-from cptv_jax.cli.parser import Parser, add_compilation_cache
+from cptv_jax.cli.parser import Parser, add_early_options
 
 
 def run(words: Sequence[str], prog: str, summary: str) -> int:
@@ -19,6 +19,6 @@ def run(words: Sequence[str], prog: str, summary: str) -> int:
     """
     parser = Parser(prog=prog, description=summary)
     parser.add_argument("files", nargs="+", metavar="FILE", help="result files (.npz)")
-    add_compilation_cache(parser)
+    add_early_options(parser)
     args = parser.parse_args(words)
     return compare.run(args.files)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cptv_jax.cli.outcome import print_outcome
-from cptv_jax.cli.parser import Parser, add_compilation_cache
+from cptv_jax.cli.parser import Parser, add_early_options
 from cptv_jax.demo import run_demo
 
 
@@ -21,7 +21,7 @@ def run(words: Sequence[str], prog: str, summary: str) -> int:
     """
     parser = Parser(prog=prog, description=summary)
     parser.add_argument("--out", default="runs/demo", help="run directory (default: runs/demo)")
-    add_compilation_cache(parser)
+    add_early_options(parser)
     args = parser.parse_args(words)
     print_outcome(run_demo(Path(args.out).absolute()), Path(args.out))
     return 0

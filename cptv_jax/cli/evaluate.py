@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cptv_jax import data
-from cptv_jax.cli.parser import Parser, add_compilation_cache
+from cptv_jax.cli.parser import Parser, add_early_options
 from cptv_jax.evaluation import evaluate
 from cptv_jax.quantized.model import QuantizedModel
 from cptv_jax.storage.models import load_model
@@ -25,7 +25,7 @@ def run(words: Sequence[str], prog: str, summary: str) -> int:
     parser.add_argument("--arch", help="timm name, where the file's name does not contain it")
     parser.add_argument("--images", required=True, help="labelled images: a folder or tfds:NAME:SPLIT")
     parser.add_argument("--limit", type=int, help="use this many images, chosen by seed 0")
-    add_compilation_cache(parser)
+    add_early_options(parser)
     args = parser.parse_args(words)
     model = load_model(args.model, args.arch)
     plain = model.model if isinstance(model, QuantizedModel) else model

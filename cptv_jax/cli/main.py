@@ -8,7 +8,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
-from cptv_jax.cli.parser import COMPILATION_CACHE, Parser, value_of
+from cptv_jax.cli.parser import COMPILATION_CACHE, PLUGIN, Parser, value_of
 from cptv_jax.errors import InputError, did_you_mean
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -53,14 +53,14 @@ def run(words: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"unknown command '{name}'{did_you_mean(name, COMMANDS)} (see cptv --help)")
     if name in _COMPUTING:
-        _prepare(value_of(rest, COMPILATION_CACHE))
+        _prepare(value_of(rest, COMPILATION_CACHE), value_of(rest, PLUGIN))
     module = import_module(f"cptv_jax.cli.{_MODULES.get(name, name)}")
     code: int = module.run(rest, f"cptv {name}", COMMANDS[name])
     return code
 
 
-def _prepare(compilation_cache: str | None) -> None:
-    """Sets up JAX for a command that computes, before JAX starts."""
+def _prepare(compilation_cache: str | None, plugins: str | None) -> None:
+    """Sets up JAX for a command that computes, before JAX starts, and imports the user's modules."""
     from cptv_jax.runtime.compilation_cache import use_compilation_cache
 
     use_compilation_cache(compilation_cache)  # before JAX is imported
@@ -68,6 +68,9 @@ def _prepare(compilation_cache: str | None) -> None:
 
     with suppress(InputError):  # a program that calls main() may have started JAX as it likes
         use_all_cores()
+    from cptv_jax.plugins import import_plugins
+
+    import_plugins(plugins)
 
 
 def _complain(message: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from cptv_jax.errors import InputError, did_you_mean
 
-COMPILATION_CACHE = "--compilation-cache"
+COMPILATION_CACHE, PLUGIN = "--compilation-cache", "--plugin"
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,8 +56,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """Adds the option of all commands that compute; cptv_jax.cli.main reads it before JAX is imported.
+def add_early_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of all commands that compute; cptv_jax.cli.main reads them before the command's modules.
 
     Args:
         parser: The command's parser.
@@ -66,6 +66,11 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
         COMPILATION_CACHE,
         metavar="DIR|off",
         help="where compiled programs are kept for the next run (default: a folder of the user's cache directory)",
+    )
+    parser.add_argument(
+        PLUGIN,
+        metavar="MODULES",
+        help="modules of your own, separated by commas, that register quantizers, methods, strategies or families",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cptv_jax import data
 from cptv_jax.cli.flags import add_flags, choose, explain, flags_of, override, spell
 from cptv_jax.cli.outcome import print_outcome
-from cptv_jax.cli.parser import Parser, add_compilation_cache, value_of
+from cptv_jax.cli.parser import Parser, add_early_options, value_of
 from cptv_jax.config.loading import load_config
 from cptv_jax.config.schema import QuantizeConfig
 from cptv_jax.errors import InputError
@@ -55,7 +55,7 @@ def parser_for(config: QuantizeConfig, prog: str = "cptv quantize", summary: str
         "--eval", dest="evaluation", metavar="IMAGES", help="labelled images, only evaluated on at the end"
     )
     parser.add_argument("--out", required=True, help="run directory; an interrupted run there is continued")
-    add_compilation_cache(parser)
+    add_early_options(parser)
     add_flags(parser, config)
     return parser
 

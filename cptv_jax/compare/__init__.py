@@ -13,7 +13,7 @@ from cptv_jax.compare.quantized import compare_quantized
 from cptv_jax.compare.report import Comparison, render
 from cptv_jax.compare.repq_vit import compare_repq_vit
 from cptv_jax.compare.search import compare_search
-from cptv_jax.recipe.spec import OBSERVERS
+from cptv_jax.recipe.spec import OBSERVER_RULES
 
 __all__ = ["Check", "Comparison", "compare_file", "render", "run"]
 
@@ -81,7 +81,7 @@ def _describe_run(recording: Recording) -> str:
         bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations"))
         return f"{recording.reference}, {recording.kind}; bits: {bits}"
     bits = " ".join(f"{name} {meta.integer(f'bits.{name}')}" for name in ("weights", "activations", "softmax"))
-    observers = "/".join(meta.choice(f"observer.{kind}", tuple(OBSERVERS)) for kind in ("weights", "activations"))
+    observers = "/".join(meta.choice(f"observer.{kind}", tuple(OBSERVER_RULES)) for kind in ("weights", "activations"))
     options = ("ptf", "integer_layer_norm", "log_int_softmax", "bias_correction", "quantize_input")
     active = ", ".join(name for name in options if meta.flag(name))
     return f"{recording.reference}, {recording.kind}; bits: {bits}; observers: {observers}; {active}"

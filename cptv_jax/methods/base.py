@@ -7,7 +7,7 @@ from typing import Any
 from cptv_jax.errors import InputError
 from cptv_jax.models.architecture import Architecture
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.recipe.spec import OBSERVERS, ObserverName, QuantizerName, Recipe, SiteSpec
+from cptv_jax.recipe.spec import OBSERVER_RULES, ObserverName, QuantizerName, Recipe, SiteSpec
 from cptv_jax.reconstruction.config import NO_RECONSTRUCTION, ReconstructionConfig
 
 
@@ -30,7 +30,7 @@ class Abilities:
 
     weights: Collection[QuantizerName] = ("uniform",)
     tensors: Collection[QuantizerName] = ("uniform",)
-    observers: Collection[ObserverName] = field(default_factory=lambda: OBSERVERS)
+    observers: Collection[ObserverName] = field(default_factory=lambda: OBSERVER_RULES)
     asymmetric_only: bool = False
     low_rank: bool = False
     grouped: Collection[QuantizerName] | None = None

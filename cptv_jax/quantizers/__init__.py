@@ -7,7 +7,7 @@ from cptv_jax.quantizers.focusing import Focusing
 from cptv_jax.quantizers.free import LARGEST_EXPONENT, Free, free_from_plain, free_to_plain, move_candidate
 from cptv_jax.quantizers.logarithmic import Log2, LogSqrt2
 from cptv_jax.quantizers.low_rank import LowRank, RankSearch
-from cptv_jax.quantizers.registry import QUANTIZERS, name_of_quantizer, register_quantizer
+from cptv_jax.quantizers.registry import QUANTIZER_CLASSES, name_of_quantizer, register_quantizer
 from cptv_jax.quantizers.rounding import rounded_product, true_divide
 from cptv_jax.quantizers.straight_through import round_through, straight_through
 from cptv_jax.quantizers.twin import TwinGelu, TwinSoftmax, twin_softmax
@@ -15,7 +15,7 @@ from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Unifor
 
 __all__ = [
     "LARGEST_EXPONENT",
-    "QUANTIZERS",
+    "QUANTIZER_CLASSES",
     "BiasCorrected",
     "DualUniform",
     "Focusing",

@@ -16,7 +16,7 @@ from cptv_jax.quantizers.twin import TwinGelu, TwinSoftmax
 from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Uniform
 from cptv_jax.registry import Registry
 
-QUANTIZERS: Registry[type[Any]] = Registry("quantizer")
+QUANTIZER_CLASSES: Registry[type[Any]] = Registry("quantizer class")
 _METHODS = ("with_scale", "codes", "values", "steps", "free", "with_free", "with_rounding", "free_units")
 
 
@@ -24,7 +24,8 @@ def register_quantizer(name: str, cls: type[Any]) -> type[Any]:
     """Makes a quantizer class known under a name, by which saved models find it again.
 
     Args:
-        name: As files and recipes write it; the library's own are called by their class names ("Uniform").
+        name: As saved models write it; the library's own are called by their class names ("Uniform"). Recipes use the
+            name that is given to `register_fit`.
         cls: A frozen dataclass that JAX knows as a pytree (`jax.tree_util.register_dataclass`), with the methods of
             `Quantizer`. Whoever loads a model with such a quantizer must first import the code that registers it.
 
@@ -47,10 +48,10 @@ def register_quantizer(name: str, cls: type[Any]) -> type[Any]:
             f"quantizer class {cls.__name__} is not a registered dataclass; decorate it with "
             "@jax.tree_util.register_dataclass and @dataclass(frozen=True)"
         )
-    known = next((other for other, own in QUANTIZERS.items() if own is cls), name)
+    known = next((other for other, own in QUANTIZER_CLASSES.items() if own is cls), name)
     if known != name:
         raise InputError(f"quantizer class {cls.__name__} is registered as '{known}' already")
-    return QUANTIZERS.register(name, cls)
+    return QUANTIZER_CLASSES.register(name, cls)
 
 
 def name_of_quantizer(quantizer: Quantizer) -> str | None:
@@ -62,7 +63,7 @@ def name_of_quantizer(quantizer: Quantizer) -> str | None:
     Returns:
         The name; None where the class is not registered.
     """
-    return next((name for name, cls in QUANTIZERS.items() if cls is type(quantizer)), None)
+    return next((name for name, cls in QUANTIZER_CLASSES.items() if cls is type(quantizer)), None)
 
 
 for _cls in (

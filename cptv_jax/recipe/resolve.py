@@ -13,8 +13,8 @@ from cptv_jax.recipe.sites import Site, keeps_channels, layer_norm_readers
 from cptv_jax.recipe.spec import (
     MAX_BITS,
     MIN_BITS,
-    OBSERVERS,
-    QUANTIZERS,
+    OBSERVER_RULES,
+    QUANTIZER_RULES,
     ObserverName,
     Recipe,
     SiteSpec,
@@ -87,7 +87,7 @@ def resolve(config: RecipeConfig, sites: tuple[Site, ...]) -> Recipe:
     preset = PRESETS[preset_name]
     for field in ("weight_observer", "activation_observer"):
         if getattr(config, field) is not None:
-            OBSERVERS.find(getattr(config, field), f"recipe.{field}")
+            OBSERVER_RULES.find(getattr(config, field), f"recipe.{field}")
     known = {site.name: site for site in sites}
 
     def choice(name: str) -> Any:
@@ -222,11 +222,11 @@ def _check(name: str, spec: SiteSpec, site: Site) -> None:
     shape = site.shape
     if not (isinstance(spec.bits, int) and MIN_BITS <= spec.bits <= MAX_BITS):
         raise InputError(f"{name}: {spec.bits} bits asked for; widths from {MIN_BITS} to {MAX_BITS} are supported")
-    quantizer, observer = QUANTIZERS.get(spec.quantizer), OBSERVERS.get(spec.observer)
+    quantizer, observer = QUANTIZER_RULES.get(spec.quantizer), OBSERVER_RULES.get(spec.observer)
     if observer is None:
-        raise InputError(f"{name}: unknown observer '{spec.observer}'{did_you_mean(spec.observer, OBSERVERS)}")
+        raise InputError(f"{name}: unknown observer '{spec.observer}'{did_you_mean(spec.observer, OBSERVER_RULES)}")
     if quantizer is None:
-        raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, QUANTIZERS)}")
+        raise InputError(f"{name}: unknown quantizer '{spec.quantizer}'{did_you_mean(spec.quantizer, QUANTIZER_RULES)}")
     if quantizer.attention_only and site.kind != "softmax":
         raise InputError(f"{name}: a {spec.quantizer} quantizer is for attention maps; set another quantizer")
     if observer.per_channel is True and not spec.per_channel:

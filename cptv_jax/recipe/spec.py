@@ -13,9 +13,9 @@ from cptv_jax.registry import Registry
 MIN_BITS, MAX_BITS = 2, 8
 
 ObserverName = str
-"""A name in OBSERVERS."""
+"""A name in OBSERVER_RULES."""
 QuantizerName = str
-"""A name in QUANTIZERS."""
+"""A name in QUANTIZER_RULES."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,22 @@ class ObserverRules:
     grouped: bool = False
 
 
-QUANTIZERS: Registry[QuantizerRules] = Registry("quantizer")
-OBSERVERS: Registry[ObserverRules] = Registry("observer")
+QUANTIZER_RULES: Registry[QuantizerRules] = Registry("quantizer")
+OBSERVER_RULES: Registry[ObserverRules] = Registry("observer")
 
-QUANTIZERS.register("uniform", QuantizerRules())
-QUANTIZERS.register("dual-uniform", QuantizerRules())
-QUANTIZERS.register("log2", QuantizerRules(attention_only=True))
-QUANTIZERS.register("log-sqrt2", QuantizerRules(attention_only=True))
-QUANTIZERS.register("focusing", QuantizerRules(attention_only=True))
-QUANTIZERS.register("twin-softmax", QuantizerRules(attention_only=True, method_only=True))
-QUANTIZERS.register("twin-gelu", QuantizerRules(method_only=True))
-OBSERVERS.register("minmax", ObserverRules())
-OBSERVERS.register("ema", ObserverRules())
-OBSERVERS.register("percentile", ObserverRules(per_channel=False))
-OBSERVERS.register("omse", ObserverRules())
-OBSERVERS.register("ptf", ObserverRules(per_channel=True))
-OBSERVERS.register("method", ObserverRules(grouped=True))
+QUANTIZER_RULES.register("uniform", QuantizerRules())
+QUANTIZER_RULES.register("dual-uniform", QuantizerRules())
+QUANTIZER_RULES.register("log2", QuantizerRules(attention_only=True))
+QUANTIZER_RULES.register("log-sqrt2", QuantizerRules(attention_only=True))
+QUANTIZER_RULES.register("focusing", QuantizerRules(attention_only=True))
+QUANTIZER_RULES.register("twin-softmax", QuantizerRules(attention_only=True, method_only=True))
+QUANTIZER_RULES.register("twin-gelu", QuantizerRules(method_only=True))
+OBSERVER_RULES.register("minmax", ObserverRules())
+OBSERVER_RULES.register("ema", ObserverRules())
+OBSERVER_RULES.register("percentile", ObserverRules(per_channel=False))
+OBSERVER_RULES.register("omse", ObserverRules())
+OBSERVER_RULES.register("ptf", ObserverRules(per_channel=True))
+OBSERVER_RULES.register("method", ObserverRules(grouped=True))
 
 
 @partial(
@@ -83,15 +83,15 @@ class SiteSpec:
     """How one tensor is quantized. A pytree whose one leaf is the width, so that all widths share compiled programs.
 
     Attributes:
-        quantizer: A name in QUANTIZERS, which users' own quantizers join (see `cptv_jax.calibration.observers`).
+        quantizer: A name in QUANTIZER_RULES, which users' own quantizers join (see `cptv_jax.calibration.observers`).
         bits: Width of the codes, 2 to 8.
         signed: Codes from -2^(bits-1) instead of from 0.
         symmetric: Zero point 0 and a range mirrored around zero.
         per_channel: One scale for each entry of the last axis (a weight's output channels, a token's features).
         parts: Number of equal parts of the last axis that have a scale each (3: a qkv weight's query, key and value).
         per_head: One scale for each attention head (operands of attention's matmuls).
-        observer: The calibration statistic that sets scale and zero point, a name in OBSERVERS; "method" leaves them to
-            the base method's own search.
+        observer: The calibration statistic that sets scale and zero point, a name in OBSERVER_RULES; "method" leaves
+            them to the base method's own search.
         bias_correction: Whether each output channel's mean and deviation are restored (weights only).
         low_rank: Whether a float term of low rank is added (weights only).
 

@@ -17,7 +17,7 @@ from cptv_jax.models.timm_weights import from_timm
 from cptv_jax.models.weight_files import read_weights
 from cptv_jax.models.zoo import architecture_named, guess_architecture
 from cptv_jax.quantized.model import Model, QuantizedModel
-from cptv_jax.quantizers import QUANTIZERS, Quantizer, name_of_quantizer
+from cptv_jax.quantizers import QUANTIZER_CLASSES, Quantizer, name_of_quantizer
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 from cptv_jax.storage.trees import METADATA, restore_tree, save_tree
 
@@ -102,12 +102,12 @@ def _quantizer_from(where: str, description: Mapping[str, Any], arrays: Mapping[
         name: _quantizer_from(where, description[name], value) if name in description else jnp.asarray(value)
         for name, value in arrays.items()
     }
-    if description["kind"] not in QUANTIZERS:
+    if description["kind"] not in QUANTIZER_CLASSES:
         raise InputError(
             f"{where} is of class '{description['kind']}', which is not registered here; "
             "import the code that registers it first"
         )
-    return QUANTIZERS[description["kind"]](**values)
+    return QUANTIZER_CLASSES[description["kind"]](**values)
 
 
 def save_model(path: Path, model: Model | QuantizedModel) -> None:

@@ -71,7 +71,7 @@ def test_a_child_measures_its_own_memory_and_gives_what_this_process_gives(task:
     test = load_images("digits:test", TINY.preprocessing, labels=True)
     hog.clear()
     outcome = quantize(load_model(task.weights), images, task.config, evaluation=test)  # type: ignore[arg-type]
-    assert measured["accuracy"] == outcome.results
+    assert measured["accuracy"] == {name: vars(found) for name, found in outcome.results.items()}
     same = replace(task, evaluation="digits:calibration")  # of which each seed draws others
     assert Children().run(same, tmp_path / "log")[0] == 2
     assert "are calibration images too" in json.loads(task.measured.read_text())["refused"]

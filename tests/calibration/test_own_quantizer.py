@@ -1,6 +1,8 @@
 """A quantizer and an observer that a user writes outside the package, fitted by the statistics-based methods."""
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,24 @@ import pytest
 from jaxtyping import Array, Float
 from tiny_vit import TINY
 
-from cptv_jax import InputError, Model, RecipeConfig, forward, resolve
-from cptv_jax.calibration.observers import FITS, Range, Statistic, register_fit, register_observer
+from cptv_jax import (
+    InputError,
+    Model,
+    QuantizedModel,
+    RecipeConfig,
+    forward,
+    images_from_arrays,
+    load_config,
+    load_model,
+    quantize,
+    register_fit,
+    register_observer,
+    register_quantizer,
+    resolve,
+    save_model,
+)
+from cptv_jax.calibration.observers import FITS, Range, Statistic
+from cptv_jax.cli.main import main
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantizers import Quantizer, Uniform
@@ -43,6 +61,7 @@ def half(found: Range, x: Array, spec: SiteSpec) -> Uniform:
     return Uniform(found.maximum / 2 / high, jnp.float32(0), jnp.float32(0), high)
 
 
+register_quantizer("SquaresOfATest", Squares)
 register_fit("squares-of-a-test", fit_squares, attention_only=True)
 register_observer("half-of-a-test", Statistic(fit=half), per_channel=False)
 CHANGE = {"quantizer": "squares-of-a-test"}
@@ -70,6 +89,86 @@ def test_a_method_of_statistics_fits_a_user_s_quantizer(method: str, preset: str
     assert isinstance(found, Squares) and found.high == 7
     assert 0 < float(found.scale) * 49 <= 1  # the largest probability
     assert np.isfinite(forward(quantized.stages(), batch).logits).all()
+
+
+YAML = """
+method: omse
+recipe:
+  overrides: {"*.softmax": {quantizer: squares-of-a-test, observer: minmax, bits: 3}}
+calibration: {images: 8, batch: 4}
+search:
+  strategy: {name: generational, passes: 1, rounds: 2, children: 4, sigma: 0.3}
+  space: {sites: ["*.softmax"]}
+"""
+
+
+def test_it_is_quantized_searched_saved_loaded_and_reported(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(YAML)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+    given = images_from_arrays(pixels, preprocessing=TINY.preprocessing)
+    outcome = quantize(model, given, load_config(str(tmp_path / "own.yaml")), out=tmp_path / "run")
+    base, final = (m.quantizers["blocks.0.attn.softmax"] for m in (outcome.base, outcome.model))
+    assert isinstance(base, Squares) and isinstance(final, Squares)
+    assert outcome.log[-1].event == "pass" and "squares-of-a-test" in (tmp_path / "run" / "report.md").read_text()
+    loaded = load_model(str(tmp_path / "run"))
+    assert isinstance(loaded, QuantizedModel)
+    assert isinstance(loaded.quantizers["blocks.0.attn.softmax"], Squares)
+    np.testing.assert_array_equal(
+        forward(loaded.stages(), given.normalize(0, 4)).logits,
+        forward(outcome.model.stages(), given.normalize(0, 4)).logits,
+    )
+
+
+PLUGIN = """
+from dataclasses import dataclass
+import jax, jax.numpy as jnp
+from cptv_jax import register_fit, register_quantizer
+from cptv_jax.quantizers import ScaledQuantizer
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Halves(ScaledQuantizer):
+    scale: jax.Array
+    high: jax.Array
+    def codes(self, values):
+        return jnp.clip(jnp.round(values / self.scale), 0, self.high)
+    def values(self, codes):
+        return codes * self.scale
+
+register_quantizer("HalvesOfATest", Halves)
+register_fit("halves-of-a-test", lambda spec, found, x: Halves(found.maximum / 3, jnp.float32(3)))
+"""
+
+
+def test_the_command_line_imports_the_module_that_registers_it(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CPTV_PLUGINS", "")  # put back after the test
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "halves_of_a_test.py").write_text(PLUGIN)
+    save_model(tmp_path / "tiny", model)
+    run = [
+        "quantize",
+        "tiny",
+        "--images",
+        "synthetic:noise",
+        "--calibration.images",
+        "4",
+        "--calibration.batch",
+        "4",
+        "--search.strategy",
+        "none",
+    ]
+    override = ["--recipe.overrides", "{'*.softmax': {quantizer: halves-of-a-test}}"]
+    for plugin, code in (("no_such_module", 2), ("halves_of_a_test", 0)):
+        with pytest.raises(SystemExit) as ended:
+            main([*run, *override, "--plugin", plugin, "--out", "run"])
+        assert ended.value.code == code, capsys.readouterr().err
+    assert "no_such_module" in capsys.readouterr().err
+    loaded = load_model("run")
+    assert isinstance(loaded, QuantizedModel)
+    assert type(loaded.quantizers["blocks.0.attn.softmax"]).__name__ == "Halves"
 
 
 def test_a_user_s_observer_sets_a_uniform_grid(model: Model, batch: Array) -> None:

@@ -47,7 +47,7 @@ def test_the_quickstart_notebook_runs_headless_with_small_settings(tmp_path: Pat
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute(env=environment)
 
-    assert (tmp_path / "site" / "cptv_jax" / "cli.py").exists()
+    assert (tmp_path / "site" / "cptv_jax" / "cli" / "main.py").exists()
     report = notebook.cells[-2].outputs[0]["data"]["text/markdown"]
     assert "`blocks.0.attn.qkv.weight` | uniform unsigned asymmetric | 4 |" in report
     curve = next(cell for cell in notebook.cells if "loss.png" in cell.source)

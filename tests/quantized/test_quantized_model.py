@@ -15,7 +15,7 @@ from cptv_jax.models.architecture import sites_of
 from cptv_jax.quantized.candidate import Space
 from cptv_jax.quantized.execution import Differentiable, Execution, Simulated, Unrounded
 from cptv_jax.quantized.model import QuantizedModel
-from cptv_jax.quantizers import QUANTIZERS, Free, ScaledQuantizer, register_quantizer, unwrap
+from cptv_jax.quantizers import QUANTIZER_CLASSES, Free, ScaledQuantizer, register_quantizer, unwrap
 from cptv_jax.runtime.forward import forward
 
 QKV = "attn.qkv.weight"
@@ -155,7 +155,7 @@ class Ternary(ScaledQuantizer):
 def test_a_users_own_quantizer_is_computed_searched_saved_and_loaded(
     model: QuantizedModel, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(QUANTIZERS, "_known", dict(QUANTIZERS))
+    monkeypatch.setattr(QUANTIZER_CLASSES, "_known", dict(QUANTIZER_CLASSES))
     local, site = "mlp.fc2.weight", "blocks.0.mlp.fc2.weight"
     scale = 1.5 * jnp.mean(jnp.abs(model.model.layer("blocks.0.mlp.fc2")["kernel"]), 0)
     own = replace(model, quantizers={**model.quantizers, site: Ternary(scale)})
@@ -174,6 +174,6 @@ def test_a_users_own_quantizer_is_computed_searched_saved_and_loaded(
     save_model(tmp_path / "own", moved)
     again = load_model(str(tmp_path / "own"))
     np.testing.assert_array_equal(forward(again.stages(), images).logits, forward(moved.stages(), images).logits)
-    QUANTIZERS._known.pop("Ternary")
+    QUANTIZER_CLASSES._known.pop("Ternary")
     with pytest.raises(InputError, match=rf"the quantizer of {site} is of class 'Ternary', which is not registered"):
         load_model(str(tmp_path / "own"))

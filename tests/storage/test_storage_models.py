@@ -30,7 +30,7 @@ from cptv_jax import (
 from cptv_jax.cli.main import main
 from cptv_jax.methods.registry import METHODS
 from cptv_jax.models.architecture import sites_of
-from cptv_jax.quantizers import QUANTIZERS
+from cptv_jax.quantizers import QUANTIZER_CLASSES
 from cptv_jax.storage.files import write_atomically
 from cptv_jax.storage.trees import read_metadata, restore_tree, save_tree
 
@@ -111,7 +111,7 @@ def test_the_recipes_above_hold_every_quantizer_and_mixed_bits(model: Model) -> 
         "DualUniform", "FractionalUniform", "OffsetUniform", "LogSqrt2", "TwinSoftmax", "TwinGelu", "Focusing",
         "LowRank", "RankSearch",
     }  # fmt: skip
-    own = {name for name, cls in QUANTIZERS.items() if cls.__module__.startswith("cptv_jax.")}
+    own = {name for name, cls in QUANTIZER_CLASSES.items() if cls.__module__.startswith("cptv_jax.")}
     assert own - elsewhere == {"Uniform", "Log2", "BiasCorrected"}
 
 
