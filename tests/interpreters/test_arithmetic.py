@@ -120,7 +120,7 @@ def test_a_model_has_the_same_logits_in_every_arithmetic(golden: Path, preset: s
         for site, quantizer in quantized.quantizers.items()
     }
     stages = type(quantized)(model, recipe, fractional).stages(Simulated(supported_arithmetics()[-1]))
-    assert stages[1].function.arithmetic.name == "float32"  # type: ignore[attr-defined]
+    assert stages[1].function.operations.arithmetic.name == "float32"  # type: ignore[attr-defined]
 
 
 def replaced_zero_point(quantizer: Any) -> Any:
