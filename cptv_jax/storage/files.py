@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from cptv_jax import __version__
 from cptv_jax.errors import InputError
 
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of some network and user-space file systems
-_PACKAGES = ("cptv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 _logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def digest(tree: PyTree) -> str:
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that determine the numbers."""
     packages = {name: version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), "cptv-jax": __version__, **packages}
 
 
 def refuse_foreign(path: Path, kind: str = "run") -> None:
