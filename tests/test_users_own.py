@@ -28,7 +28,7 @@ from cptv_jax import (
     save_model,
 )
 from cptv_jax.bench import worker
-from cptv_jax.bench.harness import Children
+from cptv_jax.bench.children import Children
 from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.worker import Task, measure
 from cptv_jax.cli.flags import choose, override

@@ -12,7 +12,7 @@ from tiny_vit import TINY
 
 from cptv_jax import InputError, QuantizeConfig, SearchConfig, forward, load_images, load_model
 from cptv_jax.bench import harness, methods
-from cptv_jax.bench.harness import Children
+from cptv_jax.bench.children import Children
 from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.worker import Task, measure, peak_mib
 from cptv_jax.cli.main import main

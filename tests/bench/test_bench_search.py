@@ -10,7 +10,8 @@ import pytest
 from tiny_vit import TINY
 
 from cptv_jax import InputError, Model, QuantizeConfig, SearchConfig, save_model
-from cptv_jax.bench.harness import Children, Source
+from cptv_jax.bench.children import Children
+from cptv_jax.bench.harness import Source
 from cptv_jax.bench.search import SearchOptions, _runs, bench_search, lines_of, markdown
 from cptv_jax.bench.table import Cell
 from cptv_jax.bench.worker import measure

@@ -17,7 +17,7 @@ from tiny_vit import TINY
 
 from cptv_jax import load_images, load_model, quantize
 from cptv_jax.bench import methods
-from cptv_jax.bench.harness import Children
+from cptv_jax.bench.children import Children
 from cptv_jax.bench.methods import Options, bench_methods
 from cptv_jax.bench.worker import Phases, Task, peak_mib
 
