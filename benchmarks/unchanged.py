@@ -218,7 +218,7 @@ RUNS: dict[str, Run | Mixed] = {
     "distilled/generational": Run(searched(GENERATIONAL), distilled=True),
 }
 
-_UNITS = "reconstruction learns the search's parameters (Free), whose units change the order of a few roundings"
+_UNITS = "reconstruction learns the search's parameters (Free), with a rate in the unit of each"
 _LEAVES = "with activations among the sites, the leaves of a block come in another order, and so do random numbers"
 # Runs whose numbers the rebuilding of the house was allowed to change, and why. They are shown, and fail nothing.
 ALLOWED = {
