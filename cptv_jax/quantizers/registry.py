@@ -16,7 +16,7 @@ from cptv_jax.quantizers.twin import TwinGelu, TwinSoftmax
 from cptv_jax.quantizers.uniform import FractionalUniform, OffsetUniform, Uniform
 from cptv_jax.registry import Registry
 
-QUANTIZER_CLASSES: Registry[type[Any]] = Registry("quantizer class")
+QUANTIZER_CLASSES: Registry[type[Any]] = Registry("quantizer")
 _METHODS = ("with_scale", "codes", "values", "steps", "free", "with_free", "with_rounding", "free_units")
 
 
