@@ -19,7 +19,7 @@ from cptv_jax.quantizers import FractionalUniform, OffsetUniform, Quantizer
 from cptv_jax.recipe.sites import full_name, layer_norm_readers
 from cptv_jax.recipe.spec import Recipe, SiteSpec
 
-Batch = Float[Array, "batch height width channels"]
+Batch = Float[Array, "_batch height width channels"]  # batches of one call may differ in size
 
 
 def first_images(batches: Sequence[Batch], count: int) -> Float[Array, "count height width channels"]:

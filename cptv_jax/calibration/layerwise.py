@@ -113,7 +113,7 @@ class _PullBack:
 
 
 def float_stage_inputs(
-    model: Model, chunks: Sequence[Float[Array, "images height width channels"]]
+    model: Model, chunks: Sequence[Float[Array, "_images height width channels"]]
 ) -> tuple[dict[str, list[PyTree]], list[Output]]:
     """Runs the float model on chunks of images. Only what it returns stays in memory.
 

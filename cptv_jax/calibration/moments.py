@@ -20,7 +20,7 @@ from cptv_jax.recipe.sites import Site, full_name
 from cptv_jax.recipe.spec import Recipe
 
 _PRECISION = jax.lax.Precision.HIGHEST
-Batch = Float[Array, "batch height width channels"]
+Batch = Float[Array, "_batch height width channels"]  # batches of one call may differ in size
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class _Observe:
 
 def calibrate(
     model: Model,
-    batches: Sequence[Float[Array, "batch height width channels"]],
+    batches: Sequence[Float[Array, "_batch height width channels"]],
     recipe: Recipe,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Quantizer]:

@@ -29,7 +29,7 @@ class RepqVitOptions:
 
 def quantize(
     model: Model,
-    batches: Sequence[Float[Array, "batch height width channels"]],
+    batches: Sequence[Float[Array, "_batch height width channels"]],
     recipe: Recipe,
     key: Array,
     on_progress: Callable[[int, int], None] = lambda done, total: None,

@@ -33,8 +33,8 @@ COUNTING = """
 import collections, json, sys
 from cptv_jax.cli import main
 prepare, events = main._prepare, collections.Counter()
-def listen(choice):
-    prepare(choice)
+def listen(*options):
+    prepare(*options)
     import jax.monitoring
     jax.monitoring.register_event_listener(lambda name, **kwargs: events.update([name]))
 main._prepare = listen
