@@ -227,7 +227,6 @@ ALLOWED = {
     "resumed/reconstruction": _UNITS,
     "guided/aiqvit": f"{_UNITS}; {_LEAVES}",
     "guided/sites": _LEAVES,
-    "guided/erq": _LEAVES,
 }
 
 # ---- the package ----------------------------------------------------------------------------------------------------
