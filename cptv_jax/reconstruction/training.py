@@ -66,6 +66,7 @@ def _choose_fields(spec: SiteSpec, config: ReconstructionConfig) -> set[str]:
     """Returns the fields of Free that are learned for a site; with power-of-two factors, the zero point stays too."""
     rates = {
         "scale": config.scale_rate,
+        "factor": config.scale_rate,
         "bias": config.weight_rate,
         "rounding": config.rounding_rate,
         "start": config.zero_point_rate,
@@ -184,7 +185,7 @@ def bind_learned(bind: Binding, learnable: Learnable, parameters: PyTree) -> PyT
 
 def _labels(parameters: PyTree) -> PyTree:
     """Returns the group of every parameter."""
-    fields = {"bias": "weight", "start": "zero_point"}
+    fields = {"bias": "weight", "factor": "scale", "start": "zero_point"}
 
     def of_site(free: Free) -> Free:
         own = {name: "preference" if name == "preference" else "low_rank" for name in free.own or {}}
